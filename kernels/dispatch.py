@@ -1,0 +1,328 @@
+"""Which implementation runs, per backend, operation and shape (design 4).
+
+An engine offers the four steps out of which a chain's forward and backward are made: moments and
+their merging, a convolution's forward, and the backward of one norm -> act -> conv. ``AtenEngine``
+puts them together from ``reference``; ``TritonEngine`` from the fused kernels, and decides with
+``implementation`` whether a convolution applies its prologue on load, has its operands written
+once by an elementwise kernel, or is left to ATen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .operands import IDENTITY, Act, Geometry, Grad, Partials
+
+BACKENDS = ("auto", "triton", "aten")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class ConvGrads(NamedTuple):
+    """What the backward of one norm -> act -> conv gives; None where it was not asked for.
+
+    grad:    gradient of the norm's input, waiting for its coefficients or written (``Grad``).
+    dweight, dbias: the convolution's. dgamma, dbeta: (C,), the norm's.
+    """
+
+    grad: Grad | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    dgamma: Tensor | None
+    dbeta: Tensor | None
+
+
+class AtenEngine:
+    """The steps of a chain on ATen's kernels: any device, any float dtype."""
+
+    name = "aten"
+
+    def moments(self, x: Tensor) -> Partials:
+        return reference.moments(x)
+
+    def norm_stats(
+        self, partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        return reference.norm_stats(partials, weight, bias, eps)
+
+    def conv_forward(
+        self,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        *,
+        dtype: torch.dtype,
+        stats: Tensor | None = None,
+        act: Act = IDENTITY,
+        residual: Tensor | None = None,
+        residual_stats: Tensor | None = None,
+        subtract: bool = False,
+        out_dtype: torch.dtype | None = None,
+        with_moments: bool = False,
+    ) -> tuple[Tensor, Partials | None]:
+        """``reference.conv_forward``."""
+        return reference.conv_forward(
+            h,
+            weight,
+            bias,
+            geometry,
+            dtype=dtype,
+            stats=stats,
+            act=act,
+            residual=residual,
+            residual_stats=residual_stats,
+            subtract=subtract,
+            out_dtype=out_dtype,
+            with_moments=with_moments,
+        )
+
+    def conv_backward(
+        self,
+        g: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        *,
+        dtype: torch.dtype,
+        stats: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> ConvGrads:
+        """Backward of a shortcut's convolution, which reads h or act(a*h + b).
+
+        g: (N, K, P, Q). The gradient that comes back is that of what the convolution reads, before
+        any norm's backward.
+        """
+        z = reference.norm_act(h, stats, act, dtype) if need_weight else h.to(dtype)
+        dz, dweight, dbias = reference.convolution_backward(
+            g.to(dtype), z, weight, geometry, (need_input, need_weight, need_bias)
+        )
+        return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
+
+    def norm_conv_backward(
+        self,
+        grad: Grad,
+        h: Tensor,
+        stats: Tensor,
+        act: Act,
+        weight: Tensor,
+        geometry: Geometry,
+        *,
+        training: bool,
+        dtype: torch.dtype,
+        need_input: bool,
+        need_weight: bool,
+        need_bias: bool,
+        add: Tensor | None = None,
+        identity: Tensor | None = None,
+        final: bool = False,
+    ) -> ConvGrads:
+        """Backward of conv(act(norm(h))) for one gradient of its output (design 2, backward).
+
+        Args:
+            grad: gradient of the convolution's output, (N, K, P, Q).
+            h: (N, C, H, W), the norm's input; stats: (5, C), its statistics.
+            training: whether ``stats`` depend on h.
+            add: a further gradient of act(norm(h)), (N, C, H, W).
+            identity: added to h's gradient untouched (the identity path), where ``final``.
+            final: the gradient of h is returned written, in h's dtype.
+        """
+        g = reference.input_grad(grad, None, dtype)
+        u = reference.affine(h, stats)
+        # act(u) may take u's place where act' can be read off its result.
+        in_place = act.kind in ("relu", "identity") or not need_input
+        z = reference.activate_(u if in_place else u.clone(), act).to(dtype)
+        dz, dweight, dbias = reference.convolution_backward(
+            g, z, weight, geometry, (need_input, need_weight, need_bias)
+        )
+        del g, z, grad
+        if dz is None:
+            return ConvGrads(None, dweight, dbias, None, None)
+        if add is not None:
+            dz = dz.to(torch.promote_types(dz.dtype, add.dtype)).add_(add)
+        q = reference.activation_grad(dz.to(u.dtype), u, act)
+        del dz, u
+        sums = reference.gradient_sums(q, h, stats)
+        coef, dgamma, dbeta = reference.norm_grad(sums, stats, training)
+        g = reference.input_grad(
+            Grad(q, h if training else None, coef),
+            identity if final else None,
+            h.dtype if final else dtype,
+        )
+        return ConvGrads(Grad(g), dweight, dbias, dgamma, dbeta)
+
+
+FUSED = "fused"  # prologues are applied as the kernel loads its operands
+WRITTEN = "written"  # an elementwise kernel writes the operands once, the kernel reads them plain
+ATEN = "aten"  # the reference, on ATen's (cuDNN's) convolution
+
+
+def implementation(op: str, kernel_size: tuple[int, int], geometry: Geometry) -> str:
+    """The table: how ``op`` ("forward", "dgrad" or "wgrad") of a convolution is computed.
+
+    A prologue at each tap of a 3x3 costs 2-3x its memory time in instructions, against 0.7x
+    without one: its operands are written once. A 1x1 is at the memory floor with all fused.
+    """
+    if geometry.dilation != (1, 1) or geometry.groups != 1:
+        return ATEN
+    return FUSED if kernel_size == (1, 1) else WRITTEN
+
+
+class TritonEngine(AtenEngine):
+    """The same steps on the fused kernels: float32, float16 and bfloat16."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        from . import conv_dgrad, conv_forward, conv_wgrad, moments, norm_act, norm_backward
+
+        self._moments = moments
+        self._norm_act = norm_act
+        self._norm_backward = norm_backward
+        self._conv_forward = conv_forward
+        self._conv_dgrad = conv_dgrad
+        self._conv_wgrad = conv_wgrad
+
+    def moments(self, x: Tensor) -> Partials:
+        return self._moments.moments(x)
+
+    def norm_stats(
+        self, partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        return self._moments.norm_stats(partials, weight, bias, eps)
+
+    def conv_forward(self, h, weight, bias, geometry, *, dtype, stats=None, act=IDENTITY, **options):  # type: ignore[no-untyped-def]  # noqa: E501
+        """``reference.conv_forward`` by whatever ``implementation`` names."""
+        how = implementation("forward", tuple(weight.shape[2:]), geometry)
+        if how == ATEN:
+            return super().conv_forward(
+                h, weight, bias, geometry, dtype=dtype, stats=stats, act=act, **options
+            )
+        if how == WRITTEN and stats is not None:
+            h = self._norm_act.norm_act(h, stats, act, dtype)
+            stats = None
+        return self._conv_forward.conv_forward(
+            h, weight, bias, geometry, dtype=dtype, stats=stats, act=act, **options
+        )
+
+    def _weight_grad(
+        self, how: str, grad: Grad, h: Tensor, weight: Tensor, geometry: Geometry, *,
+        dtype: torch.dtype, stats: Tensor | None, act: Act, with_bias: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if how == WRITTEN and stats is not None:
+            h = self._norm_act.norm_act(h, stats, act, dtype)
+            stats = None
+        return self._conv_wgrad.conv_wgrad(
+            grad, h, weight, geometry, dtype=dtype, stats=stats, act=act, with_bias=with_bias
+        )
+
+    def conv_backward(
+        self, g, h, weight, geometry, *, dtype, stats, act, need_input, need_weight, need_bias
+    ):  # type: ignore[no-untyped-def]
+        """``AtenEngine.conv_backward`` by whatever ``implementation`` names."""
+        kernel_size = tuple(weight.shape[2:])
+        how = implementation("wgrad", kernel_size, geometry)
+        if how == ATEN:
+            return super().conv_backward(
+                g, h, weight, geometry, dtype=dtype, stats=stats, act=act,
+                need_input=need_input, need_weight=need_weight, need_bias=need_bias,
+            )  # fmt: skip
+        dz = dweight = dbias = None
+        if need_weight or need_bias:
+            dweight, dbias = self._weight_grad(
+                how, Grad(g), h, weight, geometry,
+                dtype=dtype, stats=stats, act=act, with_bias=need_bias,
+            )  # fmt: skip
+        if need_input:
+            dz, _ = self._conv_dgrad.conv_dgrad(Grad(g), weight, h, geometry, dtype=dtype)
+        return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
+
+    def norm_conv_backward(
+        self, grad, h, stats, act, weight, geometry, *, training, dtype,
+        need_input, need_weight, need_bias, add=None, identity=None, final=False,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
+        kernel_size = tuple(weight.shape[2:])
+        how = implementation("dgrad", kernel_size, geometry)
+        if how == ATEN:
+            return super().norm_conv_backward(
+                grad, h, stats, act, weight, geometry, training=training, dtype=dtype,
+                need_input=need_input, need_weight=need_weight, need_bias=need_bias,
+                add=add, identity=identity, final=final,
+            )  # fmt: skip
+        if how == WRITTEN and (grad.coef is not None or grad.q.dtype != dtype):
+            grad = Grad(self._norm_backward.input_grad(grad, None, dtype))
+        dweight = dbias = None
+        if need_weight or need_bias:
+            dweight, dbias = self._weight_grad(
+                how, grad, h, weight, geometry,
+                dtype=dtype, stats=stats, act=act, with_bias=need_bias,
+            )  # fmt: skip
+        if not need_input:
+            return ConvGrads(None, dweight, dbias, None, None)
+        # Run twice, for its sums and then for dx, a narrowing 1x1 moves fewer bytes than writing q
+        # and reading it back: 4K + 4C channels of rows instead of 2K + 6C (design 7).
+        twice = final and kernel_size == (1, 1) and weight.shape[0] < weight.shape[1]
+        dgrad = functools.partial(
+            self._conv_dgrad.conv_dgrad, grad, weight, h, geometry,
+            dtype=dtype, stats=stats, act=act, add=add,
+        )  # fmt: skip
+        q, sums = dgrad(write=not twice)
+        coef, dgamma, dbeta = self._norm_backward.norm_grad(sums, stats, training)
+        if twice:
+            dx, _ = dgrad(coef=coef, identity=identity, out_dtype=h.dtype)
+            return ConvGrads(Grad(dx), dweight, dbias, dgamma, dbeta)
+        grad = Grad(q, h if training else None, coef)
+        if final:
+            grad = Grad(self._norm_backward.input_grad(grad, identity, h.dtype))
+        return ConvGrads(grad, dweight, dbias, dgamma, dbeta)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """"triton" or "aten" for a requested backend and a device (design 4).
+
+    ``RESNETV2_BACKEND`` overrides "auto"; without it, Triton runs on a GPU and in its interpreter
+    (``TRITON_INTERPRET=1``).
+
+    Raises:
+        ValueError: an unknown name. ImportError: "triton" asked for where it is not installed.
+    """
+    source = "backend"
+    if backend == "auto" and os.environ.get("RESNETV2_BACKEND"):
+        source, backend = "RESNETV2_BACKEND", os.environ["RESNETV2_BACKEND"]
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        on = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        return "triton" if on and has_triton() else "aten"
+    if backend == "triton" and not has_triton():
+        raise ImportError("the triton backend needs the package triton: pip install triton")
+    return backend
+
+
+@functools.cache
+def _engine(name: str) -> AtenEngine:
+    return TritonEngine() if name == "triton" else AtenEngine()
+
+
+def engine(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> AtenEngine:
+    """The engine for tensors of ``dtypes`` on ``device``; ATen's where Triton has no such dtype."""
+    name = resolve_backend(backend, device)
+    if name == "triton" and any(dtype not in TRITON_DTYPES for dtype in dtypes):
+        name = "aten"
+    return _engine(name)

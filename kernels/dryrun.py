@@ -1,0 +1,337 @@
+"""Compile every launch of a program for a GPU that is not there (design 8, "dry run").
+
+    with dry_run("sm_90") as run:
+        block(x)                     # CPU tensors, backend "triton"
+    for launch in run.launches:
+        print(launch.kernel.name, launch.grid, launch.kernel.registers, launch.kernel.stack)
+
+A stand-in driver is made Triton's active one: it answers for the device's properties, reads the
+resources of each compiled binary, and does nothing where a real driver would start the kernel. The
+project's own launch path runs unchanged, so what is compiled is what would be launched. Outputs
+keep whatever their memory held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.cache import get_cache_manager
+
+
+class Device(NamedTuple):
+    """What launch code may ask of a device: its target and its limits per multiprocessor."""
+
+    target: GPUTarget
+    multiprocessors: int
+    shared_memory: int
+
+
+# The data sheets of A100, H100 SXM, B200 and MI300X; shared memory is what one program may take.
+DEVICES = {
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 108, 166912),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 132, 232448),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 148, 232448),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304, 65536),
+}
+
+
+class Resources(NamedTuple):
+    """What a binary takes: registers a thread, and bytes a thread of local memory and of spills.
+
+    ``spilled`` is what the compiler reports for a spill. For CUDA that is the stack frame, which
+    also holds local arrays; the project's kernels have none.
+    """
+
+    registers: int
+    stack: int
+    spilled: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: name, what it was specialised for, and what it takes.
+
+    ``files`` maps the stages of compilation (ttgir, ptx, cubin, amdgcn, ...) to their files.
+    """
+
+    name: str
+    target: str
+    key: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack: int
+    spilled: int
+    shared: int
+    files: dict[str, Path] = field(repr=False)
+
+    def text(self, stage: str) -> str:
+        """The kernel in a textual stage of compilation: "ttgir", "ptx", "amdgcn", ..."""
+        return self.files[stage].read_text()
+
+
+class TensorArgument(NamedTuple):
+    """A tensor that a launch was given: its memory, not its values."""
+
+    address: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: its kernel, its grid, its tensors and its scalar arguments, by name."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    tensors: dict[str, TensorArgument]
+    scalars: dict[str, Any]
+
+    @property
+    def programs(self) -> int:
+        """Number of programs in the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the launch, memory that several of them share once."""
+        total = end = 0
+        for tensor in sorted(self.tensors.values()):
+            start = max(tensor.address, end)
+            stop = tensor.address + tensor.nbytes
+            total += max(0, stop - start)
+            end = max(end, stop)
+        return total
+
+
+@dataclass
+class DryRun:
+    """What a dry run saw: launches in order, and kernels that the device could not hold."""
+
+    device: Device
+    launches: list[Launch] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """The distinct kernels launched, in order of their first launch."""
+        return list({launch.kernel.key: launch.kernel for launch in self.launches}.values())
+
+
+@contextlib.contextmanager
+def dry_run(target: str = "sm_90") -> Iterator[DryRun]:
+    """Compile for ``target``, a name in ``DEVICES``, every kernel launched inside the block.
+
+    Tensors live on the CPU and the backend is ``"triton"``. A kernel that needs more shared memory
+    than the device has raises ``triton.runtime.errors.OutOfResources``, as on the device, and is
+    named in ``failures``.
+
+    Raises:
+        ValueError: ``target`` is unknown.
+        RuntimeError: kernels are interpreted in this process, so nothing would be compiled.
+    """
+    if target not in DEVICES:
+        raise ValueError(f"target must be one of {', '.join(DEVICES)}, got {target!r}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "a dry run compiles kernels, but TRITON_INTERPRET=1 interprets them: unset it before "
+            "triton is imported"
+        )
+    config = triton.runtime.driver
+    # DriverConfig.active would look for a real device; there may be none to come back to.
+    previous = config._active
+    run = DryRun(DEVICES[target])
+    config.set_active(_Driver(target, run))
+    try:
+        yield run
+    finally:
+        config._active = previous
+
+
+class _Utils:
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": self._device.shared_memory,
+            "max_num_regs": 65536,
+            "multiprocessor_count": self._device.multiprocessors,
+            "warpSize": self._device.target.warp_size,
+            "sm_clock_rate": 1755000,
+            "mem_clock_rate": 2619000,
+            "mem_bus_width": 5120,
+        }
+
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: int
+    ) -> tuple[object, Resources, int, int, int]:
+        cuda = self._device.target.backend == "cuda"
+        resources = cuda_resources(binary) if cuda else hip_resources(binary)
+        return binary, resources, resources.registers, resources.spilled // 4, 1024
+
+
+class _Launcher:
+    """Stands where Triton's launcher would start a kernel, and records it instead."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.src = src
+        self.metadata = metadata
+        self.kernel: Kernel | None = None
+        run, limit = _active().run, _active().run.device.shared_memory
+        if metadata.shared > limit:
+            run.failures.append(f"{metadata.name}: {metadata.shared} bytes of {limit} shared")
+
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, function: Resources, *rest: Any
+    ) -> None:
+        # rest: packed metadata, launch metadata, two hooks, then the kernel's own arguments.
+        arguments = dict(zip(self.src.fn.arg_names, rest[4:], strict=True))
+        if self.kernel is None:
+            self.kernel = self._describe(arguments, function)
+        tensors, scalars = {}, {}
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                tensors[name] = TensorArgument(
+                    value.data_ptr(),
+                    value.numel() * value.element_size(),
+                    tuple(value.shape),
+                    str(value.dtype).removeprefix("torch."),
+                )
+            else:
+                scalars[name] = getattr(value, "value", value)
+        _active().run.launches.append(Launch(self.kernel, (x, y, z), tensors, scalars))
+
+    def _describe(self, arguments: dict[str, Any], resources: Resources) -> Kernel:
+        metadata = self.metadata
+        group = get_cache_manager(metadata.hash).get_group(f"{metadata.name[:150]}.json") or {}
+        signature = dict(self.src.signature)
+        constants = {
+            name: getattr(value, "value", value)
+            for name, value in arguments.items()
+            if signature[name] == "constexpr"
+        }
+        return Kernel(
+            name=metadata.name,
+            target=_active().name,
+            key=metadata.hash,
+            signature={k: str(v) for k, v in signature.items() if v != "constexpr"},
+            constants=constants,
+            num_warps=metadata.num_warps,
+            num_stages=metadata.num_stages,
+            registers=resources.registers,
+            stack=resources.stack,
+            spilled=resources.spilled,
+            shared=metadata.shared,
+            files={Path(name).suffix[1:]: Path(path) for name, path in group.items()},
+        )
+
+
+class _Driver(DriverBase):
+    """A driver whose device exists on paper only."""
+
+    def __init__(self, name: str, run: DryRun) -> None:
+        self.name = name
+        self.run = run
+        self.utils = _Utils(run.device)
+        self.launcher_cls = _Launcher
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_device(self) -> int:
+        # Triton and the project keep compiled kernels and limits by device number: one that no
+        # real device and no other target has keeps them apart.
+        return 1_000_000 + list(DEVICES).index(self.name)
+
+    def set_current_device(self, device: int) -> None:
+        return None
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.run.device.target
+
+    def get_device_capability(self, device: int) -> tuple[int, int]:
+        arch = self.run.device.target.arch
+        return divmod(arch, 10) if isinstance(arch, int) else (9, 4)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        def benchmark(kernel_call: Any, *, quantiles: Any = None, **_: Any) -> Any:
+            # Compiles the configuration; all of them then take the same time.
+            kernel_call()
+            return [1.0] * len(quantiles) if quantiles else 1.0
+
+        return benchmark
+
+    def get_empty_cache_for_benchmark(self) -> torch.Tensor:
+        return torch.empty(1)
+
+    def clear_cache(self, cache: torch.Tensor) -> None:
+        return None
+
+
+def _active() -> _Driver:
+    active = triton.runtime.driver.active
+    if not isinstance(active, _Driver):
+        raise RuntimeError("a kernel that a dry run compiled was launched outside of it")
+    return active
+
+
+def cuobjdump(binary: bytes, *options: str) -> str:
+    """What cuobjdump, which triton's wheel carries, prints for a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def cuda_resources(cubin: bytes) -> Resources:
+    """Registers and stack of a cubin's kernel."""
+    text = cuobjdump(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resources:\n{text}")
+    registers, stack = int(found[1]), int(found[2])
+    return Resources(registers, stack, stack)
+
+
+def hip_resources(hsaco: bytes) -> Resources:
+    """Vector registers and spills of an AMD code object, from its metadata note.
+
+    The note is MessagePack: a key such as ``.vgpr_count`` is followed by an unsigned integer.
+    """
+
+    def value(key: str) -> int:
+        at = hsaco.find(key.encode())
+        if at < 0:
+            raise RuntimeError(f"the code object's metadata has no {key}")
+        at += len(key)
+        width = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(hsaco[at], 0)
+        return int.from_bytes(hsaco[at + 1 : at + 1 + width], "big") if width else hsaco[at]
+
+    spilled = 4 * (value(".vgpr_spill_count") + value(".sgpr_spill_count"))
+    return Resources(value(".vgpr_count"), value(".private_segment_fixed_size"), spilled)

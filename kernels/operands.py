@@ -1,0 +1,109 @@
+"""The small records that kernels and their reference exchange (design by symbol: act, a, b, g, q).
+
+Everything here is plain data: no computation, no dependency on Triton.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTS = ("identity", "relu", "leaky_relu", "silu", "gelu")
+
+# Rows of a ``stats`` tensor, shape (5, C), float32 (float64 for float64 activations).
+MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
+
+
+class Act(NamedTuple):
+    """An elementwise activation: ``kind`` is one of ``ACTS``; ``slope`` belongs to leaky_relu.
+
+    ``gelu`` is the exact one (erf), PyTorch's default.
+    """
+
+    kind: str = "relu"
+    slope: float = 0.0
+
+
+IDENTITY = Act("identity")
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over its input, as in ``torch.nn.functional.conv2d``."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output for an input of ``size`` and a kernel of ``kernel``."""
+        return (
+            (size[0] + 2 * self.padding[0] - self.dilation[0] * (kernel[0] - 1) - 1)
+            // self.stride[0]
+            + 1,
+            (size[1] + 2 * self.padding[1] - self.dilation[1] * (kernel[1] - 1) - 1)
+            // self.stride[1]
+            + 1,
+        )
+
+
+class Grad(NamedTuple):
+    """A gradient that may still wait for a norm's backward: g = A*q + B*h + C per channel.
+
+    q:    (N, C, H, W), channels_last.
+    h:    (N, C, H, W), the norm's input, or None where B = C = 0 (running statistics).
+    coef: (3, C) rows A, B, C, or None where g = q.
+    """
+
+    q: Tensor
+    h: Tensor | None = None
+    coef: Tensor | None = None
+
+
+class Partials(NamedTuple):
+    """Per-tile reductions over rows (N*H*W), to be merged in the order of the tiles.
+
+    data:      (P, 2, C): mean and M2 (sum of squared deviations) of a tile for moments;
+               S1 = sum q and S2 = sum q*xhat of a tile for a norm's backward.
+    rows:      number of rows in all.
+    tile_rows: rows in each tile; the last one has what remains.
+    """
+
+    data: Tensor
+    rows: int
+    tile_rows: int
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics and coefficients of ``dtype`` activations are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def running_stats(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Stack a norm's statistics into (5, C): mean, var, rstd, scale = a, shift = b (design 2).
+
+    Args:
+        mean, var: (C,), any float dtype; var is the biased one in training.
+        weight, bias: (C,) or None (``affine=False``).
+        eps: added to the variance.
+    """
+    dtype = stats_dtype(mean.dtype)
+    stats = torch.empty((5, mean.numel()), dtype=dtype, device=mean.device)
+    rows = stats.unbind(0)
+    rows[MEAN].copy_(mean)
+    rows[VAR].copy_(var)
+    torch.rsqrt(torch.add(rows[VAR], eps, out=rows[RSTD]), out=rows[RSTD])
+    if weight is None:
+        rows[SCALE].copy_(rows[RSTD])
+    else:
+        torch.mul(rows[RSTD], weight.to(dtype), out=rows[SCALE])
+    torch.mul(rows[MEAN], rows[SCALE], out=rows[SHIFT])
+    if bias is None:
+        rows[SHIFT].neg_()
+    else:
+        torch.sub(bias.to(dtype), rows[SHIFT], out=rows[SHIFT])
+    return stats

@@ -1,0 +1,327 @@
+"""The kernels' functions in plain PyTorch: specification, CPU path and oracle (design 2, 4).
+
+Same names and signatures as the Triton files beside it, any float dtype up to float64. Activations
+are (N, C, H, W) tensors in channels_last memory, M = N*H*W rows; ``stats`` is a (5, C) tensor
+(``operands.running_stats``); ``dtype`` is the one in which a convolution multiplies.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operands import (
+    IDENTITY,
+    MEAN,
+    RSTD,
+    SCALE,
+    SHIFT,
+    Act,
+    Geometry,
+    Grad,
+    Partials,
+    running_stats,
+    stats_dtype,
+)
+
+_aten = torch.ops.aten
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def moments(x: Tensor) -> Partials:
+    """Per-channel mean and sum of squared deviations of x (N, C, H, W), as one tile.
+
+    Half-precision inputs are accumulated in float32 (design 6).
+    """
+    rows = _rows(x)
+    mean, var = torch.batch_norm_update_stats(x.to(stats_dtype(x.dtype)), None, None, 0.0)
+    return Partials(torch.stack((mean, var * rows)).unsqueeze(0), rows, rows)
+
+
+def norm_stats(
+    partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Merge the tiles' moments in order (Chan et al. 1979) into a (5, C) ``stats`` tensor."""
+    data, rows, tile_rows = partials
+    mean, m2 = data[0].unbind(0)
+    count = min(tile_rows, rows)
+    for tile in range(1, data.shape[0]):
+        tile_count = min(tile_rows, rows - tile * tile_rows)
+        delta = data[tile, 0] - mean
+        total = count + tile_count
+        mean = mean + delta * (tile_count / total)
+        m2 = m2 + data[tile, 1] + delta * delta * (count * tile_count / total)
+        count = total
+    return running_stats(mean, m2 / rows, weight, bias, eps)
+
+
+# --- elementwise --------------------------------------------------------------------------------
+
+
+def affine(h: Tensor, stats: Tensor) -> Tensor:
+    """u = a*h + b per channel, in the statistics' dtype; always a new tensor."""
+    return torch.addcmul(
+        _per_channel(stats[SHIFT]), h.to(stats.dtype), _per_channel(stats[SCALE])
+    )
+
+
+def activate_(u: Tensor, act: Act) -> Tensor:
+    """act(u), in u's memory."""
+    if act.kind == "relu":
+        return u.relu_()
+    if act.kind == "leaky_relu":
+        return F.leaky_relu_(u, act.slope)
+    if act.kind == "silu":
+        return F.silu(u, inplace=True)
+    if act.kind == "gelu":
+        return _aten.gelu_(u)
+    return u
+
+
+def activation_grad(dz: Tensor, u: Tensor, act: Act) -> Tensor:
+    """dz * act'(u). For relu, u may be act(u) as well: both have the same sign."""
+    if act.kind == "relu":
+        return _aten.threshold_backward(dz, u, 0)
+    if act.kind == "leaky_relu":
+        return _aten.leaky_relu_backward(dz, u, act.slope, False)
+    if act.kind == "silu":
+        return _aten.silu_backward(dz, u)
+    if act.kind == "gelu":
+        return _aten.gelu_backward(dz, u)
+    return dz
+
+
+def norm_act(h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype) -> Tensor:
+    """z = act(a*h + b) in ``dtype``: a convolution's prologue, written once. Shapes (N, C, H, W).
+
+    ``stats=None`` means no prologue: h itself, cast.
+    """
+    if stats is None:
+        return h.to(dtype)
+    return activate_(affine(h, stats), act).to(dtype)
+
+
+def act_backward(
+    dz: Tensor, h: Tensor, stats: Tensor, act: Act, add: Tensor | None = None
+) -> tuple[Tensor, Partials]:
+    """q = (dz + add) * act'(a*h + b) with its sums S1, S2; a dgrad's epilogue on its own.
+
+    dz, add, h: (N, C, H, W). q has dz's dtype.
+    """
+    u = affine(h, stats)
+    q = activation_grad((dz if add is None else dz + add).to(u.dtype), u, act).to(dz.dtype)
+    return q, gradient_sums(q, h, stats)
+
+
+def gradient_sums(q: Tensor, h: Tensor, stats: Tensor) -> Partials:
+    """S1 = sum q and S2 = sum q*xhat per channel, with xhat = (h - mean)*rstd, as one tile."""
+    # Only the sums are asked of native_batch_norm_backward: one pass over q and h.
+    _, s2, s1 = _aten.native_batch_norm_backward(
+        q.to(stats.dtype),
+        h.to(stats.dtype),
+        None,
+        None,
+        None,
+        stats[MEAN],
+        stats[RSTD],
+        True,
+        0.0,
+        [False, True, True],
+    )
+    return Partials(torch.stack((s1, s2)).unsqueeze(0), _rows(q), _rows(q))
+
+
+def norm_grad(
+    partials: Partials, stats: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients (3, C) of g = A*q + B*h + C, and the norm's dweight = S2 and dbias = S1.
+
+    With running statistics (``training=False``) B = C = 0.
+    """
+    s1, s2 = partials.data.sum(0).unbind(0)
+    coef = torch.zeros((3, s1.numel()), dtype=stats.dtype, device=stats.device)
+    coef[0] = stats[SCALE]
+    if training:
+        torch.mul(s2 * (-1.0 / partials.rows), stats[SCALE] * stats[RSTD], out=coef[1])
+        torch.mul(s1 * (-1.0 / partials.rows), stats[SCALE], out=coef[2])
+        coef[2] -= coef[1] * stats[MEAN]
+    return coef, s2, s1
+
+
+def input_grad(
+    grad: Grad, identity: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """g = A*q + B*h + C (+ identity), written: a norm's dx, or a gradient operand read twice.
+
+    identity: the identity path's gradient, (N, C, H, W), added untouched. dtype: of the result,
+    q's if None.
+    """
+    q, h, coef = grad
+    dtype = q.dtype if dtype is None else dtype
+    if coef is None:
+        g = q if identity is None else q + identity
+        return g.to(dtype)
+    a, b, c = (_per_channel(row) for row in coef.unbind(0))
+    if h is None:
+        g = q.to(coef.dtype) * a
+    else:
+        g = torch.addcmul(c, h.to(coef.dtype), b).addcmul_(q.to(coef.dtype), a)
+    if identity is not None:
+        g = g.add_(identity)
+    return g.to(dtype)
+
+
+# --- convolutions -------------------------------------------------------------------------------
+
+
+def conv_forward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    *,
+    dtype: torch.dtype,
+    stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    residual: Tensor | None = None,
+    residual_stats: Tensor | None = None,
+    subtract: bool = False,
+    out_dtype: torch.dtype | None = None,
+    with_moments: bool = False,
+) -> tuple[Tensor, Partials | None]:
+    """out = conv(act(a*h + b)) + bias + residual, and the moments of out (design 2, forward).
+
+    Args:
+        h: (N, C, H, W). weight: (K, C, R, S). bias: (K,) or None; all three are read as they are.
+        dtype: of both operands of the multiplication; accumulation is in float32 or wider.
+        stats, act: the prologue; ``stats=None`` convolves h itself.
+        residual: (N, K, P, Q) or None. With ``residual_stats``, act(a*residual + b) is added
+            instead (an identity that reads the pre-activation).
+        subtract: out = residual - (conv + bias): walks the identity path back (design 3).
+        out_dtype: of out, ``dtype`` if None.
+        with_moments: also return the moments of out as stored, one tile or several.
+    """
+    z = norm_act(h, stats, act, dtype)
+    out = F.conv2d(
+        z,
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
+    out_dtype = dtype if out_dtype is None else out_dtype
+    if residual is not None:
+        if residual_stats is not None:
+            residual = norm_act(residual, residual_stats, act, dtype)
+        if out.dtype != out_dtype:
+            out = out.to(out_dtype)
+        out = torch.sub(residual, out, out=out) if subtract else out.add_(residual)
+    out = out.to(out_dtype)
+    return out, moments(out) if with_moments else None
+
+
+def convolution_backward(
+    g: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dz, dweight and dbias of conv(z) for the gradient g, where ``mask`` asks for them.
+
+    dweight and dbias come in weight's dtype and layout.
+    """
+    dz, dweight, dbias = _aten.convolution_backward(
+        g,
+        z,
+        weight.to(g.dtype),
+        [weight.shape[0]],
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0, 0],
+        geometry.groups,
+        mask,
+    )
+    return (
+        dz if mask[0] else None,
+        torch.empty_like(weight).copy_(dweight) if mask[1] else None,
+        dbias.to(weight.dtype) if mask[2] else None,
+    )
+
+
+def conv_dgrad(
+    grad: Grad,
+    weight: Tensor,
+    h: Tensor,
+    geometry: Geometry,
+    *,
+    dtype: torch.dtype,
+    stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    add: Tensor | None = None,
+    write: bool = True,
+    coef: Tensor | None = None,
+    identity: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Partials | None]:
+    """q = (dgrad(g, weight) + add) * act'(a*h + b), with its sums S1, S2 (design 2, backward).
+
+    Args:
+        grad: the gradient of the convolution's output, (N, K, P, Q), applied on load.
+        weight: (K, C, R, S). h: (N, C, H, W), the convolution's input before its prologue; where
+            ``stats`` is None only its shape is used and the result is the plain dgrad + add.
+        add: (N, C, H, W), a further gradient of z (a shortcut that reads z), or None.
+        write: False computes the sums alone and returns (None, sums).
+        coef: (3, C): finish instead with dx = A*q + B*h + C + identity, and return (dx, None).
+            Rows B and C may be zero, and h is then not multiplied (running statistics).
+        out_dtype: of the result, ``dtype`` if None.
+    """
+    out_dtype = dtype if out_dtype is None else out_dtype
+    g = input_grad(grad, None, dtype)
+    # The mask asks for no weight gradient, so z's values are not read: h stands for its shape.
+    dz, _, _ = convolution_backward(g, h.to(dtype), weight, geometry, (True, False, False))
+    assert dz is not None
+    if stats is None:
+        return (dz if add is None else dz + add).to(out_dtype), None
+    q, sums = act_backward(dz, h, stats, act, add)
+    if coef is not None:
+        training = bool(coef[1:].any())
+        return input_grad(Grad(q, h if training else None, coef), identity, out_dtype), None
+    return (q.to(out_dtype) if write else None), sums
+
+
+def conv_wgrad(
+    grad: Grad,
+    h: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    dtype: torch.dtype,
+    stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    with_bias: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dweight = wgrad(act(a*h + b), g) in weight's shape, dtype and layout; dbias = sum of g.
+
+    grad: of the convolution's output, (N, K, P, Q), applied on load. h: (N, C, H, W).
+    """
+    g = input_grad(grad, None, dtype)
+    z = norm_act(h, stats, act, dtype)
+    _, dweight, dbias = convolution_backward(g, z, weight, geometry, (False, True, with_bias))
+    assert dweight is not None
+    return dweight, dbias
