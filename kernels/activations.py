@@ -8,6 +8,8 @@ keeps it.
 import triton
 import triton.language as tl
 
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def activate(u, slope, KIND: tl.constexpr):
@@ -40,3 +42,18 @@ def activation_grad(dz, u, slope, KIND: tl.constexpr):
         return dz * (cdf + u * pdf)
     else:
         return dz
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x.to(DTYPE), rounded to nearest even everywhere.
+
+    Triton's interpreter truncates float32 to bfloat16, up to twice the error of a GPU, so there
+    the rounding is done on the bits first (NaN has none to spare and is left alone).
+    """
+    if INTERPRET:
+        if DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+            bits = x.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            x = tl.where(x == x, rounded, x)
+    return x.to(DTYPE)

@@ -13,9 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from .operands import Geometry
+
 INTERPRET: bool = triton.knobs.runtime.interpret
+
+# The dtypes in which a kernel's tl.dot multiplies; float64 is the reference's alone.
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 _recorders: list[Callable[[str, tuple[int, ...], dict[str, Any]], None]] = []
 
@@ -86,3 +96,16 @@ def check_activation(name: str, x: Tensor, shape: tuple[int, ...] | None = None)
         )
     if shape is not None and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_convolution(geometry: Geometry, dtype: torch.dtype) -> None:
+    """Raise NotImplementedError for what the convolution kernels leave to ATen."""
+    if geometry.dilation != (1, 1) or geometry.groups != 1:
+        raise NotImplementedError(f"no kernel for dilated or grouped convolutions: {geometry}")
+    if dtype not in TRITON_DTYPES:
+        raise NotImplementedError(f"no kernel multiplies in {dtype}")
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether an element's offset in one of ``tensors`` needs 64 bits (design 6)."""
+    return any(tensor.numel() >= 2**31 for tensor in tensors)

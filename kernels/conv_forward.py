@@ -1,0 +1,233 @@
+"""Convolution with norm and activation as prologue, residual and moments as epilogue (design 2).
+
+    out[m, k] = sum over taps t, c of act(a_c*h[m@t, c] + b_c) * weight[k, c, t]
+                + bias[k] + residual[m, k]
+
+or residual - (conv + bias) with SUBTRACT, which walks the identity path back (design 3). The
+residual may itself be act(a*residual + b). With moments, each tile also writes the mean and M2 of
+its rows of out as stored, in two passes over registers: never E[x^2] - E[x]^2.
+
+Bytes: h once (every tile of columns reads it again, through L2), out once, residual once, and 8/M
+of a row of float32 a channel for moments; z = act(a*h + b) is never written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, launch
+from .activations import activate, cast
+from .conv_tile import conv_tile
+from .launch import Config
+from .operands import IDENTITY, Act, Geometry, Partials
+
+
+@triton.jit
+def conv_forward_kernel(
+    h_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_stats_ptr,
+    out_ptr,
+    moments_ptr,
+    M,
+    slope,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    ACT: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: BLOCK_M positions of out (M = N*P*Q) times BLOCK_N of its K channels."""
+    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // column_tiles
+    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = columns < K
+    first = tile * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    if EVEN_M:
+        mask = in_columns[None, :]
+    else:
+        mask = (rows < M)[:, None] & in_columns[None, :]
+        rows = tl.minimum(rows, M - 1)
+    if WIDE:
+        rows = rows.to(tl.int64)
+
+    out = conv_tile(
+        h_ptr,
+        None,
+        stats_ptr,
+        weight_ptr,
+        rows,
+        columns,
+        stride_wk,
+        stride_wc,
+        stride_wr,
+        stride_ws,
+        slope,
+        C,
+        K,
+        P,
+        Q,
+        H,
+        W,
+        R,
+        S,
+        STRIDE_H,
+        STRIDE_W,
+        PADDING_H,
+        PADDING_W,
+        False,
+        PROLOGUE,
+        ACT,
+        DTYPE,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    offsets = rows[:, None] * K + columns[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if residual_stats_ptr is not None:
+            scale = tl.load(residual_stats_ptr + 3 * K + columns, mask=in_columns, other=0.0)
+            shift = tl.load(residual_stats_ptr + 4 * K + columns, mask=in_columns, other=0.0)
+            residual = activate(residual * scale[None, :] + shift[None, :], slope, ACT)
+        if SUBTRACT:
+            out = residual - out
+        else:
+            out += residual
+    stored = cast(out, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, stored, mask=mask)
+
+    if moments_ptr is not None:
+        out = stored.to(tl.float32)
+        if EVEN_M:
+            mean = tl.sum(out, 0) * (1.0 / BLOCK_M)
+            deviation = out - mean[None, :]
+        else:
+            mean = tl.sum(tl.where(mask, out, 0.0), 0) / tl.minimum(M - first, BLOCK_M)
+            deviation = tl.where(mask, out - mean[None, :], 0.0)
+        m2 = tl.sum(deviation * deviation, 0)
+        moments_ptr += tile.to(tl.int64) * (2 * K)
+        tl.store(moments_ptr + columns, mean, mask=in_columns)
+        tl.store(moments_ptr + K + columns, m2, mask=in_columns)
+
+
+def conv_forward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    *,
+    dtype: torch.dtype,
+    stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    residual: Tensor | None = None,
+    residual_stats: Tensor | None = None,
+    subtract: bool = False,
+    out_dtype: torch.dtype | None = None,
+    with_moments: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Partials | None]:
+    """out = conv(act(a*h + b)) + bias + residual, and the moments of out; see reference.py.
+
+    Args:
+        h: (N, C, H, W), channels_last. weight: (K, C, R, S), any strides. bias: (K,) or None.
+        stats, residual_stats: (5, C) and (5, K), contiguous.
+        residual: (N, K, P, Q), channels_last, or None.
+        config: the tile; chosen by shape (configs.conv) if None.
+
+    Raises:
+        NotImplementedError: for groups or dilation, or a dtype that no kernel multiplies in.
+        ValueError: for an activation that is not channels_last or has another shape.
+    """
+    launch.check_convolution(geometry, dtype)
+    launch.check_activation("h", h)
+    n, c, height, width = h.shape
+    k, _, r, s = weight.shape
+    p, q = geometry.output_size((height, width), (r, s))
+    if residual is not None:
+        launch.check_activation("residual", residual, (n, k, p, q))
+    out = torch.empty(
+        (n, k, p, q),
+        dtype=dtype if out_dtype is None else out_dtype,
+        device=h.device,
+        memory_format=torch.channels_last,
+    )
+    rows = n * p * q
+    if config is None:
+        config = configs.conv(rows, c, k, r * s, dtype)
+    tiles = triton.cdiv(rows, config.block_m)
+    data = None
+    if with_moments:
+        data = torch.empty((tiles, 2, k), dtype=torch.float32, device=h.device)
+    launch.launch(
+        conv_forward_kernel,
+        (tiles * triton.cdiv(k, config.block_n),),
+        h,
+        stats,
+        weight,
+        bias,
+        residual,
+        residual_stats,
+        out,
+        data,
+        rows,
+        act.slope,
+        *weight.stride(),
+        C=c,
+        K=k,
+        H=height,
+        W=width,
+        P=p,
+        Q=q,
+        R=r,
+        S=s,
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        PADDING_H=geometry.padding[0],
+        PADDING_W=geometry.padding[1],
+        PROLOGUE="none" if stats is None else "act",
+        ACT=act.kind,
+        SUBTRACT=subtract,
+        DTYPE=launch.TRITON_DTYPES[dtype],
+        PRECISION=launch.input_precision(dtype),
+        WIDE=launch.is_wide(h, out),
+        EVEN_M=rows % config.block_m == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, None if data is None else Partials(data, rows, config.block_m)
