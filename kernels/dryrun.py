@@ -14,6 +14,7 @@ keep whatever their memory held.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -27,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
+
+from . import sass
 
 
 class Device(NamedTuple):
@@ -82,6 +85,11 @@ class Kernel:
         """The kernel in a textual stage of compilation: "ttgir", "ptx", "amdgcn", ..."""
         return self.files[stage].read_text()
 
+    @functools.cached_property
+    def sass(self) -> str:
+        """The machine code of a CUDA kernel, disassembled."""
+        return cuobjdump(self.files["cubin"].read_bytes(), "--dump-sass")
+
 
 class TensorArgument(NamedTuple):
     """A tensor that a launch was given: its memory, not its values."""
@@ -105,6 +113,14 @@ class Launch:
     def programs(self) -> int:
         """Number of programs in the grid."""
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def count(self) -> sass.Count:
+        """Instructions that a warp of program 0 executes; for CUDA targets."""
+        kernel = self.kernel
+        values = [self.scalars.get(name) for name in kernel.signature]
+        integers = [value if isinstance(value, int) else None for value in values]
+        trips = sass.loop_trips(kernel.text("ttgir"), integers, self.grid)
+        return sass.count(kernel.sass, trips)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,339 @@
+"""How many instructions a program executes, read from its machine code (NVIDIA SASS).
+
+    issue cycles  = instructions per warp * warps / 4     (a multiprocessor issues 4 a cycle)
+    memory cycles = distinct bytes / 14.5                 (its share of an H100's 3.35 TB/s)
+
+Their ratio says before any GPU is seen whether a kernel can be bound by memory (well under 1) or
+drowns in instructions. It bounds time from below and predicts nothing: occupancy, latency and L2
+hits come on top. Straight-line code counts once, with both sides of a branch; a loop counts as
+often as its ``scf.for`` in the kernel's TTGIR says for this launch's arguments and program 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+ISSUE_PER_CYCLE = 4.0
+BYTES_PER_CYCLE = 14.5
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+# Instructions that multiply matrices: wgmma, mma.sync and tcgen05 (sm_90; sm_80; sm_100).
+_MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
+_SPILLS = ("LDL", "STL")
+_MEMORY = ("LDG", "STG", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG")
+
+
+class Instruction(NamedTuple):
+    """One instruction: its address, its predicate ("" if none), its name and its operands."""
+
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        """The opcode without modifiers: LDG of LDG.E.128."""
+        return self.opcode.split(".", 1)[0]
+
+
+class Loop(NamedTuple):
+    """A loop of the machine code: first and last address, and how many loops enclose it."""
+
+    start: int
+    stop: int
+    depth: int
+
+
+class Trip(NamedTuple):
+    """An ``scf.for``: how often its body runs, how deep it lies, whether that is a constant."""
+
+    count: int
+    depth: int
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one warp executes for one program.
+
+    opcodes:  executed instructions by opcode, loops multiplied out.
+    loops:    the loops found and the trips each was given.
+    unsure:   what could not be matched, in words; "" where the count is certain.
+    """
+
+    opcodes: dict[str, int]
+    loops: tuple[tuple[Loop, int], ...]
+    unsure: str = ""
+
+    @property
+    def instructions(self) -> int:
+        """Instructions that one warp executes."""
+        return sum(self.opcodes.values())
+
+    def of(self, names: Sequence[str]) -> int:
+        """Executed instructions whose name, without modifiers, is one of ``names``."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode.split(".", 1)[0] in names)
+
+    @property
+    def matrix(self) -> int:
+        """Executed matrix multiplications of any kind."""
+        return self.of(_MATRIX)
+
+    @property
+    def wgmma(self) -> int:
+        """Executed warpgroup multiplications (sm_90's wgmma)."""
+        return self.of(("HGMMA", "IGMMA", "QGMMA"))
+
+    @property
+    def local(self) -> int:
+        """Executed loads from and stores to local memory: spills."""
+        return self.of(_SPILLS)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Executed accesses to global memory by name and bytes a lane: {"LDG.16": 8, ...}."""
+        widths: Counter[str] = Counter()
+        for opcode, n in self.opcodes.items():
+            name = opcode.split(".", 1)[0]
+            if name in _MEMORY:
+                bits = re.search(r"\.(?:U|S)?(8|16|64|128)\b", opcode)
+                widths[f"{name}.{int(bits[1]) // 8 if bits else 4}"] += n
+        return dict(widths)
+
+    def issue_cycles(self, num_warps: int) -> float:
+        """Cycles in which a multiprocessor issues one program of ``num_warps`` warps."""
+        return self.instructions * num_warps / ISSUE_PER_CYCLE
+
+    def ratio(self, num_warps: int, nbytes: float) -> float:
+        """Issue cycles over memory cycles for a program that moves ``nbytes`` distinct bytes."""
+        return self.issue_cycles(num_warps) * BYTES_PER_CYCLE / nbytes
+
+
+def parse(text: str) -> list[Instruction]:
+    """The instructions of ``cuobjdump --dump-sass``'s output, one kernel, in order."""
+    found = (_LINE.match(line) for line in text.splitlines())
+    return [Instruction(int(m[1], 16), m[2] or "", m[3], m[4]) for m in found if m]
+
+
+def _target(instruction: Instruction) -> int | None:
+    """Where a branch goes, or None for what is no branch with a known target."""
+    if instruction.name not in ("BRA", "JMP"):
+        return None
+    addresses = re.findall(r"0x([0-9a-f]+)", instruction.operands)
+    return int(addresses[-1], 16) if addresses else None
+
+
+def reachable(code: Sequence[Instruction]) -> list[Instruction]:
+    """The instructions on some path from the entry, without called subroutines.
+
+    Triton's subroutines are the slow paths of division and square root, which ordinary values
+    never take; what follows the last exit is padding.
+    """
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    seen: set[int] = set()
+    pending = [0]
+    while pending:
+        i = pending.pop()
+        while i < len(code) and i not in seen:
+            seen.add(i)
+            instruction = code[i]
+            always = instruction.predicate in ("", "@PT", "@UPT") and not re.match(
+                r"!?U?P\d", instruction.operands
+            )
+            goal = _target(instruction)
+            if goal is not None and goal in index:
+                pending.append(index[goal])
+            if always and (goal is not None or instruction.name in ("EXIT", "RET", "BRX", "KILL")):
+                break
+            i += 1
+    return [code[i] for i in sorted(seen)]
+
+
+def loops(code: Sequence[Instruction]) -> list[Loop]:
+    """The loops of ``code`` in the order of their starts, outer ones before those they hold."""
+    ends: dict[int, int] = {}
+    for instruction in code:
+        goal = _target(instruction)
+        if goal is not None and goal <= instruction.address:
+            ends[goal] = max(ends.get(goal, 0), instruction.address)
+    # A loop that waits for a barrier normally runs once.
+    spans = [span for span in sorted(ends.items()) if not _waits(code, *span)]
+    return [
+        Loop(start, stop, sum(a <= start and stop <= b for a, b in spans) - 1)
+        for start, stop in spans
+    ]
+
+
+def _waits(code: Sequence[Instruction], start: int, stop: int) -> bool:
+    names = [i.name for i in code if start <= i.address <= stop]
+    return len(names) < 16 and "SYNCS" in names
+
+
+def count(text: str, trips: Sequence[Trip | int] = ()) -> Count:
+    """Count what one warp executes in the disassembly ``text``.
+
+    Args:
+        text: of ``cuobjdump --dump-sass``.
+        trips: of the loops in the order of their code: from ``loop_trips``, or plain numbers.
+    """
+    code = reachable(parse(text))
+    found = loops(code)
+    known = [t if isinstance(t, Trip) else Trip(t, 0, False) for t in trips]
+    matched, unsure = match(found, known, _sizes(code, found))
+    opcodes: Counter[str] = Counter()
+    for instruction in code:
+        times = 1
+        for loop, trip in zip(found, matched, strict=True):
+            if loop.start <= instruction.address <= loop.stop:
+                times *= trip
+        opcodes[instruction.opcode] += times
+    return Count(dict(opcodes), tuple(zip(found, matched, strict=True)), unsure)
+
+
+def _sizes(code: Sequence[Instruction], found: Sequence[Loop]) -> list[int]:
+    """How much work each loop's body holds, in accesses to memory and matrix multiplications."""
+    work = (*_MATRIX, *_MEMORY)
+    return [
+        sum(i.name in work for i in code if loop.start <= i.address <= loop.stop) for loop in found
+    ]
+
+
+def match(
+    found: Sequence[Loop], trips: Sequence[Trip], sizes: Sequence[int]
+) -> tuple[list[int], str]:
+    """Trips for each loop of the machine code, and what stayed unsure.
+
+    The compiler keeps the loops' order. It may unroll one with few, constant trips (it is then
+    straight-line code and drops out here), or unroll by a factor and leave a loop for the rest.
+    """
+    remaining = list(trips)
+    while len(remaining) > len(found):
+        constant = [t for t in remaining if t.constant or t.count <= 1]
+        if not constant:
+            break
+        remaining.remove(min(constant, key=lambda t: t.count))
+    if len(found) == 2 * len(remaining) and remaining:
+        result = []
+        for trip, (first, second) in zip(
+            remaining, zip(sizes[::2], sizes[1::2], strict=True), strict=True
+        ):
+            big, small = max(first, second), max(1, min(first, second))
+            whole, rest = divmod(trip.count, max(1, round(big / small)))
+            result += [whole, rest] if first >= second else [rest, whole]
+        return result, ""
+    result = [trip.count for trip in remaining[: len(found)]]
+    result += [1] * (len(found) - len(result))
+    if len(remaining) == len(found):
+        return result, ""
+    return result, f"{len(found)} loops in the code, {len(trips)} in TTGIR"
+
+
+# --- trips of the loops, from TTGIR -------------------------------------------------------------
+
+_BINARY: dict[str, Callable[[int, int], int]] = {
+    "arith.addi": lambda a, b: a + b,
+    "arith.subi": lambda a, b: a - b,
+    "arith.muli": lambda a, b: a * b,
+    "arith.divsi": lambda a, b: int(a / b) if a * b < 0 else a // b,
+    "arith.divui": lambda a, b: a // b,
+    "arith.ceildivsi": lambda a, b: -(-a // b),
+    "arith.remsi": lambda a, b: a - b * (int(a / b) if a * b < 0 else a // b),
+    "arith.remui": lambda a, b: a % b,
+    "arith.minsi": min,
+    "arith.minui": min,
+    "arith.maxsi": max,
+    "arith.maxui": max,
+    "arith.andi": lambda a, b: a & b,
+    "arith.ori": lambda a, b: a | b,
+    "arith.xori": lambda a, b: a ^ b,
+    "arith.shli": lambda a, b: a << b,
+    "arith.shrsi": lambda a, b: a >> b,
+    "arith.shrui": lambda a, b: a >> b,
+}
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
+_FOR = re.compile(
+    r"scf\.for (%[\w-]+) = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)(?: iter_args\((.*?)\))?"
+)
+
+
+def loop_trips(ttgir: str, arguments: Sequence[int | None], grid: Sequence[int]) -> list[Trip]:
+    """How often each ``scf.for`` runs in program 0, in the order of the text.
+
+    Args:
+        ttgir: the kernel in Triton's GPU dialect.
+        arguments: the values of the function's arguments in order, None for pointers and floats.
+        grid: the launch's programs along each axis.
+
+    Raises:
+        ValueError: a bound is not computed from the arguments by integer arithmetic.
+    """
+    definitions: dict[str, str] = {}
+    values: dict[str, tuple[int, bool]] = {}
+    result: list[Trip] = []
+    header = re.search(r"tt\.func public @\w+\((.*?)\) attributes", ttgir)
+    names = re.findall(r"(%[\w-]+): ", header[1]) if header else []
+    for name, argument in zip(names, arguments, strict=False):
+        if argument is not None:
+            values[name] = (int(argument), False)
+
+    def value(name: str) -> tuple[int, bool]:
+        if name not in values:
+            if name not in definitions:
+                raise ValueError(f"{name} is not known when the kernel is launched")
+            values[name] = evaluate(definitions[name])
+        return values[name]
+
+    def evaluate(text: str) -> tuple[int, bool]:
+        operation, _, rest = text.partition(" ")
+        operands = re.findall(r"%[\w-]+(?:#\d+)?", rest)
+        if operation == "arith.constant":
+            word = rest.split()[0]
+            return {"true": 1, "false": 0}.get(word, 0) if word.isalpha() else int(word), True
+        if operation == "tt.get_program_id":
+            return 0, False
+        if operation == "tt.get_num_programs":
+            return grid["xyz".index(rest.strip()[0])], False
+        known = [value(operand) for operand in operands]
+        constant = all(flag for _, flag in known)
+        numbers = [number for number, _ in known]
+        if operation in _BINARY:
+            return _BINARY[operation](numbers[0], numbers[1]), constant
+        if operation == "arith.cmpi":
+            return int(_COMPARE[rest.split(",")[0].strip()[-2:]](*numbers)), constant
+        if operation == "arith.select":
+            return numbers[1] if numbers[0] else numbers[2], constant
+        if operation in ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
+            return numbers[0], constant
+        raise ValueError(f"no rule for {operation} in a loop's bound")
+
+    closing: list[int] = []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while closing and indent <= closing[-1] and line.lstrip().startswith("}"):
+            closing.pop()
+        text = re.sub(r" loc\(.*\)$", "", line.strip())
+        defined = re.match(r"(%[\w-]+)(?::\d+)? = (.*)", text)
+        if defined:
+            definitions[defined[1]] = defined[2]
+        loop = _FOR.search(text)
+        if loop:
+            (start, a), (stop, b), (step, c) = value(loop[2]), value(loop[3]), value(loop[4])
+            result.append(Trip(max(0, -(-(stop - start) // step)), len(closing), a and b and c))
+            # Bounds of inner loops are taken as of the outer loop's first trip.
+            values[loop[1]] = (start, False)
+            for name, initial in re.findall(r"(%[\w-]+) = (%[\w-]+)", loop[5] or ""):
+                definitions[name] = f"arith.extsi {initial}"
+            closing.append(indent)
+    return result
