@@ -1,0 +1,44 @@
+"""Fused pre-activation residual blocks (ResNet V2) for PyTorch."""
+
+from .blocks import BottleneckPreActBlock, PreActBlock
+from .models import (
+    PreActResNet,
+    preact_resnet18,
+    preact_resnet20,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet56,
+    preact_resnet101,
+    preact_resnet110,
+    preact_resnet152,
+    preact_resnet164,
+    preact_resnet200,
+    preact_resnet1001,
+    preact_resnet1202,
+    wide_resnet16_8,
+    wide_resnet28_10,
+    wide_resnet40_2,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BottleneckPreActBlock",
+    "PreActBlock",
+    "PreActResNet",
+    "preact_resnet18",
+    "preact_resnet20",
+    "preact_resnet34",
+    "preact_resnet50",
+    "preact_resnet56",
+    "preact_resnet101",
+    "preact_resnet110",
+    "preact_resnet152",
+    "preact_resnet164",
+    "preact_resnet200",
+    "preact_resnet1001",
+    "preact_resnet1202",
+    "wide_resnet16_8",
+    "wide_resnet28_10",
+    "wide_resnet40_2",
+]

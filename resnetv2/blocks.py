@@ -1,0 +1,268 @@
+"""Pre-activation blocks as drop-in modules (He et al. 2016, Figure 4(e) and equation (4)).
+
+Each block computes x_{l+1} = shortcut + F(x), F a sequence of BN -> act -> conv. The children are
+ordinary ``nn.BatchNorm2d`` and ``nn.Conv2d`` under the usual names and are read afresh at every
+call; ``forward_children`` says in plain PyTorch what ``forward`` computes by fused kernels, and
+runs wherever those cannot honour what was asked (hooks, other child types, vmap, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .run import AUTO, EAGER, Recipe, activation, hooked, must_run_eagerly, run_chain, why_not
+from .spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
+
+BACKENDS = (AUTO, "triton", "aten", EAGER)
+
+
+def _norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    if callable(norm):
+        return norm
+    if norm != "batch":
+        raise ValueError(f'norm must be "batch" or a callable from channels to module, got {norm!r}')
+    return nn.BatchNorm2d
+
+
+class PreActUnit(nn.Module):
+    """What the two blocks share: reading the children, running fused or child by child.
+
+    Subclasses create ``bn1``, ``conv1``, ... , ``act`` and ``shortcut`` and name the repetitions
+    in ``depth`` (k).
+    """
+
+    depth: int
+    expansion: int = 1
+    bn1: nn.BatchNorm2d
+    conv1: nn.Conv2d
+    act: nn.Module
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        bias: bool,
+        shortcut: str,
+        identity: str,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("stride", stride),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value in (("shortcut", shortcut), ("identity", identity)):
+            if value not in ("preact", "raw"):
+                raise ValueError(f'{name} must be "preact" or "raw", got {value!r}')
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.shortcut_reads = shortcut
+        self.identity_reads = identity
+        self.backend = backend
+        self.memory = "recompute"
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut.append(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias)
+            )
+
+    def recipe(self) -> Recipe | str:
+        """The children in the order of the computation, or why they must run one by one."""
+        projection = None
+        if len(self.shortcut) > 1:
+            return f"a shortcut of {len(self.shortcut)} modules"
+        if hooked(self.shortcut):
+            return "a hook on the shortcut"
+        if len(self.shortcut):
+            projection = self.shortcut[0]
+            reads = PROJECTION_PREACT if self.shortcut_reads == "preact" else PROJECTION_RAW
+        else:
+            reads = IDENTITY_PREACT if self.identity_reads == "preact" else IDENTITY_RAW
+        numbers = range(1, self.depth + 1)
+        recipe = Recipe(
+            tuple(getattr(self, f"bn{i}") for i in numbers),
+            tuple(getattr(self, f"conv{i}") for i in numbers),
+            self.act,
+            reads,
+            projection,
+        )
+        return why_not(recipe) or recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in_channels, H, W) to (N, out_channels, ceil(H/stride), ceil(W/stride)).
+
+        The dtype is that of eager PyTorch: x's, or under autocast that of the addition. The memory
+        format is x's. x is not modified.
+
+        Raises:
+            ValueError: wrong rank, channels, dtype or device; one value per channel in training.
+        """
+        if self.backend == EAGER or must_run_eagerly(x):
+            return self.forward_children(x)
+        recipe = self.recipe()
+        if isinstance(recipe, str):
+            return self.forward_children(x)
+        return run_chain([recipe], x, backend=self.backend, memory=self.memory)
+
+    def forward_children(self, x: Tensor) -> Tensor:
+        """The same function, child by child: He et al. 2016, Figure 4(e)."""
+        z = self.act(self.bn1(x))
+        shortcut = z if self.reads_preact() else x
+        h = self.conv1(z)
+        for i in range(2, self.depth + 1):
+            h = getattr(self, f"conv{i}")(self.act(getattr(self, f"bn{i}")(h)))
+        return h + self.shortcut(shortcut)
+
+    def reads_preact(self) -> bool:
+        """Whether the shortcut reads act(bn1(x)) rather than x."""
+        reads = self.shortcut_reads if len(self.shortcut) else self.identity_reads
+        return reads == "preact"
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, stride={self.stride}, "
+            f"shortcut={self.shortcut_reads!r}"
+        )
+
+
+class PreActBlock(PreActUnit):
+    """Basic pre-activation block: two times BN -> act -> 3x3 conv (He et al. 2016, Figure 4(e)).
+
+    Args:
+        in_channels, out_channels: of input and output.
+        stride: of ``conv1`` and of the projection.
+        bias: whether the convolutions have one.
+        shortcut: where a 1x1 projection (present where the shape changes) reads: ``"preact"``,
+            act(bn1(x)), as in the paper, or ``"raw"``, x.
+        identity: the same for a shortcut without projection; ``"preact"`` is the paper's first
+            unit, which activates before the two paths part.
+        norm: ``"batch"``, or a callable from channels to a module (other than BatchNorm2d: the
+            children run one by one).
+        act: relu, leaky_relu (0.1), silu, gelu, identity, or a module.
+        backend: ``"auto"``, ``"triton"``, ``"aten"``, or ``"eager"`` for child by child.
+
+    Children: bn1, conv1, bn2, conv2, act, shortcut. ``block.conv1(F.relu(block.bn1(x)))`` by hand
+    gives what the block computes.
+    """
+
+    depth = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        bias: bool = False,
+        shortcut: str = "preact",
+        identity: str = "raw",
+        norm: str | Callable[[int], nn.Module] = "batch",
+        act: str | nn.Module = "relu",
+        backend: str = AUTO,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, stride,
+            bias=bias, shortcut=shortcut, identity=identity, backend=backend,
+        )  # fmt: skip
+        layer = _norm_layer(norm)
+        self.bn1 = layer(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
+        self.bn2 = layer(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        self.act = activation(act)
+
+
+class BottleneckPreActBlock(PreActUnit):
+    """Bottleneck pre-activation block: BN -> act -> conv with 1x1, 3x3 and 1x1 kernels.
+
+    Arguments are ``PreActBlock``'s, and:
+        expansion: out_channels over the inner width, which is ``out_channels // expansion``.
+
+    The stride is the 3x3's. Children: bn1, conv1, bn2, conv2, bn3, conv3, act, shortcut.
+    """
+
+    depth = 3
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        expansion: int = 4,
+        bias: bool = False,
+        shortcut: str = "preact",
+        identity: str = "raw",
+        norm: str | Callable[[int], nn.Module] = "batch",
+        act: str | nn.Module = "relu",
+        backend: str = AUTO,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, stride,
+            bias=bias, shortcut=shortcut, identity=identity, backend=backend,
+        )  # fmt: skip
+        if expansion < 1 or out_channels % expansion:
+            raise ValueError(
+                f"out_channels must be a multiple of expansion, got {out_channels} and {expansion}"
+            )
+        self.expansion = expansion
+        width = out_channels // expansion
+        layer = _norm_layer(norm)
+        self.bn1 = layer(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=bias)
+        self.bn2 = layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=bias)
+        self.bn3 = layer(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=bias)
+        self.act = activation(act)
+
+
+class Stage(nn.Sequential):
+    """Consecutive blocks, run as one chain: each tensor's moments come from what wrote it.
+
+    Indexable and iterable like any ``nn.Sequential``. Blocks that cannot be units of a chain (a
+    hook on the block or a child, another class) are called one by one, the others as chains
+    between them.
+
+    Args:
+        blocks: the blocks in order. backend, memory: of the chains; memory as in ``PreActResNet``.
+    """
+
+    def __init__(
+        self, *blocks: nn.Module, backend: str = AUTO, memory: str = "recompute"
+    ) -> None:
+        super().__init__(*blocks)
+        self.backend = backend
+        self.memory = memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x through every block; see ``PreActUnit.forward``."""
+        eager = self.backend == EAGER or must_run_eagerly(x)
+        recipes: list[Recipe] = []
+        for block in self:
+            recipe = None
+            if not eager and isinstance(block, PreActUnit) and not hooked(block):
+                recipe = block.recipe() if block.backend != EAGER else None
+            if isinstance(recipe, Recipe):
+                recipes.append(recipe)
+                continue
+            if recipes:
+                x = self._run(recipes, x)
+                recipes = []
+            x = block(x)
+        return self._run(recipes, x) if recipes else x
+
+    def _run(self, recipes: list[Recipe], x: Tensor) -> Tensor:
+        return run_chain(recipes, x, backend=self.backend, memory=self.memory)
+

@@ -1,0 +1,223 @@
+"""Pre-activation residual networks: the paper's CIFAR nets, Wide ResNets and ImageNet ResNets v2.
+
+He et al. 2016 (arXiv 1603.05027), section 4 and appendix: the first unit activates before its two
+paths part, and a last BN -> act follows the last addition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage
+from .run import AUTO, activation
+
+BLOCKS: dict[str, type[PreActUnit]] = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
+STEMS = ("cifar", "imagenet")
+MEMORY_MODES = ("recompute",)
+
+
+def _block_class(block: str | type[PreActUnit]) -> type[PreActUnit]:
+    if isinstance(block, str):
+        if block not in BLOCKS:
+            raise ValueError(f"block must be one of {', '.join(BLOCKS)} or a class, got {block!r}")
+        return BLOCKS[block]
+    return block
+
+
+class PreActResNet(nn.Module):
+    """A pre-activation residual network: stem, stages of units, BN -> act, pooling, classifier.
+
+    Args:
+        block: ``PreActBlock``, ``BottleneckPreActBlock``, or "basic" or "bottleneck".
+        layers: units per stage.
+        num_classes: of the classifier.
+        widths: output channels per stage. Default: 16, 32, 64, ... ("cifar") or 64, 128, 256, ...
+            ("imagenet"), times the block's expansion.
+        in_channels: of the images.
+        stem: "cifar": a 3x3 convolution; "imagenet": 7x7 with stride 2 and 3x3 max pooling.
+        stem_width: channels after the stem; 16 or 64 by default.
+        memory: what is kept for the backward (see README): "recompute".
+        backend: "auto", "triton", "aten", or "eager" (unfused, for comparison).
+        block_options: bias, shortcut, norm, act, ... of the blocks.
+
+    Every stage but the first begins with stride 2. Children: conv1 (the stem), stage1, stage2, ...
+    (each an ``nn.Sequential`` of blocks that runs as one chain), bn, act, fc.
+
+    Raises:
+        ValueError: an unknown name, or lengths of ``layers`` and ``widths`` that differ.
+    """
+
+    def __init__(
+        self,
+        block: str | type[PreActUnit],
+        layers: Sequence[int],
+        num_classes: int = 10,
+        *,
+        widths: Sequence[int] | None = None,
+        in_channels: int = 3,
+        stem: str = "cifar",
+        stem_width: int | None = None,
+        memory: str = "recompute",
+        backend: str = AUTO,
+        **block_options: Any,
+    ) -> None:
+        super().__init__()
+        block = _block_class(block)
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        if memory not in MEMORY_MODES:
+            raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
+        if not layers or any(n < 1 for n in layers):
+            raise ValueError(f"layers must name at least one unit per stage, got {list(layers)}")
+        base = 16 if stem == "cifar" else 64
+        channels = base if stem_width is None else stem_width
+        if widths is None:
+            widths = [base * 2**i * block.expansion for i in range(len(layers))]
+        if len(widths) != len(layers):
+            raise ValueError(
+                f"widths must name one width per stage: {len(layers)} stages, {len(widths)} widths"
+            )
+        self.stem = stem
+        self.memory = memory
+        self.backend = backend
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+        for number, (count, width) in enumerate(zip(layers, widths), start=1):
+            blocks: list[nn.Module] = []
+            for i in range(count):
+                first = number == 1 and i == 0
+                options = {"identity": "preact", "shortcut": "preact"} if first else {}
+                blocks.append(
+                    block(
+                        channels,
+                        width,
+                        2 if number > 1 and i == 0 else 1,
+                        backend=backend,
+                        **{**block_options, **options},
+                    )
+                )
+                channels = width
+            self.add_module(f"stage{number}", Stage(*blocks, backend=backend, memory=memory))
+        self.num_stages = len(layers)
+        norm = block_options.get("norm", "batch")
+        self.bn = norm(channels) if callable(norm) else nn.BatchNorm2d(channels)
+        self.act = activation(block_options.get("act", "relu"))
+        self.fc = nn.Linear(channels, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the paper's code: conv weights N(0, sqrt(2/(k*k*out_channels))), BN 1 and
+        0, biases 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                height, width = module.kernel_size
+                fan_out = height * width * module.out_channels
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                if module.affine:
+                    nn.init.ones_(module.weight)
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.fc.bias)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages in order."""
+        return [getattr(self, f"stage{i}") for i in range(1, self.num_stages + 1)]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images (N, in_channels, H, W) to the last activated feature map."""
+        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
+            raise ValueError(
+                f"expected images (N, {self.conv1.in_channels}, H, W), got {tuple(x.shape)}"
+            )
+        x = self.conv1(x)
+        if self.stem == "imagenet":
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for stage in self.stages:
+            x = stage(x)
+        return self.act(self.bn(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, in_channels, H, W) to logits (N, num_classes)."""
+        return self.fc(self.features(x).mean((2, 3)))
+
+    @classmethod
+    def from_depth(
+        cls, depth: int, block: str | type[PreActUnit] = "basic", num_classes: int = 10, **options: Any
+    ) -> PreActResNet:
+        """A three-stage CIFAR net by its number of layers: 6n+2 (basic) or 9n+2 (bottleneck).
+
+        Raises:
+            ValueError: any other depth; it names the nearest valid ones.
+        """
+        block = _block_class(block)
+        per_unit = 3 * block.depth
+        units, rest = divmod(depth - 2, per_unit)
+        if rest or units < 1:
+            below = max(units, 1) * per_unit + 2
+            near = f"{below} or {below + per_unit}" if below < depth else f"{below}"
+            raise ValueError(
+                f"depth must be {per_unit}n+2 for {block.__name__}, got {depth}; nearest: {near}"
+            )
+        return cls(block, [units] * 3, num_classes, **options)
+
+
+def _factory(
+    name: str, block: type[PreActUnit], layers: Sequence[int], **fixed: Any
+) -> Callable[..., PreActResNet]:
+    classes = 1000 if fixed.get("stem") == "imagenet" else 10
+
+    def build(num_classes: int = classes, **options: Any) -> PreActResNet:
+        return PreActResNet(block, layers, num_classes, **{**fixed, **options})
+
+    build.__name__ = build.__qualname__ = name
+    kind = "ImageNet" if fixed.get("stem") == "imagenet" else "CIFAR"
+    build.__doc__ = (
+        f"{kind} pre-activation net of {block.__name__}, units per stage {list(layers)}; options "
+        f"as for ``PreActResNet``."
+    )
+    return build
+
+
+def _imagenet(layers: Sequence[int], block: type[PreActUnit], depth: int) -> Callable[..., PreActResNet]:
+    return _factory(f"preact_resnet{depth}", block, layers, stem="imagenet")
+
+
+def _cifar(depth: int, block: type[PreActUnit]) -> Callable[..., PreActResNet]:
+    units = (depth - 2) // (3 * block.depth)
+    return _factory(f"preact_resnet{depth}", block, [units] * 3)
+
+
+def _wide(depth: int, factor: int) -> Callable[..., PreActResNet]:
+    units = (depth - 4) // 6
+    widths = [16 * factor, 32 * factor, 64 * factor]
+    return _factory(f"wide_resnet{depth}_{factor}", PreActBlock, [units] * 3, widths=widths)
+
+
+preact_resnet18 = _imagenet([2, 2, 2, 2], PreActBlock, 18)
+preact_resnet34 = _imagenet([3, 4, 6, 3], PreActBlock, 34)
+preact_resnet50 = _imagenet([3, 4, 6, 3], BottleneckPreActBlock, 50)
+preact_resnet101 = _imagenet([3, 4, 23, 3], BottleneckPreActBlock, 101)
+preact_resnet152 = _imagenet([3, 8, 36, 3], BottleneckPreActBlock, 152)
+preact_resnet200 = _imagenet([3, 24, 36, 3], BottleneckPreActBlock, 200)
+
+preact_resnet20 = _cifar(20, PreActBlock)
+preact_resnet56 = _cifar(56, PreActBlock)
+preact_resnet110 = _cifar(110, PreActBlock)
+preact_resnet1202 = _cifar(1202, PreActBlock)
+preact_resnet164 = _cifar(164, BottleneckPreActBlock)
+preact_resnet1001 = _cifar(1001, BottleneckPreActBlock)
+
+wide_resnet16_8 = _wide(16, 8)
+wide_resnet28_10 = _wide(28, 10)
+wide_resnet40_2 = _wide(40, 2)

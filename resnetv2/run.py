@@ -1,0 +1,311 @@
+"""From modules to chains: reads blocks' children afresh, runs the operator, updates the buffers.
+
+A module that can be a unit offers ``fusable_unit() -> Recipe | str``: its children in the order of
+the computation, or the reason why its children must run one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.operands import ACTS, Act, Geometry
+from .ops import chain_forward
+from .spec import (
+    DTYPES,
+    Conv,
+    Norm,
+    Unit,
+    encode_header,
+    encode_unit,
+)
+
+AUTO = "auto"
+EAGER = "eager"
+
+
+class Recipe(NamedTuple):
+    """One unit's children: norms[i] -> act -> convs[i], a projection or None, and what it reads."""
+
+    norms: tuple[nn.BatchNorm2d, ...]
+    convs: tuple[nn.Conv2d, ...]
+    act: nn.Module
+    shortcut: int
+    projection: nn.Conv2d | None = None
+    add_in_place: bool = False
+
+
+def activation(act: str | nn.Module) -> nn.Module:
+    """The module for an activation's name: relu, leaky_relu, silu, gelu or identity.
+
+    Raises:
+        ValueError: an unknown name. A module is returned as it is.
+    """
+    if isinstance(act, nn.Module):
+        return act
+    modules = {
+        "relu": nn.ReLU,
+        "leaky_relu": lambda: nn.LeakyReLU(0.1),
+        "silu": nn.SiLU,
+        "gelu": nn.GELU,
+        "identity": nn.Identity,
+    }
+    if act not in modules:
+        raise ValueError(f"act must be one of {', '.join(ACTS)} or a module, got {act!r}")
+    return modules[act]()
+
+
+def act_of(module: nn.Module) -> Act | None:
+    """The kernels' record of an activation module, or None for one they do not know."""
+    kind = type(module)
+    if kind is nn.ReLU:
+        return Act("relu")
+    if kind is nn.LeakyReLU and module.negative_slope >= 0:
+        return Act("leaky_relu", float(module.negative_slope))
+    if kind is nn.SiLU:
+        return Act("silu")
+    if kind is nn.GELU and module.approximate == "none":
+        return Act("gelu")
+    if kind is nn.Identity:
+        return Act("identity")
+    return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anything is hooked on a module's call, so that it must really be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _globally_hooked() -> bool:
+    m = torch.nn.modules.module
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )
+
+
+def why_not(recipe: Recipe) -> str | None:
+    """The reason why a recipe's children must run one by one, or None."""
+    if act_of(recipe.act) is None:
+        return f"activation {type(recipe.act).__name__} is not one of {', '.join(ACTS)}"
+    if hooked(recipe.act):
+        return f"a hook on {type(recipe.act).__name__}"
+    for norm in recipe.norms:
+        if type(norm) is not nn.BatchNorm2d:
+            return f"a norm is {type(norm).__name__}, not BatchNorm2d"
+        if hooked(norm):
+            return "a hook on a norm"
+    convs = recipe.convs if recipe.projection is None else (*recipe.convs, recipe.projection)
+    for conv in convs:
+        if type(conv) is not nn.Conv2d:
+            return f"a convolution is {type(conv).__name__}, not Conv2d"
+        if hooked(conv):
+            return "a hook on a convolution"
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            return f"padding {conv.padding!r} in mode {conv.padding_mode!r}"
+    return None
+
+
+def must_run_eagerly(x: Tensor) -> bool:
+    """Whether x, or what is being done with it, is beyond the operators: children then run."""
+    if x.dtype not in DTYPES or x.numel() == 0:
+        return True
+    if x.dtype == torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        type(x) not in (Tensor, nn.Parameter)
+        or x.layout != torch.strided
+        or _globally_hooked()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def check_input(x: Tensor, conv: nn.Conv2d) -> None:
+    """Raise at once for an input that a chain beginning with ``conv`` cannot take.
+
+    Raises:
+        ValueError: wrong rank, number of channels, dtype or device; says what was expected and
+            what came.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (N, C, H, W), got {x.dim()}D input {tuple(x.shape)}")
+    if x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"expected input with {conv.in_channels} channels, got {x.shape[1]} channels: "
+            f"{tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"expected a floating-point input, got {x.dtype}")
+    weight = conv.weight
+    if x.device != weight.device:
+        raise ValueError(
+            f"expected input on the parameters' device {weight.device}, got {x.device}"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"expected input of the convolutions' dtype {weight.dtype}, got {x.dtype} "
+            "(torch.autocast mixes dtypes)"
+        )
+
+
+def _batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    # As in torch.nn.BatchNorm2d.forward.
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _conv(conv: nn.Conv2d) -> Conv:
+    return Conv(
+        Geometry(conv.stride, conv.padding, conv.dilation, conv.groups), conv.bias is not None
+    )
+
+
+def _encode(
+    recipe: Recipe, layout: list[int], constants: list[float], params: list[Tensor]
+) -> None:
+    norms = []
+    for norm, conv in zip(recipe.norms, recipe.convs):
+        training = _batch_statistics(norm)
+        norms.append(Norm(training, norm.weight is not None, norm.bias is not None, norm.eps))
+        for tensor in (norm.weight, norm.bias):
+            if tensor is not None:
+                params.append(tensor)
+        if not training:
+            assert norm.running_mean is not None and norm.running_var is not None
+            params += [norm.running_mean, norm.running_var]
+        params.append(conv.weight)
+        if conv.bias is not None:
+            params.append(conv.bias)
+    projection = recipe.projection
+    if projection is not None:
+        params.append(projection.weight)
+        if projection.bias is not None:
+            params.append(projection.bias)
+    act = act_of(recipe.act)
+    assert act is not None
+    encode_unit(
+        layout,
+        constants,
+        Unit(
+            tuple(norms),
+            tuple(_conv(conv) for conv in recipe.convs),
+            act,
+            recipe.shortcut,
+            None if projection is None else _conv(projection),
+            recipe.add_in_place,
+        ),
+    )
+
+
+def run_chain(
+    recipes: Sequence[Recipe],
+    x: Tensor,
+    *,
+    backend: str = AUTO,
+    memory: str = "recompute",
+    segment: int = 0,
+) -> Tensor:
+    """Run consecutive units as one chain: x (N, C, H, W) to the last unit's output.
+
+    Running statistics and ``num_batches_tracked`` move as in eager. x is not modified; the result
+    has x's memory format.
+
+    Raises:
+        ValueError: what ``check_input`` refuses, or one value per channel in training.
+    """
+    check_input(x, recipes[0].convs[0])
+    rows = _rows(recipes, x)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    weight = recipes[0].convs[0].weight
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    params: list[Tensor] = []
+    body: list[int] = []
+    constants: list[float] = []
+    for recipe in recipes:
+        _encode(recipe, body, constants, params)
+    needs = [x.requires_grad, *(p.requires_grad for p in params)]
+    keep = torch.is_grad_enabled() and any(needs)
+    layout = encode_header(dtype, backend, memory, segment, keep, len(recipes))
+    layout += body
+    layout += [int(n) for n in needs]
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    like_nchw = x.is_contiguous() and not (channels_last and x.stride(1) == 1)
+    result = chain_forward(
+        x if channels_last else x.contiguous(memory_format=torch.channels_last),
+        params,
+        layout,
+        constants,
+    )
+    out = result[0]
+    _update_buffers(recipes, result[1], rows)
+    return out.contiguous() if like_nchw else out
+
+
+def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
+    """N*H*W at each norm of the chain; raises as eager does where one has nothing to average."""
+    rows = []
+    size = (x.shape[2], x.shape[3])
+    for recipe in recipes:
+        for norm, conv in zip(recipe.norms, recipe.convs):
+            rows.append(x.shape[0] * size[0] * size[1])
+            if rows[-1] == 1 and _batch_statistics(norm):
+                raise ValueError(
+                    "expected more than 1 value per channel when training, got input size "
+                    f"{(x.shape[0], norm.num_features, *size)}"
+                )
+            geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+            size = geometry.output_size(size, conv.kernel_size)  # type: ignore[arg-type]
+    return rows
+
+
+def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[int]) -> None:
+    """Move running statistics as torch.nn.BatchNorm2d does, a whole chain at a time."""
+    moved: dict[tuple[float, int], list[list[Tensor]]] = {}
+    counters: list[Tensor] = []
+    cumulative: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
+    stats = stats.detach()
+    offset = 0
+    norms = [norm for recipe in recipes for norm in recipe.norms]
+    for norm, rows in zip(norms, rows_at):
+        channels = norm.num_features
+        part = stats.narrow(0, offset, 5 * channels)
+        offset += 5 * channels
+        if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+            continue
+        assert norm.running_var is not None
+        mean, var = part.narrow(0, 0, channels), part.narrow(0, channels, channels)
+        if norm.num_batches_tracked is not None:
+            counters.append(norm.num_batches_tracked)
+        if norm.momentum is None:
+            cumulative.append((norm, mean, var, rows))
+            continue
+        groups = moved.setdefault((norm.momentum, rows), [[], [], [], []])
+        for group, tensor in zip(groups, (norm.running_mean, mean, norm.running_var, var)):
+            group.append(tensor)
+    with torch.no_grad():
+        if counters:
+            torch._foreach_add_(counters, 1)
+        for (momentum, rows), (means, batch_means, variances, batch_vars) in moved.items():
+            torch._foreach_mul_(means, 1.0 - momentum)
+            torch._foreach_add_(means, batch_means, alpha=momentum)
+            torch._foreach_mul_(variances, 1.0 - momentum)
+            torch._foreach_add_(variances, batch_vars, alpha=momentum * rows / (rows - 1))
+        for norm, mean, var, rows in cumulative:
+            assert norm.running_mean is not None and norm.running_var is not None
+            factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr]
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+            norm.running_var.lerp_((var * (rows / (rows - 1))).to(norm.running_var.dtype), factor)
