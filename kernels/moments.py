@@ -1,0 +1,289 @@
+"""Per-channel mean and variance of an activation (design 2): tiles of rows, then one merge.
+
+``moments`` gives, for each tile of rows, the mean and M2 = sum (x - mean)^2 of every channel. Inside
+a block of BLOCK_M rows, held in registers, they are taken in two passes and relative to its first
+row (never E[x^2] - E[x]^2, which cancels as the residual stream grows); the blocks of a tile are
+joined by Chan et al. 1979:
+
+    delta = mean_2 - mean_1,  mean = mean_1 + delta*n_2/n,  M2 = M2_1 + M2_2 + delta^2*n_1*n_2/n
+
+``norm_stats`` merges all tiles at once, exactly and in a fixed order. With o the first tile's mean,
+so that nothing cancels where |mean| >> std,
+
+    mean = o + sum (n_t/n)*(mean_t - o),      M2 = sum M2_t + n_t*(mean_t - mean)^2
+    var = M2/n,  rstd = 1/sqrt(var + eps),  a = weight*rstd,  b = bias - mean*a
+
+Bytes: ``moments`` reads x once and writes 8 bytes a tile and channel, ``norm_stats`` reads those
+(the means a second time, from cache).
+
+``row_tiling`` is the tiling of every elementwise kernel beside this one: a program owns ``steps``
+blocks of BLOCK_M rows by BLOCK_C channels, and there is one program for each tile and channel block,
+however few channels there are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check_activation, launch, multiprocessors
+from .operands import Partials
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Elements of one block: 32 a thread at 4 warps, four 16-byte loads of a 16-bit tensor in flight.
+BLOCK_ELEMENTS = 4096
+MAX_TILES = 1024
+MERGE_TILES = 512
+MERGE_CHANNELS = 8
+
+
+class RowTiling(NamedTuple):
+    """How a (rows, channels) matrix is cut: ``tiles`` of ``steps`` blocks, all channel blocks."""
+
+    block_m: int
+    block_c: int
+    steps: int
+    tiles: int
+    grid: tuple[int]
+
+
+def row_tiling(rows: int, channels: int, max_tiles: int | None = None) -> RowTiling:
+    """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
+
+    Blocks are wide enough for 16-byte loads and narrow enough that multiples of 16 channels waste
+    no lane; they shrink until every multiprocessor has four programs.
+    """
+    whole = channels & -channels if channels % 16 == 0 else triton.next_power_of_2(channels)
+    block_c = min(whole, 64)
+    column_blocks = triton.cdiv(channels, block_c)
+    elements = BLOCK_ELEMENTS
+    wanted = 4 * multiprocessors()
+    while elements > 1024 and triton.cdiv(rows, elements // block_c) * column_blocks < wanted:
+        elements //= 2
+    block_m = elements // block_c
+    blocks = triton.cdiv(rows, block_m)
+    steps = 1 if max_tiles is None else triton.cdiv(blocks, max_tiles)
+    tiles = triton.cdiv(blocks, steps)
+    return RowTiling(block_m, block_c, steps, tiles, (tiles * column_blocks,))
+
+
+def check_floating(**dtypes: torch.dtype) -> None:
+    """Raise TypeError for a dtype that the kernels cannot read or write."""
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {dtype}")
+
+
+def check_per_channel(name: str, values: Tensor, rows: int, channels: int) -> None:
+    """``stats`` and ``coef`` are contiguous float32 tensors of (rows, channels)."""
+    if tuple(values.shape) != (rows, channels) or not values.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous ({rows}, {channels}) tensor, got {tuple(values.shape)} "
+            f"with strides {values.stride()}"
+        )
+    if values.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {values.dtype}")
+
+
+def check_partials(partials: Partials) -> None:
+    """``data`` is a contiguous float32 (P, 2, C) with one entry for each tile of the rows."""
+    data, rows, tile_rows = partials
+    tiles = triton.cdiv(rows, tile_rows)
+    if data.dim() != 3 or data.shape[0] != tiles or data.shape[1] != 2 or not data.is_contiguous():
+        raise ValueError(
+            f"partials.data must be a contiguous ({tiles}, 2, C) tensor for {rows} rows in tiles "
+            f"of {tile_rows}, got {tuple(data.shape)}"
+        )
+    check_floating(partials=data.dtype)
+
+
+@triton.jit
+def program_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's tile and channels; neighbouring programs share rows, and so cache lines."""
+    COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    columns = program % COLUMN_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    return program // COLUMN_BLOCKS, columns
+
+
+@triton.jit
+def block_offsets(
+    block, rows, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Where block number ``block`` of BLOCK_M rows lies: base, offsets from it, mask, valid rows.
+
+    The base is 64-bit, the offsets inside a block need only 32.
+    """
+    row = block.to(tl.int64) * BLOCK_M
+    valid = tl.minimum(rows - row, BLOCK_M).to(tl.int32)
+    local = tl.arange(0, BLOCK_M)
+    mask = (local < valid)[:, None]
+    if C % BLOCK_C != 0:
+        mask = mask & (columns < C)[None, :]
+    return row * C, local[:, None] * C + columns[None, :], mask, valid
+
+
+@triton.jit
+def tile_steps(tile, rows, steps, BLOCK_M: tl.constexpr):
+    """The tile's first block and its number of blocks: the last tile may have fewer."""
+    first = tile * steps
+    return first, tl.minimum(steps, (rows + BLOCK_M - 1) // BLOCK_M - first).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _moments_kernel(
+    x_ptr, data_ptr, rows, steps, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    tile, columns = program_tile(C, BLOCK_C)
+    first, blocks = tile_steps(tile, rows, steps, BLOCK_M)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    count = 0.0
+    for step in range(blocks):
+        base, offsets, mask, valid = block_offsets(first + step, rows, columns, C, BLOCK_M, BLOCK_C)
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        # Seen from the block's first row, the sum loses nothing to a mean far from 0.
+        origin = tl.load(x_ptr + base + columns, mask=columns < C, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - origin[None, :], 0.0)
+        block_count = valid.to(tl.float32)
+        block_mean = tl.sum(x, axis=0) / block_count
+        deviation = tl.where(mask, x - block_mean[None, :], 0.0)
+        block_m2 = tl.sum(deviation * deviation, axis=0)
+        block_mean += origin
+        delta = block_mean - mean
+        total = count + block_count
+        mean += delta * (block_count / total)
+        m2 += block_m2 + delta * (delta * (count * block_count / total))
+        count = total
+    data_ptr += tile.to(tl.int64) * (2 * C)
+    tl.store(data_ptr + columns, mean, mask=columns < C)
+    tl.store(data_ptr + C + columns, m2, mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["rows", "tile_rows", "tiles"])
+def _norm_stats_kernel(
+    data_ptr,
+    weight_ptr,
+    bias_ptr,
+    stats_ptr,
+    eps,
+    rows,
+    tile_rows,
+    tiles,
+    C: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = columns < C
+    first_mean = tl.load(data_ptr + columns, mask=known, other=0.0).to(tl.float32)
+    inverse = 1.0 / rows.to(tl.float32)
+
+    offset = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
+    for start in range(0, tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        mask = (tile < tiles)[:, None] & known[None, :]
+        at = tile[:, None] * (2 * C) + columns[None, :]
+        mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        count = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows).to(tl.float32)
+        offset += tl.where(mask, (mean_t - first_mean[None, :]) * (count * inverse)[:, None], 0.0)
+    mean = first_mean + tl.sum(offset, axis=0)
+
+    squares = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
+    for start in range(0, tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        mask = (tile < tiles)[:, None] & known[None, :]
+        at = tile[:, None] * (2 * C) + columns[None, :]
+        mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        m2_t = tl.load(data_ptr + C + at, mask=mask, other=0.0).to(tl.float32)
+        count = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows).to(tl.float32)
+        delta = mean_t - mean[None, :]
+        squares += tl.where(mask, m2_t + delta * (delta * count[:, None]), 0.0)
+    var = tl.sum(squares, axis=0) * inverse
+
+    rstd = tl.rsqrt(var + eps)
+    scale = rstd
+    if weight_ptr is not None:
+        scale = rstd * tl.load(weight_ptr + columns, mask=known, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)
+    tl.store(stats_ptr + columns, mean, mask=known)
+    tl.store(stats_ptr + C + columns, var, mask=known)
+    tl.store(stats_ptr + 2 * C + columns, rstd, mask=known)
+    tl.store(stats_ptr + 3 * C + columns, scale, mask=known)
+    tl.store(stats_ptr + 4 * C + columns, shift, mask=known)
+
+
+def moments(x: Tensor) -> Partials:
+    """Per-channel mean and sum of squared deviations of x (N, C, H, W), tile by tile.
+
+    Returns:
+        data (P, 2, C) float32 with at most ``MAX_TILES`` tiles.
+
+    Raises:
+        ValueError: x is not channels_last or has no rows. TypeError: its dtype is not in FLOATS.
+    """
+    check_activation("x", x)
+    check_floating(x=x.dtype)
+    channels = x.shape[1]
+    rows = x.numel() // max(channels, 1)
+    if rows == 0:
+        raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
+    tiling = row_tiling(rows, channels, MAX_TILES)
+    data = torch.empty((tiling.tiles, 2, channels), dtype=torch.float32, device=x.device)
+    launch(
+        _moments_kernel,
+        tiling.grid,
+        x,
+        data,
+        rows,
+        tiling.steps,
+        C=channels,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
+        num_warps=4,
+    )
+    return Partials(data, rows, tiling.steps * tiling.block_m)
+
+
+def norm_stats(
+    partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Merge the tiles' moments in a fixed order into ``stats`` (5, C) float32, in one launch.
+
+    Args:
+        partials: of ``moments``, or of a convolution's epilogue.
+        weight, bias: (C,), any float dtype, or None.
+    """
+    check_partials(partials)
+    data, rows, tile_rows = partials
+    tiles, _, channels = data.shape
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None and (values.shape != (channels,) or not values.is_contiguous()):
+            raise ValueError(
+                f"{name} must be a contiguous ({channels},), got {tuple(values.shape)}"
+            )
+    stats = torch.empty((5, channels), dtype=torch.float32, device=data.device)
+    launch(
+        _norm_stats_kernel,
+        (triton.cdiv(channels, MERGE_CHANNELS),),
+        data,
+        weight,
+        bias,
+        stats,
+        eps,
+        rows,
+        tile_rows,
+        tiles,
+        C=channels,
+        BLOCK_TILES=min(MERGE_TILES, triton.next_power_of_2(tiles)),
+        BLOCK_C=MERGE_CHANNELS,
+        num_warps=4,
+    )
+    return stats

@@ -1,0 +1,80 @@
+"""z = act(a*h + b) per channel, written once: a convolution's prologue on its own (design 2, 7).
+
+For the shapes at which a 3x3 convolution would drown in instructions if it applied the prologue at
+each of nine taps (kernel-notes): this kernel writes z, and the convolution reads it nine times from
+cache. Bytes: h read, z written, 2w in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate, cast
+from .launch import check_activation, launch
+from .moments import block_offsets, check_floating, check_per_channel, program_tile, row_tiling
+from .operands import Act
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_act_kernel(
+    h_ptr,
+    stats_ptr,
+    z_ptr,
+    slope,
+    rows,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tile, columns = program_tile(C, BLOCK_C)
+    base, offsets, mask, _ = block_offsets(tile, rows, columns, C, BLOCK_M, BLOCK_C)
+    z = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    if stats_ptr is not None:
+        known = columns < C
+        scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
+        shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
+        z = activate(z * scale[None, :] + shift[None, :], slope, ACT)
+    tl.store(z_ptr + base + offsets, cast(z, z_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_act(h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype) -> Tensor:
+    """z = act(a*h + b) in ``dtype``; ``stats=None`` means no prologue: h itself, cast.
+
+    Args:
+        h: (N, C, H, W), channels_last. stats: (5, C) float32, or None.
+
+    Returns:
+        (N, C, H, W), channels_last, always a new tensor.
+
+    Raises:
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
+    """
+    check_activation("h", h)
+    check_floating(h=h.dtype, dtype=dtype)
+    channels = h.shape[1]
+    if stats is not None:
+        check_per_channel("stats", stats, 5, channels)
+    z = torch.empty_like(h, dtype=dtype, memory_format=torch.channels_last)
+    if h.numel() == 0:
+        return z
+    rows = h.numel() // channels
+    tiling = row_tiling(rows, channels)
+    launch(
+        _norm_act_kernel,
+        tiling.grid,
+        h,
+        stats,
+        z,
+        act.slope,
+        rows,
+        C=channels,
+        ACT=act.kind,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
+        num_warps=4,
+    )
+    return z
