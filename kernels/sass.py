@@ -89,6 +89,19 @@ class Count:
         """Executed warpgroup multiplications (sm_90's wgmma)."""
         return self.of(("HGMMA", "IGMMA", "QGMMA"))
 
+    def multiply_adds(self, num_warps: int) -> int:
+        """Multiply-adds of a program's matrix instructions, on zeros of a tile's border too."""
+        total = 0
+        for opcode, n in self.opcodes.items():
+            name, _, rest = opcode.partition(".")
+            wide = re.match(r"(\d+)x(\d+)x(\d+)", rest)
+            if name in ("HGMMA", "IGMMA", "QGMMA") and wide:
+                total += n * int(wide[1]) * int(wide[2]) * int(wide[3]) * num_warps // 4
+            elif name == "HMMA" and rest[:2] == "16":
+                # HMMA.16816 and HMMA.1684 multiply 16 x 8 x 16 and 16 x 8 x 4 a warp.
+                total += n * 16 * 8 * int(re.match(r"168(\d+)", rest)[1]) * num_warps
+        return total
+
     @property
     def local(self) -> int:
         """Executed loads from and stores to local memory: spills."""
