@@ -1,0 +1,380 @@
+"""A convolution's weight gradient, with both operands made on load (design 2, backward).
+
+    dW[k, c, r, s] = sum over rows m = (n, p, q) of  g[m, k] * z[n, p*stride - padding + r, ..., c]
+    g = A*q + B*h' + C  (a norm's backward that still waits),    z = act(a*h + b)  (0 at the border)
+
+As a matrix product, dW = Z^T g with Z the (rows, J) im2col matrix whose column j = (r*S + s)*C + c
+lies at a constant distance from the row's first element, so it is read from h in place. Several
+taps of a narrow h so stand side by side in one block of columns, wide enough for wgmma, whose M
+side is 64: a program computes J_TILES blocks of BLOCK_J columns by BLOCK_K output channels for a
+range of rows, and reads g once for all of them. wgmma's M side is J, or K where BLOCK_J is narrower
+than 64 (SWAP).
+
+No atomics: each range of rows (split) writes its float32 sums to a workspace (splits, K*J + K), and
+a second kernel adds the splits in their order and writes dW in the weight's dtype and strides,
+and dbias = sum of g.
+
+Bytes: q, h' and h are read once from memory (once more from L2 for each further block of columns or
+channels, and for each tap), and 4*(K*J + K) bytes a split are written and read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import INTERPRET, activate, cast
+from .launch import check_activation, input_precision, launch, multiprocessors
+from .moments import check_floating, check_per_channel
+from .norm_backward import check_grad
+from .operands import IDENTITY, Act, Geometry, Grad
+
+_TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+_REDUCE_SPLITS = 64
+_REDUCE_ELEMENTS = 32
+
+
+class WgradConfig(NamedTuple):
+    """BLOCK_M rows at a time; a program owns j_tiles blocks of block_j columns by block_k."""
+
+    block_m: int
+    block_k: int
+    block_j: int
+    j_tiles: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _gradient_block(
+    q_ptr,
+    gh_ptr,
+    offsets,
+    mask,
+    a,
+    b,
+    c,
+    HAS_COEF: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """g = A*q + B*h' + C of a block of rows; 0 where a row does not exist."""
+    g = tl.load(q_ptr + offsets, mask=mask, other=0.0)
+    if HAS_COEF:
+        g = g.to(tl.float32) * a[None, :]
+        if gh_ptr is not None:
+            h = tl.load(gh_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            # Where B is 0, an Inf in h' must not become a NaN.
+            g += tl.where(b[None, :] == 0.0, 0.0, b[None, :] * h) + c[None, :]
+            g = tl.where(mask, g, 0.0)
+    return g
+
+
+@triton.jit(do_not_specialize=["rows", "split_rows"])
+def _conv_wgrad_kernel(
+    q_ptr,
+    gh_ptr,
+    coef_ptr,
+    h_ptr,
+    stats_ptr,
+    workspace_ptr,
+    slope,
+    rows,
+    split_rows,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    ACT: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    J_TILES: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    J: tl.constexpr = KERNEL_H * KERNEL_W * C
+    J_GROUPS: tl.constexpr = (J + BLOCK_J * J_TILES - 1) // (BLOCK_J * J_TILES)
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    # A 1x1 convolution at stride 1 reads the row that it writes.
+    SAME_ROWS: tl.constexpr = (
+        KERNEL_H * KERNEL_W * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0
+    )
+    OFFSET: tl.constexpr = tl.int64 if LARGE else tl.int32
+
+    program = tl.program_id(0)
+    group = program % J_GROUPS
+    k = program // J_GROUPS % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    split = program // (J_GROUPS * K_BLOCKS)
+    known_k = k < K
+    a = 0.0
+    b = 0.0
+    c = 0.0
+    if coef_ptr is not None:
+        a = tl.load(coef_ptr + k, mask=known_k, other=0.0)
+        if gh_ptr is not None:
+            b = tl.load(coef_ptr + K + k, mask=known_k, other=0.0)
+            c = tl.load(coef_ptr + 2 * K + k, mask=known_k, other=0.0)
+
+    accs = ()
+    for t in tl.static_range(J_TILES):
+        if SWAP:
+            accs = accs + (tl.zeros((BLOCK_K, BLOCK_J), tl.float32),)
+        else:
+            accs = accs + (tl.zeros((BLOCK_J, BLOCK_K), tl.float32),)
+    bias = tl.zeros((BLOCK_K,), tl.float32)
+
+    begin = split * split_rows
+    end = tl.minimum(begin + split_rows, rows)
+    for start in range(begin, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        valid = row < end
+        g_mask = valid[:, None]
+        if K % BLOCK_K != 0:
+            g_mask = g_mask & known_k[None, :]
+        g_offsets = row.to(OFFSET)[:, None] * K + k[None, :]
+        g = _gradient_block(q_ptr, gh_ptr, g_offsets, g_mask, a, b, c, coef_ptr is not None, DTYPE)
+        if WITH_BIAS:
+            bias += tl.sum(g.to(tl.float32), axis=0)
+        g = cast(g, DTYPE)
+
+        if SAME_ROWS:
+            origin = row.to(OFFSET) * C
+        else:
+            y = row // OUT_WIDTH % OUT_HEIGHT * STRIDE_H - PADDING_H
+            x = row % OUT_WIDTH * STRIDE_W - PADDING_W
+            image = row // (OUT_WIDTH * OUT_HEIGHT)
+            origin = ((image.to(OFFSET) * HEIGHT + y) * WIDTH + x) * C
+            # Far outside, so that the border's test says no for a row that does not exist.
+            y = tl.where(valid, y, -(1 << 30))
+
+        new = ()
+        for t in tl.static_range(J_TILES):
+            j = (group * J_TILES + t) * BLOCK_J + tl.arange(0, BLOCK_J)
+            known = j < J
+            channel = j % C
+            if SAME_ROWS:
+                mask = valid[:, None]
+                offsets = origin[:, None] + j[None, :]
+            else:
+                r = j // (C * KERNEL_W)
+                s = j // C % KERNEL_W
+                offsets = origin[:, None] + (r * (WIDTH * C) + j % (C * KERNEL_W))[None, :]
+                # Unsigned, one comparison answers for both ends.
+                inside_y = (y[:, None] + r[None, :]).to(tl.uint32) < HEIGHT
+                inside_x = (x[:, None] + s[None, :]).to(tl.uint32) < WIDTH
+                mask = inside_y & inside_x
+            if J % (BLOCK_J * J_TILES) != 0:
+                mask = mask & known[None, :]
+            z = tl.load(h_ptr + offsets, mask=mask, other=0.0)
+            if stats_ptr is not None:
+                scale = tl.load(stats_ptr + 3 * C + channel, mask=known, other=0.0)
+                shift = tl.load(stats_ptr + 4 * C + channel, mask=known, other=0.0)
+                z = activate(z.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
+                z = tl.where(mask, z, 0.0)
+            z = cast(z, DTYPE)
+            if INTERPRET:
+                # The interpreter multiplies the bit patterns of bfloat16.
+                z = z.to(tl.float32)
+                g = g.to(tl.float32)
+            if SWAP:
+                acc = tl.dot(tl.trans(g), z, accs[t], input_precision=PRECISION)
+            else:
+                acc = tl.dot(tl.trans(z), g, accs[t], input_precision=PRECISION)
+            new = new + (acc,)
+        accs = new
+
+    workspace_ptr += split.to(tl.int64) * (K * J + K)
+    for t in tl.static_range(J_TILES):
+        j = (group * J_TILES + t) * BLOCK_J + tl.arange(0, BLOCK_J)
+        if SWAP:
+            at = k[:, None] * J + j[None, :]
+            mask = known_k[:, None] & (j < J)[None, :]
+        else:
+            at = k[None, :] * J + j[:, None]
+            mask = known_k[None, :] & (j < J)[:, None]
+        tl.store(workspace_ptr + at, accs[t], mask=mask)
+    if WITH_BIAS:
+        tl.store(workspace_ptr + K * J + k, bias, mask=known_k & (group == 0))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _wgrad_reduce_kernel(
+    workspace_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    splits,
+    stride_k,
+    stride_c,
+    stride_r,
+    stride_s,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    J: tl.constexpr = KERNEL_H * KERNEL_W * C
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        at = split.to(tl.int64)[:, None] * (K * J + K) + element[None, :]
+        mask = (split < splits)[:, None] & (element < K * J + K)[None, :]
+        total += tl.load(workspace_ptr + at, mask=mask, other=0.0)
+    total = tl.sum(total, axis=0)
+
+    k = element // J
+    j = element % J
+    offsets = (
+        k * stride_k
+        + j % C * stride_c
+        + j // (C * KERNEL_W) * stride_r
+        + j // C % KERNEL_W * stride_s
+    )
+    dweight = cast(total, dweight_ptr.dtype.element_ty)
+    tl.store(dweight_ptr + offsets, dweight, mask=element < K * J)
+    if dbias_ptr is not None:
+        dbias = cast(total, dbias_ptr.dtype.element_ty)
+        known = (element >= K * J) & (element < K * J + K)
+        tl.store(dbias_ptr + element - K * J, dbias, mask=known)
+
+
+def wgrad_config(rows: int, k: int, j: int, *, dtype: torch.dtype, prologue: bool) -> WgradConfig:
+    """The tile for a (rows, K) gradient and (rows, J) im2col matrix."""
+    block_k = min(max(16, triton.next_power_of_2(k)), 64)
+    block_j = min(max(16, triton.next_power_of_2(j)), 64)
+    j_tiles = min(3, triton.cdiv(j, block_j))
+    return WgradConfig(64, block_k, block_j, j_tiles, 4, 2)
+
+
+def conv_wgrad(
+    grad: Grad,
+    h: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    dtype: torch.dtype,
+    stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    with_bias: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dweight = wgrad(act(a*h + b), g) and dbias = sum of g, in two launches, deterministic.
+
+    Args:
+        grad: of the convolution's output, (N, K, P, Q), applied on load.
+        h: (N, C, H, W), the convolution's input before its prologue.
+        weight: (K, C, R, S); gives dweight its shape, dtype and memory layout.
+        dtype: of both operands of the multiplication; it accumulates in float32.
+        stats, act: the prologue; ``stats=None`` means that h is the operand.
+
+    Returns:
+        dweight like weight, dbias (K,) in weight's dtype or None.
+
+    Raises:
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
+        NotImplementedError: dilation or groups.
+    """
+    if tuple(geometry.dilation) != (1, 1) or geometry.groups != 1:
+        raise NotImplementedError(f"dilation and groups must be 1, got {geometry}")
+    check_activation("h", h)
+    check_grad(grad)
+    check_floating(dtype=dtype, h=h.dtype, weight=weight.dtype)
+    n, c, height, width = h.shape
+    k, weight_c, kernel_h, kernel_w = weight.shape
+    if weight_c != c:
+        raise ValueError(f"weight must have {c} input channels, got shape {tuple(weight.shape)}")
+    out_height, out_width = geometry.output_size((height, width), (kernel_h, kernel_w))
+    q, gh, coef = grad
+    check_activation("grad.q", q, (n, k, out_height, out_width))
+    if stats is not None:
+        check_per_channel("stats", stats, 5, c)
+
+    dweight = torch.empty_like(weight)
+    dbias = torch.empty(k, dtype=weight.dtype, device=weight.device) if with_bias else None
+    rows = n * out_height * out_width
+    j = kernel_h * kernel_w * c
+    if rows == 0:
+        return dweight.zero_(), None if dbias is None else dbias.zero_()
+    config = wgrad_config(rows, k, j, dtype=dtype, prologue=stats is not None or coef is not None)
+    block_m, block_k, block_j, j_tiles, num_warps, num_stages = config
+    tiles = triton.cdiv(k, block_k) * triton.cdiv(j, block_j * j_tiles)
+    blocks = triton.cdiv(rows, block_m)
+    splits = min(blocks, triton.cdiv(2 * multiprocessors(), tiles))
+    split_rows = triton.cdiv(blocks, splits) * block_m
+    splits = triton.cdiv(rows, split_rows)
+
+    workspace = torch.empty((splits, k * j + k), dtype=torch.float32, device=h.device)
+    launch(
+        _conv_wgrad_kernel,
+        (tiles * splits,),
+        q,
+        None if coef is None else gh,
+        coef,
+        h,
+        stats,
+        workspace,
+        act.slope,
+        rows,
+        split_rows,
+        C=c,
+        K=k,
+        HEIGHT=height,
+        WIDTH=width,
+        OUT_HEIGHT=out_height,
+        OUT_WIDTH=out_width,
+        KERNEL_H=kernel_h,
+        KERNEL_W=kernel_w,
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        PADDING_H=geometry.padding[0],
+        PADDING_W=geometry.padding[1],
+        ACT=act.kind,
+        WITH_BIAS=with_bias,
+        DTYPE=_TL_DTYPES[dtype],
+        PRECISION=input_precision(dtype),
+        LARGE=max(h.numel(), q.numel()) + block_m * max(c, k) >= 2**31,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        BLOCK_J=block_j,
+        J_TILES=j_tiles,
+        SWAP=block_j < 64 <= block_k,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    launch(
+        _wgrad_reduce_kernel,
+        (triton.cdiv(k * j + k, _REDUCE_ELEMENTS),),
+        workspace,
+        dweight,
+        dbias,
+        splits,
+        *dweight.stride(),
+        C=c,
+        K=k,
+        KERNEL_H=kernel_h,
+        KERNEL_W=kernel_w,
+        BLOCK_SPLITS=min(_REDUCE_SPLITS, triton.next_power_of_2(splits)),
+        BLOCK=_REDUCE_ELEMENTS,
+        num_warps=4,
+    )
+    return dweight, dbias
