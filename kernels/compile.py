@@ -26,88 +26,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import dispatch, dryrun
-from .operands import Act, Geometry, Grad, stats_dtype
+from . import dryrun
+from .cases import DTYPES, UNITS, steps
 
 TARGETS = tuple(dryrun.DEVICES)
-# name: dtype of the multiplication, dtype of the residual stream, TF32.
-DTYPES = {
-    "fp32": (torch.float32, torch.float32, False),
-    "tf32": (torch.float32, torch.float32, True),
-    "fp16": (torch.float16, torch.float16, False),
-    "bf16": (torch.bfloat16, torch.bfloat16, False),
-    "bf16+fp32": (torch.bfloat16, torch.float32, False),
-}
-_RELU = Act("relu")
-
-
-class Unit(NamedTuple):
-    """A residual unit: channels in and out, inner width, input size, stride, images a batch.
-
-    ``act`` and ``training`` are those of its norms; ``every`` says that it is compiled for all
-    targets and dtypes, not for sm_90 in bf16 alone.
-    """
-
-    name: str
-    convs: tuple[tuple[int, int, int, int], ...]  # (C, K, kernel size, stride)
-    size: int
-    batch: int
-    projection: int = 0  # its stride
-    act: Act = _RELU
-    training: bool = True
-    every: bool = False
-
-
-def _bottleneck(
-    name: str, c: int, k: int, size: int, batch: int, stride: int = 1, **options
-) -> Unit:
-    w = k // 4
-    convs = ((c, w, 1, 1), (w, w, 3, stride), (w, k, 1, 1))
-    return Unit(name, convs, size, batch, 0 if c == k else stride, **options)
-
-
-def _basic(name: str, c: int, k: int, size: int, batch: int, stride: int = 1, **options) -> Unit:
-    convs = ((c, k, 3, stride), (k, k, 3, 1))
-    return Unit(name, convs, size, batch, 0 if c == k else stride, **options)
-
-
-UNITS = (
-    _bottleneck("resnet1001/1", 64, 64, 32, 128),
-    _bottleneck("resnet1001/2", 128, 128, 16, 128, every=True),
-    _bottleneck("resnet1001/3", 256, 256, 8, 128),
-    _bottleneck("resnet1001/1 entry", 16, 64, 32, 128),
-    _bottleneck("resnet1001/2 entry", 64, 128, 32, 128, 2, every=True),
-    _bottleneck("resnet1001/3 entry", 128, 256, 16, 128, 2),
-    _basic("resnet110/1", 16, 16, 32, 128, every=True),
-    _basic("resnet110/2", 32, 32, 16, 128),
-    _basic("resnet110/3", 64, 64, 8, 128),
-    _basic("resnet110/2 entry", 16, 32, 32, 128, 2),
-    _basic("resnet110/3 entry", 32, 64, 16, 128, 2),
-    _bottleneck("imagenet/1", 256, 256, 56, 32),
-    _bottleneck("imagenet/2", 512, 512, 28, 32),
-    _bottleneck("imagenet/3", 1024, 1024, 14, 32, every=True),
-    _bottleneck("imagenet/4", 2048, 2048, 7, 32),
-    _bottleneck("imagenet/2 entry", 256, 512, 56, 32, 2),
-    _basic("imagenet basic/4", 512, 512, 7, 32),
-    _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, every=True),
-    _bottleneck("gelu", 48, 48, 15, 3, act=Act("gelu")),
-    _basic("leaky_relu", 80, 80, 9, 8, act=Act("leaky_relu", 0.1)),
-)
-# How a kernel's columns are called, and the operands that each tile of columns reads whole.
-_OPERANDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "conv_forward_kernel": ("K", ("h_ptr", "stats_ptr")),
-    "conv_dgrad_kernel": ("C", ("grad_ptr", "grad_h_ptr", "grad_coef_ptr")),
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +62,6 @@ class Row:
     multiply_adds: int
     instructions: int | None
     nbytes: int
-    tile_bytes: float
     ratio: float | None
     tile_ratio: float | None
     unsure: str
@@ -140,10 +69,8 @@ class Row:
     @property
     def convolution(self) -> str:
         """ "forward", "dgrad" or "wgrad" for a kernel that convolves, else ""."""
-        for op in ("forward", "dgrad", "wgrad"):
-            if self.kernel == f"conv_{op}_kernel":
-                return op
-        return ""
+        found = re.fullmatch(r"_?conv_(forward|dgrad|wgrad)_kernel", self.kernel)
+        return found[1] if found else ""
 
     @property
     def fault(self) -> str:
@@ -156,78 +83,36 @@ class Row:
         return ""
 
 
-def steps(
-    unit: Unit, dtype: torch.dtype, stream: torch.dtype
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(label, what a chain does there) for each step of a unit's forward and backward.
+def tile_bytes(launch: dryrun.Launch) -> float:
+    """Distinct bytes of activations that one program touches, on average.
 
-    Tensors hold whatever their memory held: nothing runs on them.
+    A convolution's tile of columns reads all channels of its rows of the operands, which other
+    tiles of columns read as well.
     """
-    engine = dispatch.TritonEngine()
+    size = launch.kernel.constants
+    nbytes = {name: t.nbytes for name, t in launch.tensors.items() if name != "weight_ptr"}
+    parts = dict.fromkeys(nbytes, 1)  # how many programs read the same element
+    if launch.kernel.name == "conv_forward_kernel":
+        parts["h_ptr"] = -(-size["K"] // size["BLOCK_N"])
+    elif launch.kernel.name == "conv_dgrad_kernel":
+        parts["grad_ptr"] = parts["grad_h_ptr"] = -(-size["C"] // size["BLOCK_N"])
+    elif launch.kernel.name == "_conv_wgrad_kernel":
+        columns = size["BLOCK_J"] * size["J_TILES"]
+        groups = -(-size["KERNEL_H"] * size["KERNEL_W"] * size["C"] // columns)
+        parts["q_ptr"] = parts["gh_ptr"] = groups
+        blocks = -(-size["K"] // size["BLOCK_K"])
+        parts["h_ptr"] = blocks * max(1, groups // -(-size["C"] // columns))
+        del nbytes["workspace_ptr"]
+    return sum(n * parts[name] for name, n in nbytes.items()) / launch.programs
 
-    def activation(channels: int, size: int, dtype: torch.dtype) -> Tensor:
-        shape = (unit.batch, channels, size, size)
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
-    def stats_of(channels: int) -> Tensor:
-        return torch.empty(5, channels, dtype=stats_dtype(dtype))
+def distinct_bytes(launch: dryrun.Launch) -> int:
+    """Bytes that a launch moves at least: its tensors once each.
 
-    def forward(
-        h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, residual: Tensor | None
-    ) -> None:
-        _, partials = engine.conv_forward(
-            h, weight, None, geometry, dtype=dtype, stats=stats_of(h.shape[1]), act=unit.act,
-            residual=residual, out_dtype=out.dtype, with_moments=True,
-        )  # fmt: skip
-        assert partials is not None
-        affine = torch.empty(weight.shape[0])
-        engine.norm_stats(partials, affine, affine, 1e-5)
-
-    def backward(
-        h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool
-    ) -> None:
-        grad = Grad(out)
-        if not last:
-            coef = torch.empty(3, out.shape[1], dtype=stats_dtype(dtype))
-            grad = Grad(out, torch.empty_like(out) if unit.training else None, coef)
-        other = torch.empty_like(h) if first else None
-        engine.norm_conv_backward(
-            grad, h, stats_of(h.shape[1]), unit.act, weight, geometry, training=unit.training,
-            dtype=dtype, need_input=True, need_weight=True, need_bias=False, final=first,
-            add=other if unit.projection else None, identity=None if unit.projection else other,
-        )  # fmt: skip
-
-    size, last = unit.size, len(unit.convs) - 1
-    x = h = activation(unit.convs[0][0], size, stream)
-    yield "moments", lambda: engine.moments(x)
-    for i, (c, k, kernel, stride) in enumerate(unit.convs):
-        geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
-        size = geometry.output_size((size, size), (kernel, kernel))[0]
-        out = activation(k, size, stream if i == last else dtype)
-        weight = torch.empty(k, c, kernel, kernel)
-        label = f"{kernel}x{kernel} {c}>{k}" + (f" /{stride}" if stride > 1 else "")
-        residual = torch.empty_like(out) if i == last else None
-        yield f"{label} forward", partial(forward, h, weight, geometry, out, residual)
-        yield f"{label} backward", partial(backward, h, weight, geometry, out, i == 0, i == last)
-        h = out
-    if unit.projection:
-        geometry = Geometry((unit.projection, unit.projection))
-        weight = torch.empty(h.shape[1], x.shape[1], 1, 1)
-        label = f"shortcut {x.shape[1]}>{h.shape[1]} /{unit.projection}"
-        stats = stats_of(x.shape[1])
-        yield (
-            f"{label} forward",
-            lambda: engine.conv_forward(
-                x, weight, None, geometry, dtype=dtype, stats=stats, act=unit.act
-            ),
-        )
-        yield (
-            f"{label} backward",
-            lambda: engine.conv_backward(
-                h, x, weight, geometry, dtype=dtype, stats=stats, act=unit.act,
-                need_input=True, need_weight=True, need_bias=False,
-            ),
-        )  # fmt: skip
+    Without the workspace of a split reduction, which must not flatter the ratio.
+    """
+    workspace = launch.tensors.get("workspace_ptr")
+    return launch.nbytes - (workspace.nbytes if workspace else 0)
 
 
 def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
@@ -236,17 +121,8 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
     constants = {
         k: v for k, v in kernel.constants.items() if isinstance(v, (int, float, str)) or v is None
     }
-    tile_bytes = launch.nbytes / launch.programs
-    columns, operands = _OPERANDS.get(kernel.name, ("", ()))
-    if columns:
-        column_tiles = -(-constants[columns] // constants["BLOCK_N"])
-        tile_bytes = sum(
-            t.nbytes / launch.programs * (column_tiles if name in operands else 1)
-            for name, t in launch.tensors.items()
-            if name != "weight_ptr"
-        )
     count = launch.count() if dryrun.DEVICES[target].target.backend == "cuda" else None
-    warps = kernel.num_warps
+    warps, nbytes, tile = kernel.num_warps, distinct_bytes(launch), tile_bytes(launch)
     return Row(
         target=target,
         dtype=dtype,
@@ -265,10 +141,9 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
         local=count.local if count else 0,
         multiply_adds=count.multiply_adds(warps) * launch.programs if count else 0,
         instructions=count.instructions if count else None,
-        nbytes=launch.nbytes,
-        tile_bytes=tile_bytes,
-        ratio=count.ratio(warps, launch.nbytes / launch.programs) if count else None,
-        tile_ratio=count.ratio(warps, tile_bytes) if count else None,
+        nbytes=nbytes,
+        ratio=count.ratio(warps, nbytes / launch.programs) if count and nbytes else None,
+        tile_ratio=count.ratio(warps, tile) if count and tile else None,
         unsure=count.unsure if count else "",
     )
 
@@ -319,7 +194,7 @@ def compile_all(
     if jobs == 0:
         return [r for pair in pairs for r in matrix(*pair, case)]
     with ThreadPoolExecutor(jobs) as pool:
-        parts = pool.map(lambda pair: _subprocess(*pair, case), pairs)
+        parts = pool.map(lambda pair: _subprocess(pair[0], pair[1], case), pairs)
         return [r for part in parts for r in part]
 
 
@@ -333,7 +208,9 @@ def table(rows: Sequence[Row]) -> str:
         tile = "x".join(str(v) for k, v in r.constants.items() if k.startswith("BLOCK"))
         tile += f" {r.num_warps}w{r.num_stages}s"
         ratios = (
-            f"{r.ratio:7.2f}{r.tile_ratio:6.2f}" if r.ratio is not None else f"{'-':>7}{'-':>6}"
+            f"{r.ratio:7.2f}{r.tile_ratio:6.2f}"
+            if r.ratio and r.tile_ratio
+            else f"{'-':>7}{'-':>6}"
         )
         note = r.fault or r.unsure
         lines.append(

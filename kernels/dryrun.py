@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
 
-from . import sass
+from . import sass, trips
 
 
 class Device(NamedTuple):
@@ -119,8 +119,8 @@ class Launch:
         kernel = self.kernel
         values = [self.scalars.get(name) for name in kernel.signature]
         integers = [value if isinstance(value, int) else None for value in values]
-        trips = sass.loop_trips(kernel.text("ttgir"), integers, self.grid)
-        return sass.count(kernel.sass, trips)
+        times = trips.loop_trips(kernel.text("ttgir"), integers, self.grid)
+        return sass.count(kernel.sass, times)
 
     @property
     def nbytes(self) -> int:
