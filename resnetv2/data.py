@@ -302,10 +302,10 @@ def as_image_data(
         )
     else:
         train, test = data
-    splits = [_tensor_split(part) for part in (train, test)]
-    count = 1 + max(int(split.labels.max()) for split in splits)
+    training, testing = _tensor_split(train), _tensor_split(test)
+    count = 1 + max(int(split.labels.max()) for split in (training, testing))
     classes = tuple(str(label) for label in range(count))
-    return ImageData(name, *splits, classes, crop_padding=0, flip=False)
+    return ImageData(name, training, testing, classes, crop_padding=0, flip=False)
 
 
 def _tensor_split(dataset: TensorDataset) -> Split:
@@ -334,7 +334,8 @@ def _load_digits() -> ImageData:
     # A mirrored digit is another digit, or none; one pixel of shift is an eighth of the image.
     return ImageData(
         "digits",
-        *(Split(images[part], labels[part]) for part in (train, test)),
+        train=Split(images[train], labels[train]),
+        test=Split(images[test], labels[test]),
         classes=tuple(map(str, digits.target_names)),
         crop_padding=1,
         flip=False,
@@ -346,21 +347,21 @@ def _load_cifar(class_name: str, root: Path) -> ImageData:
     from torchvision import datasets
 
     try:
-        parts = [
-            getattr(datasets, class_name)(root, train=train, download=True)
-            for train in (True, False)
-        ]
+        train, test = (
+            getattr(datasets, class_name)(root, train=training, download=True)
+            for training in (True, False)
+        )
     # urllib's URLError is an OSError; torchvision raises RuntimeError for a damaged file.
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"{class_name} is not under {root} and could not be downloaded ({error}). "
             "Without a network use digits, imagefolder:PATH or synthetic"
         ) from error
-    splits = [
-        Split(torch.from_numpy(part.data), torch.tensor(part.targets, dtype=torch.int64))
-        for part in parts
-    ]
-    return ImageData(class_name.lower(), *splits, classes=tuple(parts[0].classes))
+
+    def split(part: Any) -> Split:
+        return Split(torch.from_numpy(part.data), torch.tensor(part.targets, dtype=torch.int64))
+
+    return ImageData(class_name.lower(), split(train), split(test), tuple(train.classes))
 
 
 def _load_image_folder(path: Path, image_size: int | None, progress: bool | None) -> ImageData:
@@ -385,11 +386,12 @@ def _load_image_folder(path: Path, image_size: int | None, progress: bool | None
         raise InputError(
             f"{path}: train and test have different classes; only one of them has {differing}"
         )
-    splits = [
-        _decode(folder.samples, image_size, f"decoding {part}", progress)
-        for part, folder in folders.items()
-    ]
-    return ImageData(path.name, *splits, classes=tuple(train.classes))
+    return ImageData(
+        path.name,
+        train=_decode(train.samples, image_size, "decoding train", progress),
+        test=_decode(test.samples, image_size, "decoding test", progress),
+        classes=tuple(train.classes),
+    )
 
 
 def _decode(
