@@ -18,9 +18,11 @@ is made of what is read (design 2):
     affine    A*x                         a norm's backward with running statistics
     affine_h  A*x + B*h + C               a norm's backward with batch statistics
 
-Weights are read in their own dtype through their strides and rounded in registers. Shapes are
-constexpr: divisions by them become shifts or multiplications, and the compiler sees that channels
-are aligned for 16-byte loads. Only the number of rows is a run-time argument.
+Weights are read in their own dtype through their strides and rounded in registers. What one step
+(a tap of a block of channels) multiplies is read a step ahead, into registers, so that its latency
+hides behind the multiplication before it; taps are unrolled, which makes their offsets immediates.
+Shapes and weight strides are constexpr: divisions become shifts or multiplications, and the
+compiler sees where 16 bytes can be read at once. Only the number of rows is a run-time argument.
 """
 
 from __future__ import annotations
@@ -32,55 +34,115 @@ from .activations import INTERPRET, activate, cast
 
 
 @triton.jit
-def operand_tile(
+def _source_rows(
+    rows,
+    r,
+    s,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOURCE_HEIGHT: tl.constexpr,
+    SOURCE_WIDTH: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Which row of the source each of ``rows`` reads at tap (r, s), and whether it exists."""
+    x = rows % WIDTH
+    y = rows // WIDTH % HEIGHT
+    image = rows // (WIDTH * HEIGHT)
+    if TRANSPOSED:
+        far_y = y + (PADDING_H - r)
+        far_x = x + (PADDING_W - s)
+        sy = far_y // STRIDE_H
+        sx = far_x // STRIDE_W
+        inside = (far_y >= 0) & (sy < SOURCE_HEIGHT) & (far_x >= 0) & (sx < SOURCE_WIDTH)
+        if STRIDE_H > 1:
+            inside &= far_y % STRIDE_H == 0
+        if STRIDE_W > 1:
+            inside &= far_x % STRIDE_W == 0
+    else:
+        sy = y * STRIDE_H + (r - PADDING_H)
+        sx = x * STRIDE_W + (s - PADDING_W)
+        inside = (sy >= 0) & (sy < SOURCE_HEIGHT) & (sx >= 0) & (sx < SOURCE_WIDTH)
+    return (image * SOURCE_HEIGHT + sy) * SOURCE_WIDTH + sx, inside
+
+
+@triton.jit
+def _read(
     source_ptr,
-    h_ptr,
-    coef_ptr,
-    offsets,
-    channels,
+    position,
     inside,
-    slope,
+    channels,
     CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_K) elements at rows ``position``, 0 where not ``inside`` (if MASKED)."""
+    pointers = source_ptr + (position[:, None] * CHANNELS + channels[None, :])
+    if CHANNELS % BLOCK_K != 0:
+        x = tl.load(pointers, mask=inside[:, None] & (channels < CHANNELS)[None, :], other=0.0)
+    elif MASKED:
+        x = tl.load(pointers, mask=inside[:, None], other=0.0)
+    else:
+        x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def _read_weight(
+    pointer,
+    channels,
+    columns,
+    STRIDE_CHANNEL: tl.constexpr,
+    STRIDE_COLUMN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """(BLOCK_K, BLOCK_N) weights in DTYPE; neighbouring threads read along the smaller stride."""
+    known = (channels < CHANNELS)[:, None] & (columns < COLUMNS)[None, :]
+    offsets = channels[:, None] * STRIDE_CHANNEL + columns[None, :] * STRIDE_COLUMN
+    if STRIDE_CHANNEL < STRIDE_COLUMN:
+        weight = tl.load(pointer + tl.trans(offsets), mask=tl.trans(known), other=0.0)
+        tile = tl.trans(cast(weight, DTYPE))
+    else:
+        tile = cast(tl.load(pointer + offsets, mask=known, other=0.0), DTYPE)
+    return tile
+
+
+@triton.jit
+def _prologue(
+    x,
+    h,
+    coef_ptr,
+    inside,
+    channels,
+    slope,
+    CHANNELS: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
     MASKED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The (BLOCK_M, BLOCK_K) operand at the elements ``offsets``, after its prologue, in DTYPE.
-
-    inside: (BLOCK_M, 1), False where a row's position is outside the source (read if MASKED).
-    """
-    known = channels < CHANNELS
-    if CHANNELS % BLOCK_K == 0:
-        if MASKED:
-            x = tl.load(source_ptr + offsets, mask=inside, other=0.0)
+    """The operand in DTYPE out of what was read."""
+    z = x
+    if PROLOGUE != "none":
+        known = channels < CHANNELS
+        if PROLOGUE == "act":
+            scale = tl.load(coef_ptr + 3 * CHANNELS + channels, mask=known, other=0.0)
+            shift = tl.load(coef_ptr + 4 * CHANNELS + channels, mask=known, other=0.0)
+            z = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
         else:
-            x = tl.load(source_ptr + offsets)
-    else:
-        x = tl.load(source_ptr + offsets, mask=inside & known[None, :], other=0.0)
-    if PROLOGUE == "none":
-        return cast(x, DTYPE)
-    if PROLOGUE == "act":
-        scale = tl.load(coef_ptr + 3 * CHANNELS + channels, mask=known, other=0.0)
-        shift = tl.load(coef_ptr + 4 * CHANNELS + channels, mask=known, other=0.0)
-        z = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
-    else:
-        a = tl.load(coef_ptr + channels, mask=known, other=0.0)
-        z = x.to(tl.float32) * a[None, :]
-        if PROLOGUE == "affine_h":
-            b = tl.load(coef_ptr + CHANNELS + channels, mask=known, other=0.0)
-            c = tl.load(coef_ptr + 2 * CHANNELS + channels, mask=known, other=0.0)
-            if CHANNELS % BLOCK_K == 0:
-                if MASKED:
-                    h = tl.load(h_ptr + offsets, mask=inside, other=0.0)
-                else:
-                    h = tl.load(h_ptr + offsets)
-            else:
-                h = tl.load(h_ptr + offsets, mask=inside & known[None, :], other=0.0)
-            z += h.to(tl.float32) * b[None, :] + c[None, :]
-    if MASKED:
-        z = tl.where(inside, z, 0.0)
+            a = tl.load(coef_ptr + channels, mask=known, other=0.0)
+            z = x.to(tl.float32) * a[None, :]
+            if PROLOGUE == "affine_h":
+                b = tl.load(coef_ptr + CHANNELS + channels, mask=known, other=0.0)
+                c = tl.load(coef_ptr + 2 * CHANNELS + channels, mask=known, other=0.0)
+                z += h.to(tl.float32) * b[None, :] + c[None, :]
+        if MASKED:
+            z = tl.where(inside[:, None], z, 0.0)
     return cast(z, DTYPE)
 
 
@@ -92,11 +154,11 @@ def conv_tile(
     weight_ptr,
     rows,
     columns,
-    stride_column,
-    stride_channel,
-    stride_r,
-    stride_s,
     slope,
+    STRIDE_COLUMN: tl.constexpr,
+    STRIDE_CHANNEL: tl.constexpr,
+    STRIDE_R: tl.constexpr,
+    STRIDE_S: tl.constexpr,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -122,90 +184,109 @@ def conv_tile(
 
     rows: (BLOCK_M,) indices into the result's N*HEIGHT*WIDTH positions, all valid (clamped), int32
         or, where an offset can pass 2**31, int64. columns: (BLOCK_N,) channels of the result.
-    stride_*: of the weight, along the result's channels, the source's channels, and the taps.
+    STRIDE_COLUMN, STRIDE_CHANNEL, STRIDE_R, STRIDE_S: of the weight, along the result's channels,
+        the source's channels, and the taps.
     """
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     SAME_ROWS: tl.constexpr = (
-        KERNEL_H * KERNEL_W == 1
-        and STRIDE_H * STRIDE_W == 1
-        and PADDING_H == 0
-        and PADDING_W == 0
+        TAPS == 1 and STRIDE_H * STRIDE_W == 1 and PADDING_H == 0 and PADDING_W == 0
     )
-    DIVIDE: tl.constexpr = TRANSPOSED and STRIDE_H * STRIDE_W > 1
     # Without padding, every position that a forward convolution reads exists.
-    MASKED: tl.constexpr = (not SAME_ROWS) and (TRANSPOSED or PADDING_H + PADDING_W > 0)
-
-    x = rows % WIDTH
-    y = rows // WIDTH % HEIGHT
-    image = rows // (WIDTH * HEIGHT)
-    if TRANSPOSED:
-        origin_y = y + PADDING_H
-        origin_x = x + PADDING_W
-    else:
-        origin_y = y * STRIDE_H - PADDING_H
-        origin_x = x * STRIDE_W - PADDING_W
-    if SAME_ROWS:
-        origin = rows
-    elif DIVIDE:
-        origin = image * (SOURCE_HEIGHT * SOURCE_WIDTH)
-    else:
-        origin = (image * SOURCE_HEIGHT + origin_y) * SOURCE_WIDTH + origin_x
+    MASKED: tl.constexpr = not SAME_ROWS and (TRANSPOSED or PADDING_H + PADDING_W > 0)
+    UNROLL: tl.constexpr = BLOCKS if BLOCKS * TAPS <= 16 else 1
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in tl.range(0, KERNEL_H * KERNEL_W * BLOCKS):
-        tap = step // BLOCKS
-        r = tap // KERNEL_W
-        s = tap % KERNEL_W
-        channels = step % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
-        if SAME_ROWS:
-            inside = rows >= 0
-            position = rows
-        else:
-            if DIVIDE:
-                sy = (origin_y - r) // STRIDE_H
-                sx = (origin_x - s) // STRIDE_W
-                position = origin + sy * SOURCE_WIDTH + sx
-                inside = (origin_y >= r) & (origin_x >= s)
-                inside &= (origin_y - r) % STRIDE_H == 0
-                inside &= (origin_x - s) % STRIDE_W == 0
-                inside &= (sy < SOURCE_HEIGHT) & (sx < SOURCE_WIDTH)
+    position = rows
+    inside = rows >= 0
+    if not SAME_ROWS:
+        position, inside = _source_rows(
+            rows,
+            0,
+            0,
+            HEIGHT,
+            WIDTH,
+            SOURCE_HEIGHT,
+            SOURCE_WIDTH,
+            STRIDE_H,
+            STRIDE_W,
+            PADDING_H,
+            PADDING_W,
+            TRANSPOSED,
+        )
+    channels = tl.arange(0, BLOCK_K)
+    x = _read(source_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
+    h = x
+    if PROLOGUE == "affine_h":
+        h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
+    weight = _read_weight(
+        weight_ptr, channels, columns, STRIDE_CHANNEL, STRIDE_COLUMN, CHANNELS, COLUMNS, DTYPE
+    )
+    first_position = position
+    first_inside = inside
+    for block in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=UNROLL):
+        position = first_position
+        inside = first_inside
+        for tap in tl.static_range(TAPS):
+            channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            this_x = x
+            this_h = h
+            this_inside = inside
+            this_weight = weight
+            next_channels = channels
+            if tap + 1 < TAPS:
+                position, inside = _source_rows(
+                    rows,
+                    (tap + 1) // KERNEL_W,
+                    (tap + 1) % KERNEL_W,
+                    HEIGHT,
+                    WIDTH,
+                    SOURCE_HEIGHT,
+                    SOURCE_WIDTH,
+                    STRIDE_H,
+                    STRIDE_W,
+                    PADDING_H,
+                    PADDING_W,
+                    TRANSPOSED,
+                )
             else:
-                if TRANSPOSED:
-                    sy = origin_y - r
-                    sx = origin_x - s
-                    position = origin - (r * SOURCE_WIDTH + s)
-                else:
-                    sy = origin_y + r
-                    sx = origin_x + s
-                    position = origin + (r * SOURCE_WIDTH + s)
-                inside = (sy >= 0) & (sy < SOURCE_HEIGHT) & (sx >= 0) & (sx < SOURCE_WIDTH)
-        operand = operand_tile(
-            source_ptr,
-            h_ptr,
-            coef_ptr,
-            position[:, None] * CHANNELS + channels[None, :],
-            channels,
-            inside[:, None],
-            slope,
-            CHANNELS,
-            BLOCK_K,
-            PROLOGUE,
-            ACT,
-            MASKED,
-            DTYPE,
-        )
-        weight = tl.load(
-            weight_ptr
-            + (r * stride_r + s * stride_s)
-            + channels[:, None] * stride_channel
-            + columns[None, :] * stride_column,
-            mask=(channels < CHANNELS)[:, None] & (columns < COLUMNS)[None, :],
-            other=0.0,
-        )
-        weight = cast(weight, DTYPE)
-        if INTERPRET:
-            # The interpreter multiplies the bit patterns of bfloat16.
-            acc = tl.dot(operand.to(tl.float32), weight.to(tl.float32), acc)
-        else:
-            acc = tl.dot(operand, weight, acc, input_precision=PRECISION)
+                position = first_position
+                inside = first_inside
+                # After the last step there is none: the last block is read again, and dropped.
+                next_channels = tl.minimum(block + 1, BLOCKS - 1) * BLOCK_K + tl.arange(0, BLOCK_K)
+            if tap + 1 < TAPS or BLOCKS > 1:
+                x = _read(source_ptr, position, inside, next_channels, CHANNELS, BLOCK_K, MASKED)
+                h = x
+                if PROLOGUE == "affine_h":
+                    h = _read(h_ptr, position, inside, next_channels, CHANNELS, BLOCK_K, MASKED)
+                weight = _read_weight(
+                    weight_ptr
+                    + ((tap + 1) % TAPS // KERNEL_W * STRIDE_R)
+                    + ((tap + 1) % TAPS % KERNEL_W * STRIDE_S),
+                    next_channels,
+                    columns,
+                    STRIDE_CHANNEL,
+                    STRIDE_COLUMN,
+                    CHANNELS,
+                    COLUMNS,
+                    DTYPE,
+                )
+            operand = _prologue(
+                this_x,
+                this_h,
+                coef_ptr,
+                this_inside,
+                channels,
+                slope,
+                CHANNELS,
+                PROLOGUE,
+                ACT,
+                MASKED,
+                DTYPE,
+            )
+            if INTERPRET:
+                # The interpreter multiplies the bit patterns of bfloat16.
+                acc = tl.dot(operand.to(tl.float32), this_weight.to(tl.float32), acc)
+            else:
+                acc = tl.dot(operand, this_weight, acc, input_precision=PRECISION)
     return acc
