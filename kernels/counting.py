@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
+from torch.autograd.profiler import profile, record_function
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile, record_function
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 _LAUNCH = "resnetv2::launch"
@@ -32,9 +32,10 @@ _VIEWS = frozenset(
         "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "contiguous", "detach",
         "detach_", "empty", "empty_like", "empty_strided", "expand", "expand_as", "flatten",
         "is_nonzero", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "numpy_T",
-        "permute", "reshape", "resize_", "resolve_conj", "resolve_neg", "result_type", "select",
-        "set_", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind",
-        "unflatten", "unsqueeze", "view", "view_as", "_local_scalar_dense", "item",
+        "permute", "promote_types", "reshape", "resize_", "resolve_conj", "resolve_neg",
+        "result_type", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t",
+        "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
+        "_local_scalar_dense", "item",
     )
 )  # fmt: skip
 
@@ -157,29 +158,32 @@ def count() -> Iterator[Counted]:
         setattr(InterpreterBuilder, name, function)
     GridExecutor.__call__ = counting_call
     try:
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        with profile(use_cpu=True, record_shapes=True) as profiler:
             yield counted
     finally:
         GridExecutor.__call__ = call
         for name, function in previous.items():
             setattr(InterpreterBuilder, name, function)
-    counted.aten = aten_kernels(profiler.events() or [])
+    counted.aten = aten_kernels(profiler.function_events or [])
 
 
 def aten_kernels(events: Sequence[FunctionEvent]) -> list[AtenCount]:
-    """The innermost ATen operators that compute something, outside of interpreted kernels."""
+    """The outermost ATen operators that compute something, outside of interpreted kernels.
+
+    A ``_foreach`` operator is one kernel on a GPU, though a loop of many on a CPU.
+    """
     found = []
     for event in events:
-        if not event.name.startswith("aten::") or event.name in _VIEWS:
+        if not _computes(event):
             continue
-        if any(child.name.startswith("aten::") for child in event.cpu_children):
-            # Its children are counted, but a composite whose children only look is a kernel.
-            if any(child.name not in _VIEWS for child in event.cpu_children):
-                continue
         parent = event.cpu_parent
-        while parent is not None and parent.name != _LAUNCH:
+        while parent is not None and parent.name != _LAUNCH and not _computes(parent):
             parent = parent.cpu_parent
         if parent is None:
             sizes = [int(np.prod(shape)) for shape in event.input_shapes or [] if shape]
             found.append(AtenCount(event.name, max(sizes, default=0)))
     return found
+
+
+def _computes(event: FunctionEvent) -> bool:
+    return event.name.startswith("aten::") and event.name not in _VIEWS
