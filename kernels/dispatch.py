@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .operands import IDENTITY, Act, Geometry, Grad, Partials
+from .operands import Act, Geometry, Grad, running_stats
 
 BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,13 +43,15 @@ class AtenEngine:
 
     name = "aten"
 
-    def moments(self, x: Tensor) -> Partials:
-        return reference.moments(x)
+    def moments(self, x: Tensor) -> Any:
+        """Moments of x, in whatever form ``norm_stats`` of the same engine takes."""
+        return reference.batch_moments(x)
 
     def norm_stats(
-        self, partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+        self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        return reference.norm_stats(partials, weight, bias, eps)
+        """(5, C) statistics of a batch out of its moments (``operands.running_stats``)."""
+        return running_stats(*moments, weight, bias, eps)
 
     def conv_forward(
         self,
@@ -58,30 +60,12 @@ class AtenEngine:
         bias: Tensor | None,
         geometry: Geometry,
         *,
-        dtype: torch.dtype,
-        stats: Tensor | None = None,
-        act: Act = IDENTITY,
-        residual: Tensor | None = None,
-        residual_stats: Tensor | None = None,
-        subtract: bool = False,
-        out_dtype: torch.dtype | None = None,
         with_moments: bool = False,
-    ) -> tuple[Tensor, Partials | None]:
-        """``reference.conv_forward``."""
-        return reference.conv_forward(
-            h,
-            weight,
-            bias,
-            geometry,
-            dtype=dtype,
-            stats=stats,
-            act=act,
-            residual=residual,
-            residual_stats=residual_stats,
-            subtract=subtract,
-            out_dtype=out_dtype,
-            with_moments=with_moments,
-        )
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
+        """``reference.conv_forward``, with the moments as ``self.moments`` gives them."""
+        out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
+        return out, reference.batch_moments(out) if with_moments else None
 
     def conv_backward(
         self,
@@ -149,15 +133,14 @@ class AtenEngine:
             return ConvGrads(None, dweight, dbias, None, None)
         if add is not None:
             dz = dz.to(torch.promote_types(dz.dtype, add.dtype)).add_(add)
-        q = reference.activation_grad(dz.to(u.dtype), u, act)
-        del dz, u
-        sums = reference.gradient_sums(q, h, stats)
-        coef, dgamma, dbeta = reference.norm_grad(sums, stats, training)
-        g = reference.input_grad(
-            Grad(q, h if training else None, coef),
-            identity if final else None,
-            h.dtype if final else dtype,
+        q = reference.activation_grad(dz.to(u.dtype), u, act, in_place=True)
+        del dz
+        # u's memory is h-shaped and read for the last time above: fresh pages cost more than the
+        # arithmetic on a CPU.
+        g, dgamma, dbeta = reference.norm_backward(
+            q, h, stats, training, identity if final else None, out=u
         )
+        g = g.to(h.dtype if final else dtype)
         return ConvGrads(Grad(g), dweight, dbias, dgamma, dbeta)
 
 
@@ -192,26 +175,35 @@ class TritonEngine(AtenEngine):
         self._conv_dgrad = conv_dgrad
         self._conv_wgrad = conv_wgrad
 
-    def moments(self, x: Tensor) -> Partials:
+    def moments(self, x: Tensor) -> Any:
         return self._moments.moments(x)
 
     def norm_stats(
-        self, partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+        self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        return self._moments.norm_stats(partials, weight, bias, eps)
+        return self._moments.norm_stats(moments, weight, bias, eps)
 
-    def conv_forward(self, h, weight, bias, geometry, *, dtype, stats=None, act=IDENTITY, **options):  # type: ignore[no-untyped-def]  # noqa: E501
+    def conv_forward(
+        self,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        *,
+        with_moments: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
         """``reference.conv_forward`` by whatever ``implementation`` names."""
-        how = implementation("forward", tuple(weight.shape[2:]), geometry)
+        how = implementation("forward", (weight.shape[2], weight.shape[3]), geometry)
         if how == ATEN:
-            return super().conv_forward(
-                h, weight, bias, geometry, dtype=dtype, stats=stats, act=act, **options
-            )
-        if how == WRITTEN and stats is not None:
-            h = self._norm_act.norm_act(h, stats, act, dtype)
-            stats = None
+            out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
+            return out, self.moments(out) if with_moments else None
+        stats = options.get("stats")
+        if how == WRITTEN and stats is not None and options.get("residual_stats") is None:
+            h = self._norm_act.norm_act(h, stats, options["act"], options["dtype"])
+            options["stats"] = None
         return self._conv_forward.conv_forward(
-            h, weight, bias, geometry, dtype=dtype, stats=stats, act=act, **options
+            h, weight, bias, geometry, with_moments=with_moments, **options
         )
 
     def _weight_grad(
@@ -294,7 +286,7 @@ def has_triton() -> bool:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """"triton" or "aten" for a requested backend and a device (design 4).
+    """ "triton" or "aten" for a requested backend and a device (design 4).
 
     ``RESNETV2_BACKEND`` overrides "auto"; without it, Triton runs on a GPU and in its interpreter
     (``TRITON_INTERPRET=1``).

@@ -92,18 +92,8 @@ def running_stats(
         eps: added to the variance.
     """
     dtype = stats_dtype(mean.dtype)
-    stats = torch.empty((5, mean.numel()), dtype=dtype, device=mean.device)
-    rows = stats.unbind(0)
-    rows[MEAN].copy_(mean)
-    rows[VAR].copy_(var)
-    torch.rsqrt(torch.add(rows[VAR], eps, out=rows[RSTD]), out=rows[RSTD])
-    if weight is None:
-        rows[SCALE].copy_(rows[RSTD])
-    else:
-        torch.mul(rows[RSTD], weight.to(dtype), out=rows[SCALE])
-    torch.mul(rows[MEAN], rows[SCALE], out=rows[SHIFT])
-    if bias is None:
-        rows[SHIFT].neg_()
-    else:
-        torch.sub(bias.to(dtype), rows[SHIFT], out=rows[SHIFT])
-    return stats
+    mean, var = mean.to(dtype), var.to(dtype)
+    rstd = (var + eps).rsqrt_()
+    scale = rstd if weight is None else rstd * weight
+    shift = mean * -scale if bias is None else torch.addcmul(bias.to(dtype), mean, scale, value=-1)
+    return torch.stack((mean, var, rstd, scale, shift))

@@ -45,8 +45,13 @@ def moments(x: Tensor) -> Partials:
     Half-precision inputs are accumulated in float32 (design 6).
     """
     rows = _rows(x)
-    mean, var = torch.batch_norm_update_stats(x.to(stats_dtype(x.dtype)), None, None, 0.0)
-    return Partials(torch.stack((mean, var * rows)).unsqueeze(0), rows, rows)
+    mean, var = batch_moments(x)
+    return Partials(torch.stack((mean, var.mul_(rows))).unsqueeze(0), rows, rows)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and biased variance of x, (C,) each, in the statistics' dtype."""
+    return torch.batch_norm_update_stats(x.to(stats_dtype(x.dtype)), None, None, 0.0)
 
 
 def norm_stats(
@@ -71,9 +76,7 @@ def norm_stats(
 
 def affine(h: Tensor, stats: Tensor) -> Tensor:
     """u = a*h + b per channel, in the statistics' dtype; always a new tensor."""
-    return torch.addcmul(
-        _per_channel(stats[SHIFT]), h.to(stats.dtype), _per_channel(stats[SCALE])
-    )
+    return torch.addcmul(_per_channel(stats[SHIFT]), h.to(stats.dtype), _per_channel(stats[SCALE]))
 
 
 def activate_(u: Tensor, act: Act) -> Tensor:
@@ -89,9 +92,14 @@ def activate_(u: Tensor, act: Act) -> Tensor:
     return u
 
 
-def activation_grad(dz: Tensor, u: Tensor, act: Act) -> Tensor:
-    """dz * act'(u). For relu, u may be act(u) as well: both have the same sign."""
+def activation_grad(dz: Tensor, u: Tensor, act: Act, in_place: bool = False) -> Tensor:
+    """dz * act'(u). For relu, u may be act(u) as well: both have the same sign.
+
+    in_place: dz is not needed any more and may be overwritten.
+    """
     if act.kind == "relu":
+        if in_place:
+            return _aten.threshold_backward.grad_input(dz, u, 0, grad_input=dz)
         return _aten.threshold_backward(dz, u, 0)
     if act.kind == "leaky_relu":
         return _aten.leaky_relu_backward(dz, u, act.slope, False)
@@ -124,43 +132,71 @@ def act_backward(
     return q, gradient_sums(q, h, stats)
 
 
+def _sums(q: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Only the sums are asked of native_batch_norm_backward: one pass over q and h.
+    return _aten.native_batch_norm_backward(
+        q, h, None, None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+
+
 def gradient_sums(q: Tensor, h: Tensor, stats: Tensor) -> Partials:
     """S1 = sum q and S2 = sum q*xhat per channel, with xhat = (h - mean)*rstd, as one tile."""
-    # Only the sums are asked of native_batch_norm_backward: one pass over q and h.
-    _, s2, s1 = _aten.native_batch_norm_backward(
-        q.to(stats.dtype),
-        h.to(stats.dtype),
-        None,
-        None,
-        None,
-        stats[MEAN],
-        stats[RSTD],
-        True,
-        0.0,
-        [False, True, True],
-    )
+    wide = stats.dtype
+    _, s2, s1 = _sums(q.to(wide), h.to(wide), stats[MEAN], stats[RSTD])
     return Partials(torch.stack((s1, s2)).unsqueeze(0), _rows(q), _rows(q))
 
 
-def norm_grad(
-    partials: Partials, stats: Tensor, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_grad(partials: Partials, stats: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (3, C) of g = A*q + B*h + C, and the norm's dweight = S2 and dbias = S1.
 
     With running statistics (``training=False``) B = C = 0.
     """
-    s1, s2 = partials.data.sum(0).unbind(0)
-    coef = torch.zeros((3, s1.numel()), dtype=stats.dtype, device=stats.device)
-    coef[0] = stats[SCALE]
+    data = partials.data
+    s1, s2 = (data[0] if data.shape[0] == 1 else data.sum(0)).unbind(0)
+    mean, _, rstd, scale, _ = stats.unbind(0)
+    coef = torch.empty((3, s1.numel()), dtype=stats.dtype, device=stats.device)
+    a, b, c = coef.unbind(0)
+    a.copy_(scale)
     if training:
-        torch.mul(s2 * (-1.0 / partials.rows), stats[SCALE] * stats[RSTD], out=coef[1])
-        torch.mul(s1 * (-1.0 / partials.rows), stats[SCALE], out=coef[2])
-        coef[2] -= coef[1] * stats[MEAN]
+        torch.mul(scale, rstd, out=b).mul_(s2).mul_(-1.0 / partials.rows)
+        torch.mul(scale, s1, out=c).mul_(-1.0 / partials.rows).addcmul_(b, mean, value=-1.0)
+    else:
+        coef[1:].zero_()
     return coef, s2, s1
 
 
+def norm_backward(
+    q: Tensor,
+    h: Tensor,
+    stats: Tensor,
+    training: bool,
+    identity: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``gradient_sums``, ``norm_grad`` and ``input_grad`` in one: (g, dweight, dbias).
+
+    The CPU path's form of a norm's backward, where a call costs what a thousand elements do.
+    out: memory like h's in the statistics' dtype that may be overwritten.
+    """
+    mean, _, rstd, scale, _ = stats.unbind(0)
+    h = h.to(stats.dtype)
+    q = q.to(stats.dtype)
+    _, s2, s1 = _sums(q, h, mean, rstd)
+    if training:
+        t = scale * (-1.0 / _rows(q))
+        b = (t * s2).mul_(rstd)
+        c = (t * s1).addcmul_(b, mean, value=-1.0)
+        g = torch.addcmul(_per_channel(c), h, _per_channel(b), out=out)
+        g.addcmul_(q, _per_channel(scale))
+    else:
+        g = torch.mul(q, _per_channel(scale), out=out)
+    return g if identity is None else g.add_(identity), s2, s1
+
+
 def input_grad(
-    grad: Grad, identity: Tensor | None = None, dtype: torch.dtype | None = None
+    grad: Grad,
+    identity: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """g = A*q + B*h + C (+ identity), written: a norm's dx, or a gradient operand read twice.
 
@@ -257,9 +293,11 @@ def convolution_backward(
         geometry.groups,
         mask,
     )
+    if mask[1] and (dweight.dtype != weight.dtype or dweight.stride() != weight.stride()):
+        dweight = torch.empty_like(weight).copy_(dweight)
     return (
         dz if mask[0] else None,
-        torch.empty_like(weight).copy_(dweight) if mask[1] else None,
+        dweight if mask[1] else None,
         dbias.to(weight.dtype) if mask[2] else None,
     )
 

@@ -22,7 +22,9 @@ def _norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Mo
     if callable(norm):
         return norm
     if norm != "batch":
-        raise ValueError(f'norm must be "batch" or a callable from channels to module, got {norm!r}')
+        raise ValueError(
+            f'norm must be "batch" or a callable from channels to module, got {norm!r}'
+        )
     return nn.BatchNorm2d
 
 
@@ -72,9 +74,7 @@ class PreActUnit(nn.Module):
         self.memory = "recompute"
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut.append(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias)
-            )
+            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias))
 
     def recipe(self) -> Recipe | str:
         """The children in the order of the computation, or why they must run one by one."""
@@ -239,9 +239,7 @@ class Stage(nn.Sequential):
         blocks: the blocks in order. backend, memory: of the chains; memory as in ``PreActResNet``.
     """
 
-    def __init__(
-        self, *blocks: nn.Module, backend: str = AUTO, memory: str = "recompute"
-    ) -> None:
+    def __init__(self, *blocks: nn.Module, backend: str = AUTO, memory: str = "recompute") -> None:
         super().__init__(*blocks)
         self.backend = backend
         self.memory = memory
@@ -265,4 +263,3 @@ class Stage(nn.Sequential):
 
     def _run(self, recipes: list[Recipe], x: Tensor) -> Tensor:
         return run_chain(recipes, x, backend=self.backend, memory=self.memory)
-

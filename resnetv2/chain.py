@@ -11,12 +11,13 @@ Everything here is below autograd: plain tensors in and out. ``ops`` registers i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernels.dispatch import AtenEngine
-from .kernels.operands import Grad, Partials, running_stats
+from .kernels.operands import Grad, running_stats
 from .spec import (
     IDENTITY_PREACT,
     PROJECTION_PREACT,
@@ -53,9 +54,7 @@ class Chain:
     def _param(self, position: int) -> Tensor | None:
         return None if position < 0 else self.params[position]
 
-    def _stats(
-        self, unit: Unit, at: UnitParams, i: int, h: Tensor, partials: Partials | None
-    ) -> Tensor:
+    def _stats(self, unit: Unit, at: UnitParams, i: int, h: Tensor, partials: Any) -> Tensor:
         """Statistics of norm i: those known, the running ones, or those of the batch h."""
         if self.known_stats:
             return self.stats[at.first_stats + i]
@@ -81,7 +80,7 @@ class Chain:
         residual_stats: Tensor | None = None,
         subtract: bool = False,
         with_moments: bool = False,
-    ) -> tuple[Tensor, Partials | None]:
+    ) -> tuple[Tensor, Any]:
         """h_{i+1} = conv(act(norm(h_i))) [+ residual] of unit ``number``."""
         unit, at, dtype = self.spec.units[number], self.spec.positions[number], self.spec.dtype
         wide = dtype
@@ -134,7 +133,7 @@ class Chain:
         wanted = frozenset(keys)
         kept: Kept = {}
         out: Tensor | None = x
-        partials: Partials | None = None
+        partials: Any = None
         for number in range(start, stop):
             unit, at = spec.units[number], spec.positions[number]
             h = x
@@ -308,13 +307,15 @@ def _store(
     spec: Spec | None = None,
     params: Sequence[Tensor] | None = None,
 ) -> None:
-    """Put a gradient where it belongs; norms' come as rows of a shared tensor and are copied."""
+    """Put a gradient where it belongs; a norm's may be rows of one tensor and are then copied."""
     if position < 0 or value is None:
         return
     if spec is not None and params is not None:
         if not spec.needs[position]:
             return
-        value = torch.empty_like(params[position]).copy_(value)
+        param = params[position]
+        if value._is_view() or value.dtype != param.dtype:
+            value = torch.empty_like(param).copy_(value)
     grads[position] = value
 
 

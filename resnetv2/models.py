@@ -153,7 +153,11 @@ class PreActResNet(nn.Module):
 
     @classmethod
     def from_depth(
-        cls, depth: int, block: str | type[PreActUnit] = "basic", num_classes: int = 10, **options: Any
+        cls,
+        depth: int,
+        block: str | type[PreActUnit] = "basic",
+        num_classes: int = 10,
+        **options: Any,
     ) -> PreActResNet:
         """A three-stage CIFAR net by its number of layers: 6n+2 (basic) or 9n+2 (bottleneck).
 
@@ -189,7 +193,9 @@ def _factory(
     return build
 
 
-def _imagenet(layers: Sequence[int], block: type[PreActUnit], depth: int) -> Callable[..., PreActResNet]:
+def _imagenet(
+    layers: Sequence[int], block: type[PreActUnit], depth: int
+) -> Callable[..., PreActResNet]:
     return _factory(f"preact_resnet{depth}", block, layers, stem="imagenet")
 
 

@@ -277,17 +277,15 @@ def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[
     moved: dict[tuple[float, int], list[list[Tensor]]] = {}
     counters: list[Tensor] = []
     cumulative: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
-    stats = stats.detach()
-    offset = 0
     norms = [norm for recipe in recipes for norm in recipe.norms]
-    for norm, rows in zip(norms, rows_at):
-        channels = norm.num_features
-        part = stats.narrow(0, offset, 5 * channels)
-        offset += 5 * channels
+    sizes: list[int] = []
+    for norm in norms:
+        sizes += [norm.num_features, norm.num_features, 3 * norm.num_features]
+    parts = stats.detach().split(sizes)
+    for norm, rows, mean, var in zip(norms, rows_at, parts[::3], parts[1::3]):
         if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
             continue
         assert norm.running_var is not None
-        mean, var = part.narrow(0, 0, channels), part.narrow(0, channels, channels)
         if norm.num_batches_tracked is not None:
             counters.append(norm.num_batches_tracked)
         if norm.momentum is None:
