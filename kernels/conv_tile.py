@@ -194,7 +194,10 @@ def conv_tile(
     )
     # Without padding, every position that a forward convolution reads exists.
     MASKED: tl.constexpr = not SAME_ROWS and (TRANSPOSED or PADDING_H + PADDING_W > 0)
-    UNROLL: tl.constexpr = BLOCKS if BLOCKS * TAPS <= 16 else 1
+    # Unrolled, float32 products without matrix units (ieee) would need too many registers.
+    UNROLL: tl.constexpr = DTYPE != tl.float32 or PRECISION != "ieee"
+    UNROLL_TAPS: tl.constexpr = TAPS if UNROLL and TAPS <= 25 else 1
+    UNROLL_BLOCKS: tl.constexpr = BLOCKS if UNROLL and TAPS * BLOCKS <= 16 else 1
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     position = rows
@@ -222,48 +225,42 @@ def conv_tile(
     weight = _read_weight(
         weight_ptr, channels, columns, STRIDE_CHANNEL, STRIDE_COLUMN, CHANNELS, COLUMNS, DTYPE
     )
-    first_position = position
-    first_inside = inside
-    for block in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=UNROLL):
-        position = first_position
-        inside = first_inside
-        for tap in tl.static_range(TAPS):
-            channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    for block in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=UNROLL_BLOCKS):
+        for tap in tl.range(0, TAPS, num_stages=1, loop_unroll_factor=UNROLL_TAPS):
             this_x = x
             this_h = h
             this_inside = inside
             this_weight = weight
-            next_channels = channels
-            if tap + 1 < TAPS:
-                position, inside = _source_rows(
-                    rows,
-                    (tap + 1) // KERNEL_W,
-                    (tap + 1) % KERNEL_W,
-                    HEIGHT,
-                    WIDTH,
-                    SOURCE_HEIGHT,
-                    SOURCE_WIDTH,
-                    STRIDE_H,
-                    STRIDE_W,
-                    PADDING_H,
-                    PADDING_W,
-                    TRANSPOSED,
-                )
-            else:
-                position = first_position
-                inside = first_inside
-                # After the last step there is none: the last block is read again, and dropped.
-                next_channels = tl.minimum(block + 1, BLOCKS - 1) * BLOCK_K + tl.arange(0, BLOCK_K)
-            if tap + 1 < TAPS or BLOCKS > 1:
-                x = _read(source_ptr, position, inside, next_channels, CHANNELS, BLOCK_K, MASKED)
+            this_channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            if TAPS * BLOCKS > 1:
+                # After the last step there is none: a step is read again, and dropped.
+                next_tap = (tap + 1) % TAPS
+                next_block = tl.minimum(block + (tap + 1) // TAPS, BLOCKS - 1)
+                r = next_tap // KERNEL_W
+                s = next_tap % KERNEL_W
+                if not SAME_ROWS:
+                    position, inside = _source_rows(
+                        rows,
+                        r,
+                        s,
+                        HEIGHT,
+                        WIDTH,
+                        SOURCE_HEIGHT,
+                        SOURCE_WIDTH,
+                        STRIDE_H,
+                        STRIDE_W,
+                        PADDING_H,
+                        PADDING_W,
+                        TRANSPOSED,
+                    )
+                channels = next_block * BLOCK_K + tl.arange(0, BLOCK_K)
+                x = _read(source_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
                 h = x
                 if PROLOGUE == "affine_h":
-                    h = _read(h_ptr, position, inside, next_channels, CHANNELS, BLOCK_K, MASKED)
+                    h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
                 weight = _read_weight(
-                    weight_ptr
-                    + ((tap + 1) % TAPS // KERNEL_W * STRIDE_R)
-                    + ((tap + 1) % TAPS % KERNEL_W * STRIDE_S),
-                    next_channels,
+                    weight_ptr + (r * STRIDE_R + s * STRIDE_S),
+                    channels,
                     columns,
                     STRIDE_CHANNEL,
                     STRIDE_COLUMN,
@@ -276,7 +273,7 @@ def conv_tile(
                 this_h,
                 coef_ptr,
                 this_inside,
-                channels,
+                this_channels,
                 slope,
                 CHANNELS,
                 PROLOGUE,
