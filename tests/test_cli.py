@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from resnetv2.cli import COMMANDS, main
@@ -14,6 +16,15 @@ from resnetv2.cli import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 SMALL = ["--device", "cpu", "--depth", "8", "--epochs", "2", "--limit-batches", "2"]
 QUICK = ["--backend", "aten", *SMALL]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are too small to share, and threads of parallel tests would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(*arguments: str) -> Result:

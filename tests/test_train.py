@@ -1,6 +1,7 @@
 """The training loop: the paper's schedule, reproducible bits, checkpoints, what is written."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from resnetv2.train import (
 )
 
 SMALL = create_synthetic_dataset(96, 4, image_size=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are too small to share, and threads of parallel tests would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def train(data: Any = SMALL, **options: Any) -> TrainingResult:
@@ -83,8 +93,11 @@ def test_two_runs_from_one_seed_are_bitwise_equal() -> None:
 
 
 def test_fused_and_eager_take_the_same_steps() -> None:
-    """Losses agree to 1e-3 over the first 20 steps in float32, at the paper's learning rate."""
-    options = {"epochs": 1, "limit_batches": 20, "depth": 14}
+    """Losses agree to 1e-3 over the first 20 steps in float32, all within the warm-up.
+
+    At 0.1 the first steps are chaotic: in float64, weights that differ by 6e-8 lead as far apart.
+    """
+    options = {"epochs": 1, "limit_batches": 20, "depth": 14, "warmup_steps": 20}
     fused = train("digits", **options)
     eager = train("digits", **options, backend="auto", eager=True)
     assert len(fused.step_losses) == len(eager.step_losses) == 20
@@ -150,9 +163,10 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(
         return one_epoch(run, epoch)
 
     checkpoint = tmp_path / "new" / "run.pt"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(_Run, "epoch", fails_in_second_epoch)
-        train(epochs=3, dtype=dtype, checkpoint=checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            train(epochs=3, dtype=dtype, checkpoint=checkpoint)
     resumed = train(epochs=3, dtype=dtype, resume=checkpoint, out=tmp_path / "out")
     assert same_bits(whole, resumed)
     assert [e.test_loss for e in resumed.history] == [e.test_loss for e in whole.history]
