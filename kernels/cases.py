@@ -30,8 +30,8 @@ _RELU = Act("relu")
 class Unit(NamedTuple):
     """A residual unit: channels in and out, inner width, input size, stride, images a batch.
 
-    ``act`` and ``training`` are those of its norms; ``every`` says that it is compiled for all
-    targets and dtypes, not for sm_90 in bf16 alone.
+    ``act`` and ``training`` are those of its norms; ``reach`` says for what it is compiled by
+    default: 0 for sm_90 in bf16, 1 for sm_90 in every dtype, 2 for every target.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Unit(NamedTuple):
     projection: int = 0  # its stride
     act: Act = _RELU
     training: bool = True
-    every: bool = False
+    reach: int = 0
 
 
 def _bottleneck(
@@ -59,26 +59,39 @@ def _basic(name: str, c: int, k: int, size: int, batch: int, stride: int = 1, **
 
 UNITS = (
     _bottleneck("resnet1001/1", 64, 64, 32, 128),
-    _bottleneck("resnet1001/2", 128, 128, 16, 128, every=True),
+    _bottleneck("resnet1001/2", 128, 128, 16, 128, reach=1),
     _bottleneck("resnet1001/3", 256, 256, 8, 128),
     _bottleneck("resnet1001/1 entry", 16, 64, 32, 128),
-    _bottleneck("resnet1001/2 entry", 64, 128, 32, 128, 2, every=True),
+    _bottleneck("resnet1001/2 entry", 64, 128, 32, 128, 2, reach=2),
     _bottleneck("resnet1001/3 entry", 128, 256, 16, 128, 2),
-    _basic("resnet110/1", 16, 16, 32, 128, every=True),
+    _basic("resnet110/1", 16, 16, 32, 128, reach=2),
     _basic("resnet110/2", 32, 32, 16, 128),
     _basic("resnet110/3", 64, 64, 8, 128),
     _basic("resnet110/2 entry", 16, 32, 32, 128, 2),
     _basic("resnet110/3 entry", 32, 64, 16, 128, 2),
     _bottleneck("imagenet/1", 256, 256, 56, 32),
     _bottleneck("imagenet/2", 512, 512, 28, 32),
-    _bottleneck("imagenet/3", 1024, 1024, 14, 32, every=True),
+    _bottleneck("imagenet/3", 1024, 1024, 14, 32, reach=1),
     _bottleneck("imagenet/4", 2048, 2048, 7, 32),
     _bottleneck("imagenet/2 entry", 256, 512, 56, 32, 2),
     _basic("imagenet basic/4", 512, 512, 7, 32),
-    _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, every=True),
+    _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, reach=2),
     _bottleneck("gelu", 48, 48, 15, 3, act=Act("gelu")),
     _basic("leaky_relu", 80, 80, 9, 8, act=Act("leaky_relu", 0.1)),
 )
+
+
+def selected(target: str, dtype: str, everything: bool = False) -> list[Unit]:
+    """The units compiled for a target and dtype, by their ``reach``.
+
+    A whole matrix takes a quarter of an hour; the targets beside sm_90 show with a few units that
+    every kernel compiles for them, sm_90 shows what each tile becomes.
+    """
+    if everything or (target, dtype) == ("sm_90", "bf16"):
+        return list(UNITS)
+    if target != "sm_90" and dtype not in ("fp32", "fp16", "bf16"):
+        return []
+    return [unit for unit in UNITS if unit.reach >= (1 if target == "sm_90" else 2)]
 
 
 def steps(

@@ -1,11 +1,12 @@
 """Compile every kernel for GPUs that are not there, and print what the compilers made of it.
 
-    python -m resnetv2.kernels.compile                                # everything
+    python -m resnetv2.kernels.compile                                # every kernel, all targets
     python -m resnetv2.kernels.compile --target sm_90 --dtype bf16    # the static ratios
     python -m resnetv2.kernels.compile --target sm_90 --dtype bf16 --case 1x1 --kernel wgrad
 
 The steps out of which a chain is made run on CPU tensors through the project's own launch path, in
-a dry run (dryrun.py): what is listed is what that GPU would launch for these shapes. Columns:
+a dry run (dryrun.py): what is listed is what that GPU would launch for these shapes. sm_90 in bf16
+compiles every unit of cases.py, the rest a selection (--all: everything everywhere). Columns:
 
     regs, spill, smem   registers and spilled bytes a thread, bytes of shared memory a program
     mma                 matrix instructions that a warp executes, wgmma marked with w
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -35,9 +37,10 @@ from typing import Any
 import torch
 
 from . import dryrun
-from .cases import DTYPES, UNITS, steps
+from .cases import DTYPES, UNITS, selected, steps
 
 TARGETS = tuple(dryrun.DEVICES)
+Task = tuple[str, str, int, str]  # target, dtype, number of the unit, part of a case's label
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Row:
     case: str
     kernel: str
     constants: dict[str, Any]
-    grid: tuple[int, int, int]
+    key: str
+    grid: Sequence[int]
     programs: int
     num_warps: int
     num_stages: int
@@ -129,7 +133,8 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
         case=case,
         kernel=kernel.name,
         constants=constants,
-        grid=launch.grid,
+        key=kernel.key,
+        grid=list(launch.grid),
         programs=launch.programs,
         num_warps=warps,
         num_stages=kernel.num_stages,
@@ -148,39 +153,44 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
     )
 
 
-def matrix(target: str, dtype: str, case: str = "") -> list[Row]:
-    """Compile the units' steps for one target and dtype; rows whose label contains ``case``.
-
-    Units not marked ``every`` are compiled for sm_90 in bf16 alone.
-    """
+def rows_of(target: str, dtype: str, number: int, case: str = "") -> list[Row]:
+    """Compile the steps of ``UNITS[number]`` whose label contains ``case``, in this process."""
     compute, stream, tf32 = DTYPES[dtype]
     torch.backends.cudnn.allow_tf32 = tf32
-    rows: dict[tuple[str, tuple[int, int, int]], Row] = {}
-    for unit in UNITS:
-        if not unit.every and (target, dtype) != ("sm_90", "bf16"):
-            continue
-        for label, step in steps(unit, compute, stream):
-            label = f"{unit.name}: {label}"
-            if case not in label:
-                continue
+    rows = []
+    for label, step in steps(UNITS[number], compute, stream):
+        label = f"{UNITS[number].name}: {label}"
+        if case in label:
             with dryrun.dry_run(target) as run:
                 step()
-            for launch in run.launches:
-                key = (launch.kernel.key, launch.grid)
-                if key not in rows:
-                    rows[key] = row(target, dtype, label, launch)
-    return list(rows.values())
+            rows += [row(target, dtype, label, launch) for launch in run.launches]
+    return rows
 
 
-def _subprocess(target: str, dtype: str, case: str) -> list[Row]:
-    # A process each: Triton compiles on one core, and cannot compile where it interprets.
+def _serve() -> None:
+    """Answer tasks on standard input, arguments of ``rows_of`` as JSON, a line each."""
+    for line in sys.stdin:
+        print(json.dumps([asdict(r) for r in rows_of(*json.loads(line))]), flush=True)
+
+
+def _work(tasks: queue.SimpleQueue[tuple[int, Task]], results: dict[int, list[Row]]) -> None:
+    # A process: Triton compiles on one core, and cannot compile in one that interprets.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", __spec__.name, "--target", target, "--dtype", dtype]
-    command += ["--case", case, "--json", "-", "--jobs", "0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1) or not done.stdout:
-        raise RuntimeError(f"{target} {dtype}: compilation failed\n{done.stderr}")
-    return [Row(**values) for values in json.loads(done.stdout)]
+    command = [sys.executable, "-c", f"from {__package__}.compile import _serve; _serve()"]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while not tasks.empty():
+            number, task = tasks.get()
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"compiling {task} failed, see the error above")
+            results[number] = [Row(**values) for values in json.loads(answer)]
+        process.stdin.close()
 
 
 def compile_all(
@@ -188,14 +198,27 @@ def compile_all(
     dtypes: Sequence[str] = tuple(DTYPES),
     case: str = "",
     jobs: int = 2,
+    everything: bool = False,
 ) -> list[Row]:
-    """``matrix`` for each target and dtype, ``jobs`` processes at a time (0: in this process)."""
+    """The units that ``cases.selected`` names, distinct kernels and grids, by ``jobs`` processes.
+
+    With ``everything``, all units for all targets and dtypes.
+    """
     pairs = [(target, dtype) for target in targets for dtype in dtypes]
-    if jobs == 0:
-        return [r for pair in pairs for r in matrix(*pair, case)]
+    tasks: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
+    units = [(pair, unit) for pair in pairs for unit in selected(*pair, everything)]
+    for number, ((target, dtype), unit) in enumerate(units):
+        tasks.put((number, (target, dtype, UNITS.index(unit), case)))
+    results: dict[int, list[Row]] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        parts = pool.map(lambda pair: _subprocess(pair[0], pair[1], case), pairs)
-        return [r for part in parts for r in part]
+        for done in [pool.submit(_work, tasks, results) for _ in range(jobs)]:
+            done.result()
+    distinct: dict[object, Row] = {}
+    for number in sorted(results):
+        for r in results[number]:
+            key = (r.target, r.dtype, r.key, tuple(r.grid))
+            distinct.setdefault(key, r)
+    return list(distinct.values())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -233,20 +256,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="all if not given")
     parser.add_argument("--case", default="", help="only cases whose label contains this")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there ('-': print them)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes; 0: none beside this one")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--all", action="store_true", help="all units for all targets and dtypes")
     options = parser.parse_args(arguments)
     rows = compile_all(
-        options.target or TARGETS, options.dtype or tuple(DTYPES), options.case, options.jobs
+        options.target or TARGETS,
+        options.dtype or tuple(DTYPES),
+        options.case,
+        options.jobs,
+        options.all,
     )
     rows = [r for r in rows if options.kernel in r.kernel]
-    text = json.dumps([asdict(r) for r in rows])
-    if options.json == "-":
-        print(text)
-    else:
-        print(table(rows))
-        if options.json:
-            Path(options.json).write_text(text)
+    print(table(rows))
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(r) for r in rows]))
     return int(any(r.fault for r in rows))
 
 

@@ -349,5 +349,6 @@ def hip_resources(hsaco: bytes) -> Resources:
         width = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(hsaco[at], 0)
         return int.from_bytes(hsaco[at + 1 : at + 1 + width], "big") if width else hsaco[at]
 
-    spilled = 4 * (value(".vgpr_spill_count") + value(".sgpr_spill_count"))
+    # Scalar registers spill to lanes of vector registers, which takes no memory.
+    spilled = 4 * value(".vgpr_spill_count")
     return Resources(value(".vgpr_count"), value(".private_segment_fixed_size"), spilled)
