@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chain import Chain, output_dtype
+from .chain import Chain, stream_dtypes
 from .kernels.dispatch import AtenEngine, engine
 from .kernels.operands import Act, stats_dtype
 from .spec import IDENTITY_PREACT, PROJECTION_PREACT, Norm, Spec, decode
@@ -34,27 +34,35 @@ def _no_autocast(x: Tensor) -> Any:
 def chain_forward(
     x: Tensor, params: list[Tensor], layout: list[int], constants: list[float]
 ) -> list[Tensor]:
-    """[out, stats, *kept] of a chain (``spec.decode``) on x, (N, C, H, W) in channels_last.
+    """[out, stats, *end, *kept] of a chain (``spec.decode``) on x, (N, C, H, W) in channels_last.
 
-    stats: flat; norm after norm, (5, C) each: mean, biased var, rstd, scale, shift.
+    out: in eager's dtype. stats: flat; norm after norm, (5, C) each: mean, biased var, rstd,
+    scale, shift. end: out in float32, where the stream is (``Spec.wide``) and out is not.
     kept: ``Spec.kept()`` in order.
     """
     spec = decode(layout, constants)
     with _no_autocast(x):
         chain = Chain(spec, params, _engine(spec, x, params))
         keys = spec.kept()
-        out, kept = chain.forward(x, 0, len(spec.units), keys)
-        assert out is not None
+        end, kept = chain.forward(_stream(spec, x), 0, len(spec.units), keys)
+        assert end is not None
         stats = torch.cat([s.reshape(-1) for s in chain.stats])
-        return [out, stats, *(kept[key] for key in keys)]
+        out = end.to(stream_dtypes(spec, x.dtype)[-1])
+        ends = [end] if spec.keep and out is not end else []
+        return [out, stats, *ends, *(kept[key] for key in keys)]
+
+
+def _stream(spec: Spec, x: Tensor) -> Tensor:
+    return x.float() if spec.wide else x
 
 
 def _shapes(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> list[list[Tensor]]:
     """Empty tensors like each unit's h_0..h_k, without running anything (fake tensors)."""
     result = []
-    h = x
-    dtypes = output_dtype(spec, x.dtype)
-    for unit, at, out_dtype in zip(spec.units, spec.positions, dtypes[1:]):
+    h = _stream(spec, x)
+    dtypes = stream_dtypes(spec, x.dtype)
+    for unit, at, dtype in zip(spec.units, spec.positions, dtypes[1:]):
+        out_dtype = torch.float32 if spec.wide else dtype
         hs = [h]
         for i, conv in enumerate(unit.convs):
             weight = params[at.conv_weight[i]]
@@ -80,7 +88,10 @@ def _chain_forward_fake(
     hs = _shapes(spec, x, params)
     channels = sum(h.shape[1] for unit in hs for h in unit[:-1])
     stats = torch.empty((5 * channels,), dtype=stats_dtype(x.dtype), device=x.device)
-    return [hs[-1][-1], stats, *(torch.empty_like(hs[u][i]) for u, i in spec.kept())]
+    end = hs[-1][-1]
+    out = end.to(stream_dtypes(spec, x.dtype)[-1])
+    ends = [end] if spec.keep and out is not end else []
+    return [out, stats, *ends, *(torch.empty_like(hs[u][i]) for u, i in spec.kept())]
 
 
 @torch.library.custom_op("resnetv2::chain_backward", mutates_args=())
@@ -96,7 +107,8 @@ def chain_backward(
 ) -> list[Tensor]:
     """Gradients for the gradient g of a chain's output: x's, then the params', those wanted.
 
-    x, out: the chain's input and output; stats, kept: as ``chain_forward`` returned them.
+    x: the chain's input; out: its output in the stream's dtype; stats, kept: as ``chain_forward``
+    returned them.
     """
     spec = decode(layout, constants)
     with _no_autocast(x):
@@ -104,8 +116,8 @@ def chain_backward(
         grads: list[Tensor | None] = [None] * len(params)
         if not g.is_contiguous(memory_format=torch.channels_last):
             g = g.contiguous(memory_format=torch.channels_last)
-        dx = chain.backward(g, x, out, dict(zip(spec.kept(), kept)), grads)
-    result = [dx] if spec.need_x else []
+        dx = chain.backward(g, _stream(spec, x), out, dict(zip(spec.kept(), kept)), grads)
+    result = [None if dx is None else dx.to(x.dtype)] if spec.need_x else []
     result += [grad for grad, need in zip(grads, spec.needs) if need]
     assert all(r is not None for r in result)
     return result  # type: ignore[return-value]
@@ -144,8 +156,20 @@ def _split_stats(spec: Spec, stats: Tensor, params: Sequence[Tensor]) -> list[Te
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, params, layout, constants = inputs
     out, stats, *kept = output
+    if len(kept) > len(decode(layout, constants).kept()):
+        out, *kept = kept
     # Only out is a function that one differentiates; gradients of the rest would be dense zeros.
     ctx.set_materialize_grads(False)
+    spec = decode(layout, constants)
+    # What the backward does not read is not saved, so that it may be changed meanwhile, as in
+    # eager: out, where nothing is walked back, and running statistics, which ``stats`` holds.
+    if spec.memory == "recompute":
+        out = x
+    params = list(params)
+    for unit, at in zip(spec.units, spec.positions):
+        for norm, mean, var in zip(unit.norms, at.running_mean, at.running_var):
+            if not norm.training:
+                params[mean], params[var] = params[mean].data, params[var].data
     ctx.save_for_backward(x, out, stats, *kept, *params)
     ctx.layout, ctx.constants, ctx.kept = layout, constants, len(kept)
 

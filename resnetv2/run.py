@@ -75,9 +75,13 @@ def act_of(module: nn.Module) -> Act | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anything is hooked on a module's call, so that it must really be called."""
+    """Whether anything is hooked on a module's call, so that it must really be called.
+
+    A ``forward`` put on the instance counts too: how adapters and offloading libraries hook.
+    """
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -184,7 +188,8 @@ def _encode(
             if tensor is not None:
                 params.append(tensor)
         if not training:
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             params += [norm.running_mean, norm.running_var]
         params.append(conv.weight)
         if conv.bias is not None:
@@ -228,20 +233,9 @@ def run_chain(
     """
     check_input(x, recipes[0].convs[0])
     rows = _rows(recipes, x)
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    weight = recipes[0].convs[0].weight
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    params: list[Tensor] = []
-    body: list[int] = []
-    constants: list[float] = []
-    for recipe in recipes:
-        _encode(recipe, body, constants, params)
-    needs = [x.requires_grad, *(p.requires_grad for p in params)]
-    keep = torch.is_grad_enabled() and any(needs)
-    layout = encode_header(dtype, backend, memory, segment, keep, len(recipes))
-    layout += body
-    layout += [int(n) for n in needs]
+    params, layout, constants = describe(
+        recipes, x, backend=backend, memory=memory, segment=segment
+    )
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     like_nchw = x.is_contiguous() and not (channels_last and x.stride(1) == 1)
     result = chain_forward(
@@ -253,6 +247,29 @@ def run_chain(
     out = result[0]
     _update_buffers(recipes, result[1], rows)
     return out.contiguous() if like_nchw else out
+
+
+def describe(
+    recipes: Sequence[Recipe], x: Tensor, *, backend: str, memory: str, segment: int
+) -> tuple[list[Tensor], list[int], list[float]]:
+    """The operator's ``params``, ``layout`` and ``constants`` (see ``spec``) for a chain on x."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    weight = recipes[0].convs[0].weight
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    params: list[Tensor] = []
+    body: list[int] = []
+    constants: list[float] = []
+    for recipe in recipes:
+        _encode(recipe, body, constants, params)
+    needs = [x.requires_grad, *(p.requires_grad for p in params)]
+    keep = torch.is_grad_enabled() and any(needs)
+    # A half-precision stream drifts when it is walked back (design 3): it is float32 then.
+    wide = memory != "recompute" and dtype in (torch.float16, torch.bfloat16)
+    layout = encode_header(dtype, backend, memory, segment, wide, keep, len(recipes))
+    layout += body
+    layout += [int(n) for n in needs]
+    return params, layout, constants
 
 
 def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
@@ -274,9 +291,11 @@ def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
 
 def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[int]) -> None:
     """Move running statistics as torch.nn.BatchNorm2d does, a whole chain at a time."""
-    moved: dict[tuple[float, int], list[list[Tensor]]] = {}
-    counters: list[Tensor] = []
+    moved: dict[tuple[float, int, int], list[list[Tensor]]] = {}
+    counters: dict[int, list[Tensor]] = {}
     cumulative: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
+    # A norm that a chain runs several times moves once after the other.
+    times: dict[int, int] = {}
     norms = [norm for recipe in recipes for norm in recipe.norms]
     sizes: list[int] = []
     for norm in norms:
@@ -286,24 +305,29 @@ def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[
         if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
             continue
         assert norm.running_var is not None
-        if norm.num_batches_tracked is not None:
-            counters.append(norm.num_batches_tracked)
         if norm.momentum is None:
             cumulative.append((norm, mean, var, rows))
             continue
-        groups = moved.setdefault((norm.momentum, rows), [[], [], [], []])
+        time = times[id(norm)] = times.get(id(norm), -1) + 1
+        if norm.num_batches_tracked is not None:
+            counters.setdefault(time, []).append(norm.num_batches_tracked)
+        groups = moved.setdefault((norm.momentum, rows, time), [[], [], [], []])
         for group, tensor in zip(groups, (norm.running_mean, mean, norm.running_var, var)):
             group.append(tensor)
     with torch.no_grad():
-        if counters:
-            torch._foreach_add_(counters, 1)
-        for (momentum, rows), (means, batch_means, variances, batch_vars) in moved.items():
+        for tracked in counters.values():
+            torch._foreach_add_(tracked, 1)
+        for (momentum, rows, _), (means, batch_means, variances, batch_vars) in moved.items():
             torch._foreach_mul_(means, 1.0 - momentum)
             torch._foreach_add_(means, batch_means, alpha=momentum)
             torch._foreach_mul_(variances, 1.0 - momentum)
             torch._foreach_add_(variances, batch_vars, alpha=momentum * rows / (rows - 1))
         for norm, mean, var, rows in cumulative:
-            assert norm.running_mean is not None and norm.running_var is not None
-            factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr]
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            if norm.num_batches_tracked is None:
+                continue
+            norm.num_batches_tracked.add_(1)
+            factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
             norm.running_var.lerp_((var * (rows / (rows - 1))).to(norm.running_var.dtype), factor)
