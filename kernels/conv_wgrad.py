@@ -10,17 +10,15 @@ side is 64: a program computes J_TILES blocks of BLOCK_J columns by BLOCK_K outp
 range of rows, and reads g once for all of them. wgmma's M side is J, or K where BLOCK_J is narrower
 than 64 (SWAP).
 
-No atomics: each range of rows (split) writes its float32 sums to a workspace (splits, K*J + K), and
-a second kernel adds the splits in their order and writes dW in the weight's dtype and strides,
+No atomics: each range of rows (split) writes its float32 sums to a workspace (splits, K*J [+ K]),
+and a second kernel adds the splits in their order and writes dW in the weight's dtype and strides,
 and dbias = sum of g.
 
 Bytes: q, h' and h are read once from memory (once more from L2 for each further block of columns or
-channels, and for each tap), and 4*(K*J + K) bytes a split are written and read.
+channels, and for each tap), and 4*K*J bytes a split are written and read.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -28,29 +26,31 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import INTERPRET, activate, cast
-from .launch import check_activation, input_precision, launch, multiprocessors
+from .launch import (
+    TRITON_DTYPES,
+    check_activation,
+    check_convolution,
+    input_precision,
+    is_wide,
+    launch,
+)
 from .moments import check_floating, check_per_channel
 from .norm_backward import check_grad
 from .operands import IDENTITY, Act, Geometry, Grad
+from .wgrad_config import wgrad_config
 
-_TL_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
-_REDUCE_SPLITS = 64
-_REDUCE_ELEMENTS = 32
+# The reduction's tile: splits at a time, and elements in all.
+_REDUCE_SPLITS = 256
+_REDUCE_ELEMENTS = 8192
 
 
-class WgradConfig(NamedTuple):
-    """BLOCK_M rows at a time; a program owns j_tiles blocks of block_j columns by block_k."""
-
-    block_m: int
-    block_k: int
-    block_j: int
-    j_tiles: int
-    num_warps: int
-    num_stages: int
+@triton.jit
+def _per_channel(values_ptr, channels, known, MASKED: tl.constexpr):
+    """values[channels], 0 for channels that are not known."""
+    if MASKED:
+        return tl.load(values_ptr + channels, mask=known, other=0.0)
+    else:
+        return tl.load(values_ptr + channels)
 
 
 @triton.jit
@@ -62,22 +62,30 @@ def _gradient_block(
     a,
     b,
     c,
+    keep,
     HAS_COEF: tl.constexpr,
-    DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """g = A*q + B*h' + C of a block of rows; 0 where a row does not exist."""
-    g = tl.load(q_ptr + offsets, mask=mask, other=0.0)
+    """g = A*q + B*h' + C of a block of rows; 0 where a row does not exist (MASKED)."""
+    g = tl.load(q_ptr + offsets, mask=mask, other=0.0) if MASKED else tl.load(q_ptr + offsets)
     if HAS_COEF:
         g = g.to(tl.float32) * a[None, :]
         if gh_ptr is not None:
-            h = tl.load(gh_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            # Where B is 0, an Inf in h' must not become a NaN.
-            g += tl.where(b[None, :] == 0.0, 0.0, b[None, :] * h) + c[None, :]
-            g = tl.where(mask, g, 0.0)
+            if MASKED:
+                h = tl.load(gh_ptr + offsets, mask=mask, other=0.0)
+            else:
+                h = tl.load(gh_ptr + offsets)
+            # Where B is 0, an Inf in h' must not become a NaN: h' is blanked there.
+            h = (h.to(tl.float32).to(tl.int32, bitcast=True) & keep[None, :]).to(
+                tl.float32, bitcast=True
+            )
+            g += h * b[None, :] + c[None, :]
+            if MASKED:
+                g = tl.where(mask, g, 0.0)
     return g
 
 
-@triton.jit(do_not_specialize=["rows", "split_rows"])
+@triton.jit(do_not_specialize=["rows", "split_blocks", "longer_splits"])
 def _conv_wgrad_kernel(
     q_ptr,
     gh_ptr,
@@ -87,7 +95,8 @@ def _conv_wgrad_kernel(
     workspace_ptr,
     slope,
     rows,
-    split_rows,
+    split_blocks,
+    longer_splits,
     C: tl.constexpr,
     K: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -104,7 +113,8 @@ def _conv_wgrad_kernel(
     WITH_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    LARGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -118,7 +128,11 @@ def _conv_wgrad_kernel(
     SAME_ROWS: tl.constexpr = (
         KERNEL_H * KERNEL_W * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0
     )
-    OFFSET: tl.constexpr = tl.int64 if LARGE else tl.int32
+    SAME_SIZE: tl.constexpr = (
+        OUT_HEIGHT == HEIGHT and OUT_WIDTH == WIDTH and STRIDE_H * STRIDE_W == 1
+    )
+    OUTSIDE: tl.constexpr = -(1 << 29)
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
 
     program = tl.program_id(0)
     group = program % J_GROUPS
@@ -128,68 +142,94 @@ def _conv_wgrad_kernel(
     a = 0.0
     b = 0.0
     c = 0.0
+    keep = 0
     if coef_ptr is not None:
-        a = tl.load(coef_ptr + k, mask=known_k, other=0.0)
+        a = _per_channel(coef_ptr, k, known_k, K % BLOCK_K != 0)
         if gh_ptr is not None:
-            b = tl.load(coef_ptr + K + k, mask=known_k, other=0.0)
-            c = tl.load(coef_ptr + 2 * K + k, mask=known_k, other=0.0)
+            b = _per_channel(coef_ptr + K, k, known_k, K % BLOCK_K != 0)
+            c = _per_channel(coef_ptr + 2 * K, k, known_k, K % BLOCK_K != 0)
+            # All bits where B is not 0: its magnitude's carry into the sign. A comparison would
+            # become a select for each element of h', where an "and" joins the unpacking.
+            magnitude = b.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            keep = (magnitude + 0x7FFFFFFF) >> 31
 
     accs = ()
-    for t in tl.static_range(J_TILES):
+    for _ in tl.static_range(J_TILES):
         if SWAP:
-            accs = accs + (tl.zeros((BLOCK_K, BLOCK_J), tl.float32),)
+            accs = accs + (tl.zeros((BLOCK_K, BLOCK_J), tl.float32),)  # noqa: RUF005
         else:
-            accs = accs + (tl.zeros((BLOCK_J, BLOCK_K), tl.float32),)
+            accs = accs + (tl.zeros((BLOCK_J, BLOCK_K), tl.float32),)  # noqa: RUF005
     bias = tl.zeros((BLOCK_K,), tl.float32)
 
-    begin = split * split_rows
-    end = tl.minimum(begin + split_rows, rows)
-    for start in range(begin, end, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        valid = row < end
+    begin = split * split_blocks + tl.minimum(split, longer_splits)
+    end = begin + split_blocks + (split < longer_splits).to(tl.int32)
+    for block in range(begin, end):
+        # Unsigned, a division by a power of two is a shift.
+        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.uint32)
+        valid = row < rows
         g_mask = valid[:, None]
         if K % BLOCK_K != 0:
             g_mask = g_mask & known_k[None, :]
         g_offsets = row.to(OFFSET)[:, None] * K + k[None, :]
-        g = _gradient_block(q_ptr, gh_ptr, g_offsets, g_mask, a, b, c, coef_ptr is not None, DTYPE)
+        g = _gradient_block(
+            q_ptr,
+            gh_ptr,
+            g_offsets,
+            g_mask,
+            a,
+            b,
+            c,
+            keep,
+            coef_ptr is not None,
+            not WHOLE or K % BLOCK_K != 0,
+        )
         if WITH_BIAS:
             bias += tl.sum(g.to(tl.float32), axis=0)
         g = cast(g, DTYPE)
 
-        if SAME_ROWS:
-            origin = row.to(OFFSET) * C
+        if not SAME_ROWS:
+            y = (row // OUT_WIDTH % OUT_HEIGHT).to(tl.int32) * STRIDE_H - PADDING_H
+            x = (row % OUT_WIDTH).to(tl.int32) * STRIDE_W - PADDING_W
+            if not WHOLE:
+                # Far outside, so that the border's test says no for a row that does not exist.
+                y = tl.where(valid, y, OUTSIDE)
+        if SAME_SIZE:
+            origin = row.to(OFFSET) * C - (PADDING_H * WIDTH + PADDING_W) * C
         else:
-            y = row // OUT_WIDTH % OUT_HEIGHT * STRIDE_H - PADDING_H
-            x = row % OUT_WIDTH * STRIDE_W - PADDING_W
             image = row // (OUT_WIDTH * OUT_HEIGHT)
             origin = ((image.to(OFFSET) * HEIGHT + y) * WIDTH + x) * C
-            # Far outside, so that the border's test says no for a row that does not exist.
-            y = tl.where(valid, y, -(1 << 30))
 
         new = ()
         for t in tl.static_range(J_TILES):
             j = (group * J_TILES + t) * BLOCK_J + tl.arange(0, BLOCK_J)
             known = j < J
             channel = j % C
+            mask = valid[:, None]
             if SAME_ROWS:
-                mask = valid[:, None]
                 offsets = origin[:, None] + j[None, :]
+                mask = mask & known[None, :]
             else:
-                r = j // (C * KERNEL_W)
+                r = tl.where(known, j // (C * KERNEL_W), OUTSIDE)
                 s = j // C % KERNEL_W
                 offsets = origin[:, None] + (r * (WIDTH * C) + j % (C * KERNEL_W))[None, :]
                 # Unsigned, one comparison answers for both ends.
                 inside_y = (y[:, None] + r[None, :]).to(tl.uint32) < HEIGHT
                 inside_x = (x[:, None] + s[None, :]).to(tl.uint32) < WIDTH
                 mask = inside_y & inside_x
-            if J % (BLOCK_J * J_TILES) != 0:
-                mask = mask & known[None, :]
-            z = tl.load(h_ptr + offsets, mask=mask, other=0.0)
+            if SAME_ROWS and WHOLE and (t + 1) * BLOCK_J <= J - (J_GROUPS - 1) * J_TILES * BLOCK_J:
+                z = tl.load(h_ptr + offsets)
+            else:
+                z = tl.load(h_ptr + offsets, mask=mask, other=0.0)
             if stats_ptr is not None:
-                scale = tl.load(stats_ptr + 3 * C + channel, mask=known, other=0.0)
-                shift = tl.load(stats_ptr + 4 * C + channel, mask=known, other=0.0)
+                scale = _per_channel(
+                    stats_ptr + 3 * C, channel, known, J % (BLOCK_J * J_TILES) != 0
+                )
+                shift = _per_channel(
+                    stats_ptr + 4 * C, channel, known, J % (BLOCK_J * J_TILES) != 0
+                )
                 z = activate(z.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
-                z = tl.where(mask, z, 0.0)
+                if not (SAME_ROWS and WHOLE):
+                    z = tl.where(mask, z, 0.0)
             z = cast(z, DTYPE)
             if INTERPRET:
                 # The interpreter multiplies the bit patterns of bfloat16.
@@ -199,10 +239,10 @@ def _conv_wgrad_kernel(
                 acc = tl.dot(tl.trans(g), z, accs[t], input_precision=PRECISION)
             else:
                 acc = tl.dot(tl.trans(z), g, accs[t], input_precision=PRECISION)
-            new = new + (acc,)
+            new = new + (acc,)  # noqa: RUF005
         accs = new
 
-    workspace_ptr += split.to(tl.int64) * (K * J + K)
+    workspace_ptr += split.to(tl.int64) * (K * J + (K if WITH_BIAS else 0))
     for t in tl.static_range(J_TILES):
         j = (group * J_TILES + t) * BLOCK_J + tl.arange(0, BLOCK_J)
         if SWAP:
@@ -234,12 +274,13 @@ def _wgrad_reduce_kernel(
     BLOCK: tl.constexpr,
 ):
     J: tl.constexpr = KERNEL_H * KERNEL_W * C
+    SIZE: tl.constexpr = K * J if dbias_ptr is None else K * J + K
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
     for start in range(0, splits, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
-        at = split.to(tl.int64)[:, None] * (K * J + K) + element[None, :]
-        mask = (split < splits)[:, None] & (element < K * J + K)[None, :]
+        at = split.to(tl.int64)[:, None] * SIZE + element[None, :]
+        mask = (split < splits)[:, None] & (element < SIZE)[None, :]
         total += tl.load(workspace_ptr + at, mask=mask, other=0.0)
     total = tl.sum(total, axis=0)
 
@@ -255,16 +296,8 @@ def _wgrad_reduce_kernel(
     tl.store(dweight_ptr + offsets, dweight, mask=element < K * J)
     if dbias_ptr is not None:
         dbias = cast(total, dbias_ptr.dtype.element_ty)
-        known = (element >= K * J) & (element < K * J + K)
+        known = (element >= K * J) & (element < SIZE)
         tl.store(dbias_ptr + element - K * J, dbias, mask=known)
-
-
-def wgrad_config(rows: int, k: int, j: int, *, dtype: torch.dtype, prologue: bool) -> WgradConfig:
-    """The tile for a (rows, K) gradient and (rows, J) im2col matrix."""
-    block_k = min(max(16, triton.next_power_of_2(k)), 64)
-    block_j = min(max(16, triton.next_power_of_2(j)), 64)
-    j_tiles = min(3, triton.cdiv(j, block_j))
-    return WgradConfig(64, block_k, block_j, j_tiles, 4, 2)
 
 
 def conv_wgrad(
@@ -294,11 +327,10 @@ def conv_wgrad(
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
         NotImplementedError: dilation or groups.
     """
-    if tuple(geometry.dilation) != (1, 1) or geometry.groups != 1:
-        raise NotImplementedError(f"dilation and groups must be 1, got {geometry}")
+    check_convolution(geometry, dtype)
     check_activation("h", h)
     check_grad(grad)
-    check_floating(dtype=dtype, h=h.dtype, weight=weight.dtype)
+    check_floating(h=h.dtype, weight=weight.dtype)
     n, c, height, width = h.shape
     k, weight_c, kernel_h, kernel_w = weight.shape
     if weight_c != c:
@@ -315,18 +347,20 @@ def conv_wgrad(
     j = kernel_h * kernel_w * c
     if rows == 0:
         return dweight.zero_(), None if dbias is None else dbias.zero_()
-    config = wgrad_config(rows, k, j, dtype=dtype, prologue=stats is not None or coef is not None)
-    block_m, block_k, block_j, j_tiles, num_warps, num_stages = config
-    tiles = triton.cdiv(k, block_k) * triton.cdiv(j, block_j * j_tiles)
-    blocks = triton.cdiv(rows, block_m)
-    splits = min(blocks, triton.cdiv(2 * multiprocessors(), tiles))
-    split_rows = triton.cdiv(blocks, splits) * block_m
-    splits = triton.cdiv(rows, split_rows)
-
-    workspace = torch.empty((splits, k * j + k), dtype=torch.float32, device=h.device)
+    config = wgrad_config(
+        rows,
+        k,
+        j,
+        dtype=dtype,
+        prologue=stats is not None or coef is not None,
+        pointwise=kernel_h * kernel_w == 1,
+    )
+    blocks, splits = config.splits(rows, k, j)
+    size = k * j + (k if with_bias else 0)
+    workspace = torch.empty((splits, size), dtype=torch.float32, device=h.device)
     launch(
         _conv_wgrad_kernel,
-        (tiles * splits,),
+        (config.tiles(k, j) * splits,),
         q,
         None if coef is None else gh,
         coef,
@@ -335,7 +369,8 @@ def conv_wgrad(
         workspace,
         act.slope,
         rows,
-        split_rows,
+        blocks // splits,
+        blocks % splits,
         C=c,
         K=k,
         HEIGHT=height,
@@ -350,20 +385,23 @@ def conv_wgrad(
         PADDING_W=geometry.padding[1],
         ACT=act.kind,
         WITH_BIAS=with_bias,
-        DTYPE=_TL_DTYPES[dtype],
+        DTYPE=TRITON_DTYPES[dtype],
         PRECISION=input_precision(dtype),
-        LARGE=max(h.numel(), q.numel()) + block_m * max(c, k) >= 2**31,
-        BLOCK_M=block_m,
-        BLOCK_K=block_k,
-        BLOCK_J=block_j,
-        J_TILES=j_tiles,
-        SWAP=block_j < 64 <= block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        WIDE=is_wide(h, q),
+        WHOLE=rows % config.block_m == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_J=config.block_j,
+        J_TILES=config.j_tiles,
+        SWAP=config.block_j < 64 <= config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
+    block_splits = min(_REDUCE_SPLITS, triton.next_power_of_2(splits))
+    block = min(_REDUCE_ELEMENTS // block_splits, 512)
     launch(
         _wgrad_reduce_kernel,
-        (triton.cdiv(k * j + k, _REDUCE_ELEMENTS),),
+        (triton.cdiv(size, block),),
         workspace,
         dweight,
         dbias,
@@ -373,8 +411,8 @@ def conv_wgrad(
         K=k,
         KERNEL_H=kernel_h,
         KERNEL_W=kernel_w,
-        BLOCK_SPLITS=min(_REDUCE_SPLITS, triton.next_power_of_2(splits)),
-        BLOCK=_REDUCE_ELEMENTS,
-        num_warps=4,
+        BLOCK_SPLITS=block_splits,
+        BLOCK=block,
+        num_warps=8,
     )
     return dweight, dbias

@@ -1,9 +1,9 @@
 """Per-channel mean and variance of an activation (design 2): tiles of rows, then one merge.
 
-``moments`` gives, for each tile of rows, the mean and M2 = sum (x - mean)^2 of every channel. Inside
-a block of BLOCK_M rows, held in registers, they are taken in two passes and relative to its first
-row (never E[x^2] - E[x]^2, which cancels as the residual stream grows); the blocks of a tile are
-joined by Chan et al. 1979:
+``moments`` gives, for each tile of rows, the mean and M2 = sum (x - mean)^2 of every channel.
+Inside a block of BLOCK_M rows, held in registers, they are taken in two passes and relative to its
+first row (never E[x^2] - E[x]^2, which cancels as the residual stream grows); the blocks of a tile
+are joined by Chan et al. 1979:
 
     delta = mean_2 - mean_1,  mean = mean_1 + delta*n_2/n,  M2 = M2_1 + M2_2 + delta^2*n_1*n_2/n
 
@@ -17,7 +17,7 @@ Bytes: ``moments`` reads x once and writes 8 bytes a tile and channel, ``norm_st
 (the means a second time, from cache).
 
 ``row_tiling`` is the tiling of every elementwise kernel beside this one: a program owns ``steps``
-blocks of BLOCK_M rows by BLOCK_C channels, and there is one program for each tile and channel block,
+blocks of BLOCK_M rows by BLOCK_C channels, and there is a program for each tile and channel block,
 however few channels there are.
 """
 

@@ -1,0 +1,80 @@
+"""Which tile the weight gradient uses for a shape (conv_wgrad.py).
+
+Chosen by counting instructions, registers and programs on sm_90 (kernel-notes; sass.py). Wider
+tiles apply the prologues less often; narrower ones leave a smaller workspace for the same number of
+programs, two for each multiprocessor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .launch import multiprocessors
+
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+class WgradConfig(NamedTuple):
+    """BLOCK_M rows at a time; a program owns j_tiles blocks of block_j columns by block_k."""
+
+    block_m: int
+    block_k: int
+    block_j: int
+    j_tiles: int
+    num_warps: int
+    num_stages: int
+
+    def tiles(self, k: int, j: int) -> int:
+        """Programs that share a range of rows."""
+        return triton.cdiv(k, self.block_k) * triton.cdiv(j, self.block_j * self.j_tiles)
+
+    def splits(self, rows: int, k: int, j: int) -> tuple[int, int]:
+        """Blocks of BLOCK_M rows, and how many ranges they are split into."""
+        blocks = triton.cdiv(rows, self.block_m)
+        return blocks, min(blocks, triton.cdiv(_programs(), self.tiles(k, j)))
+
+    def steps(self, rows: int, k: int, j: int) -> float:
+        """Blocks of rows that a program walks over, on average, if there are enough programs."""
+        return triton.cdiv(rows, self.block_m) * self.tiles(k, j) / _programs()
+
+
+def _programs() -> int:
+    return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors()
+
+
+def wgrad_config(
+    rows: int, k: int, j: int, *, dtype: torch.dtype, prologue: bool, pointwise: bool
+) -> WgradConfig:
+    """The tile for a (rows, K) gradient and a (rows, J) im2col matrix.
+
+    Args:
+        dtype: of the multiplication. prologue: whether either operand has one.
+        pointwise: the kernel is 1x1.
+    """
+    block_k = min(max(triton.next_power_of_2(k), 16), 64)
+    block_j = min(max(triton.next_power_of_2(j), 16), 64)
+    if dtype == torch.float32:
+        return WgradConfig(32, block_k, block_j, 1, 4, 1)
+    # One side fills wgmma's 64 rows, if need be with columns that are masked.
+    if max(block_k, block_j) < 64:
+        block_k, block_j = (64, block_j) if block_k > block_j else (block_k, 64)
+    # Much to multiply: fewer reads of either operand, and a workspace that is small beside it.
+    large = WgradConfig(64, 128, 128, 1, 8, 2)
+    if j >= 128 and (k % 128 == 0 or k >= 512) and large.steps(rows, k, j) >= 8:
+        return large
+    if prologue and k >= 64 and j >= 256:
+        config = WgradConfig(32, 64, 128, 1, 4, 2)
+    elif prologue or pointwise or k > 32:
+        config = WgradConfig(64, block_k, block_j, 1, 4, 2)
+    else:
+        # Without pipelining the taps are read through L1, which asynchronous copies bypass, and
+        # a program that walks over several taps finds them there.
+        j_tiles = min(triton.cdiv(j, block_j), 3 if j <= 192 else 2)
+        config = WgradConfig(128, block_k, block_j, j_tiles, 4, 1)
+    while config.block_m > 16 and config.steps(rows, k, j) < 1:
+        config = config._replace(block_m=config.block_m // 2)
+    # A loop of a step or two is over before a pipeline is filled.
+    return config if config.steps(rows, k, j) > 2 else config._replace(num_stages=1)
