@@ -120,7 +120,7 @@ class Launch:
         values = [self.scalars.get(name) for name in kernel.signature]
         integers = [value if isinstance(value, int) else None for value in values]
         times = trips.loop_trips(kernel.text("ttgir"), integers, self.grid)
-        return sass.count(kernel.sass, times)
+        return sass.count(kernel.sass, times, trips.loop_bodies(kernel.text("ptx")))
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,7 @@ _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)
 _MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 _SPILLS = ("LDL", "STL")
 _MEMORY = ("LDG", "STG", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG")
+_WORK = (*_MATRIX, *_MEMORY)
 
 
 class Instruction(NamedTuple):
@@ -177,46 +178,43 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
 
 def _idle(code: Sequence[Instruction], start: int, stop: int) -> bool:
     """A loop that waits for a barrier (normally once), or an emptied one that only counts."""
-    names = [i.name for i in code if start <= i.address <= stop]
-    return len(names) < 16 and ("SYNCS" in names or len(names) < 5)
+    names = {i.name for i in code if start <= i.address <= stop}
+    return len(names) < 16 and ("SYNCS" in names or names <= {"UIADD3", "IADD3", "ISETP", "BRA"})
 
 
-def count(text: str, trips: Sequence[Trip | int] = ()) -> Count:
+def count(text: str, trips: Sequence[Trip | int] = (), bodies: Sequence[int] = ()) -> Count:
     """Count what one warp executes in the disassembly ``text``.
 
     Args:
         text: of ``cuobjdump --dump-sass``.
-        trips: of the loops in the order of their code: from ``trips.loop_trips``, or plain numbers.
+        trips: of the loops in the order of their code: from ``trips.loop_trips``, or numbers.
+        bodies: accesses and matrix instructions in each loop before the assembler unrolled it
+            (``trips.loop_bodies``); what it leaves over for the rest counts once, as always run.
     """
     code = reachable(parse(text))
     found = loops(code)
     known = [t if isinstance(t, Trip) else Trip(t, 0, False) for t in trips]
-    matched, unsure = match(found, known, _sizes(code, found))
+    matched, unsure = match(found, known)
+    if len(bodies) == len(found):
+        for i, (loop, body) in enumerate(zip(found, bodies, strict=True)):
+            work = sum(j.name in _WORK for j in code if loop.start <= j.address <= loop.stop)
+            matched[i] //= max(1, round(work / max(1, body)))
     opcodes: Counter[str] = Counter()
     for instruction in code:
         times = 1
         for loop, trip in zip(found, matched, strict=True):
             if loop.start <= instruction.address <= loop.stop:
                 times *= trip
-        opcodes[instruction.opcode] += times
+        if times:
+            opcodes[instruction.opcode] += times
     return Count(dict(opcodes), tuple(zip(found, matched, strict=True)), unsure)
 
 
-def _sizes(code: Sequence[Instruction], found: Sequence[Loop]) -> list[int]:
-    """How much work each loop's body holds, in accesses to memory and matrix multiplications."""
-    work = (*_MATRIX, *_MEMORY)
-    return [
-        sum(i.name in work for i in code if loop.start <= i.address <= loop.stop) for loop in found
-    ]
-
-
-def match(
-    found: Sequence[Loop], trips: Sequence[Trip], sizes: Sequence[int]
-) -> tuple[list[int], str]:
+def match(found: Sequence[Loop], trips: Sequence[Trip]) -> tuple[list[int], str]:
     """Trips for each loop of the machine code, and what stayed unsure.
 
-    The compiler keeps the loops' order. It may unroll one with few, constant trips (it is then
-    straight-line code and drops out here), or unroll by a factor and leave a loop for the rest.
+    The compiler keeps the loops' order. One with few, constant trips may have become straight-line
+    code, and then drops out here.
     """
     remaining = list(trips)
     while len(remaining) > len(found):
@@ -224,15 +222,6 @@ def match(
         if not constant:
             break
         remaining.remove(min(constant, key=lambda t: t.times))
-    if len(found) == 2 * len(remaining) and remaining:
-        result = []
-        for trip, (first, second) in zip(
-            remaining, zip(sizes[::2], sizes[1::2], strict=True), strict=True
-        ):
-            big, small = max(first, second), max(1, min(first, second))
-            whole, rest = divmod(trip.times, max(1, round(big / small)))
-            result += [whole, rest] if first >= second else [rest, whole]
-        return result, ""
     result = [trip.times for trip in remaining[: len(found)]]
     result += [1] * (len(found) - len(result))
     if len(remaining) == len(found):

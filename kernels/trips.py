@@ -122,3 +122,21 @@ def loop_trips(ttgir: str, arguments: Sequence[int | None], grid: Sequence[int])
                 definitions[name] = f"arith.extsi {initial}"
             closing.append(indent)
     return result
+
+
+_PTX_WORK = re.compile(r"\b(ld\.global|st\.global|cp\.async\.c[ag]|wgmma\.mma|mma\.sync)")
+
+
+def loop_bodies(ptx: str) -> list[int]:
+    """Accesses to global memory and matrix instructions in each loop of a kernel's PTX."""
+    lines = ptx.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L\w+):", line))}
+    ends: dict[int, int] = {}
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)
+        if branch and labels.get(branch[1], i + 1) <= i:
+            ends[labels[branch[1]]] = i
+    return [
+        sum(bool(_PTX_WORK.search(line)) for line in lines[start:stop])
+        for start, stop in sorted(ends.items())
+    ]
