@@ -7,17 +7,19 @@ masks, reductions) is spread over its rows, and a tile of all columns reads its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from . import launch
+from . import launch, tuning
 from .launch import Config
 
+# Activations whose derivatives take many registers.
+SMOOTH_ACTS = ("silu", "gelu")
+
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-# Accumulators of a tile: 64 registers a thread at 4 warps, beyond which epilogues spill.
-_MAX_ACCUMULATORS = 128 * 64
 
 
 def _block(size: int, largest: int, cost: int) -> int:
@@ -29,10 +31,21 @@ def _block(size: int, largest: int, cost: int) -> int:
     return min(blocks, key=lambda b: triton.cdiv(size, b) * (b + cost))
 
 
-def _conv_tiles(rows: int, columns: int, block_n: int, taps: int) -> Iterator[tuple[int, int]]:
+def _max_accumulators(dtype: torch.dtype, long_epilogue: bool) -> int:
+    """Largest BLOCK_M * BLOCK_N: 64 accumulators a thread at 4 warps, or 32 where they would spill.
+
+    That is where each element needs more registers: float32 operands and long epilogues.
+    """
+    return 128 * 32 if dtype == torch.float32 or long_epilogue else 128 * 64
+
+
+def _conv_tiles(
+    block_n: int, taps: int, dtype: torch.dtype, accumulators: int
+) -> Iterator[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N) from the widest tile down, rows first."""
     # A narrow 3x3 is mostly weights and masks: twice the rows share them.
-    block_m = 256 if block_n == 16 and taps > 1 else 128
+    block_m = 256 if block_n == 16 and taps > 1 and dtype != torch.float32 else 128
+    block_m = min(block_m, accumulators // block_n)
     yield block_m, block_n
     while block_m > 64:
         block_m //= 2
@@ -42,37 +55,74 @@ def _conv_tiles(rows: int, columns: int, block_n: int, taps: int) -> Iterator[tu
         yield block_m, block_n
 
 
-def conv(rows: int, channels: int, columns: int, taps: int, dtype: torch.dtype) -> Config:
-    """The tile of a convolution with ``rows`` x ``columns`` results, reducing over ``channels``."""
+class ConvShape(NamedTuple):
+    """What the tile of a convolution depends on, forward or dgrad.
+
+    rows, columns: positions and channels of the result. channels: reduced over, for each of
+    ``taps``. dtype: multiplied in. long_epilogue: needs registers beyond an affine and relu.
+
+    The forward's other options are not among them, so that ``subtract`` convolves as the forward
+    did (design 3: the walk back needs the same bits).
+    """
+
+    rows: int
+    channels: int
+    columns: int
+    taps: int
+    dtype: torch.dtype
+    long_epilogue: bool = False
+
+
+def _exact(dtype: torch.dtype) -> bool:
+    """Whether no matrix unit can multiply: float32 without TF32."""
+    return dtype == torch.float32 and launch.input_precision(dtype) == "ieee"
+
+
+def conv(shape: ConvShape) -> Config:
+    """The heuristic's tile."""
+    rows, channels, columns, taps, dtype, long_epilogue = shape
     block_n = _block(columns, 64, 16)
     if launch.INTERPRET:
         block_m = min(512, max(16, triton.next_power_of_2(rows)))
         return Config(block_m, block_n, _block(channels, 64, 8), num_stages=1)
-    if dtype == torch.float32 and launch.input_precision(dtype) == "ieee":
-        # No matrix unit multiplies float32 exactly: all of a tile's operands pass registers.
+    if _exact(dtype):
+        # All of a tile's operands pass through registers.
         return Config(64, min(32, block_n), 16, num_stages=1)
     block_k = _block(channels, 32 if dtype == torch.float32 else 64, 8)
     wanted = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors()
     tile = (64, 16)
-    for tile in _conv_tiles(rows, columns, block_n, taps):
+    for tile in _conv_tiles(block_n, taps, dtype, _max_accumulators(dtype, long_epilogue)):
         if triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) >= wanted:
             break
     return Config(*tile, block_k, num_stages=1)
 
 
-def conv_candidates(
-    rows: int, channels: int, columns: int, taps: int, dtype: torch.dtype
-) -> list[Config]:
-    """What the autotuner times for a convolution: the heuristic's tile first, then neighbours."""
-    first = conv(rows, channels, columns, taps, dtype)
+def conv_candidates(shape: ConvShape) -> list[Config]:
+    """What the autotuner times: the heuristic's tile first, then its neighbours."""
+    first = conv(shape)
+    if launch.INTERPRET or _exact(shape.dtype):
+        return [first]
     m, n = first.block_m, first.block_n
     near = [(m // 2, n), (m * 2, n), (m, n // 2), (m, n * 2), (m * 2, n // 2), (m // 2, n * 2)]
-    if launch.INTERPRET or (dtype == torch.float32 and launch.input_precision(dtype) == "ieee"):
-        return [first]
-    return [first] + [
+    widest = min(64, triton.next_power_of_2(shape.columns))
+    largest = _max_accumulators(shape.dtype, shape.long_epilogue)
+    others = [
         first._replace(block_m=m, block_n=n)
         for m, n in near
-        if 64 <= m <= 256
-        and 16 <= n <= min(64, triton.next_power_of_2(columns))
-        and m * n <= _MAX_ACCUMULATORS
-    ][:5]
+        if 64 <= m <= 256 and 16 <= n <= widest and m * n <= largest
+    ]
+    return [first, *others[:5]]
+
+
+def tuned_conv(
+    kernel: str, shape: ConvShape, details: tuple[Any, ...], run: Callable[[Config], Any]
+) -> Config:
+    """``conv(shape)``, or the fastest of its candidates where tuning is on.
+
+    Args:
+        details: what else the time depends on; see ConvShape for what must stay out.
+        run: ``kernel`` with a tile.
+    """
+    if not tuning.enabled():
+        return conv(shape)
+    return tuning.choose(kernel, (*shape, *details), conv_candidates(shape), run)

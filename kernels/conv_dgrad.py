@@ -169,7 +169,7 @@ def conv_dgrad(
         weight: (K, C, R, S), any strides. h: (N, C, H, W), channels_last; where ``stats`` is None
             only its shape is used.
         stats, coef: (5, C) and (3, C), contiguous. add, identity: (N, C, H, W), channels_last.
-        config: the tile; chosen by shape (configs.conv) if None.
+        config: the tile; chosen by shape (configs.py) if None.
 
     Raises:
         NotImplementedError: for groups or dilation, or a dtype that no kernel multiplies in.
@@ -191,8 +191,31 @@ def conv_dgrad(
         if extra is not None:
             launch.check_activation(name, extra, (n, c, height, width))
     rows = n * height * width
+    prologue = "none"
+    if grad.coef is not None:
+        prologue = "affine" if grad.h is None else "affine_h"
+    long_epilogue = coef is not None or act.kind in configs.SMOOTH_ACTS
     if config is None:
-        config = configs.conv(rows, k, c, r * s, dtype)
+        config = configs.tuned_conv(
+            "conv_dgrad",
+            configs.ConvShape(rows, k, c, r * s, dtype, long_epilogue),
+            (h.shape, geometry, grad.q.dtype, weight.dtype, weight.stride(), prologue),
+            lambda tile: conv_dgrad(
+                grad,
+                weight,
+                h,
+                geometry,
+                dtype=dtype,
+                stats=stats,
+                act=act,
+                add=add,
+                write=write,
+                coef=coef,
+                identity=identity,
+                out_dtype=out_dtype,
+                config=tile,
+            ),
+        )
     tiles = triton.cdiv(rows, config.block_m)
     out = None
     if write or coef is not None:
@@ -205,9 +228,6 @@ def conv_dgrad(
     data = None
     if stats is not None and coef is None:
         data = torch.empty((tiles, 2, c), dtype=torch.float32, device=h.device)
-    prologue = "none"
-    if grad.coef is not None:
-        prologue = "affine" if grad.h is None else "affine_h"
     launch.launch(
         conv_dgrad_kernel,
         (tiles * triton.cdiv(c, config.block_n),),

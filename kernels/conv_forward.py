@@ -165,7 +165,7 @@ def conv_forward(
         h: (N, C, H, W), channels_last. weight: (K, C, R, S), any strides. bias: (K,) or None.
         stats, residual_stats: (5, C) and (5, K), contiguous.
         residual: (N, K, P, Q), channels_last, or None.
-        config: the tile; chosen by shape (configs.conv) if None.
+        config: the tile; chosen by shape (configs.py) if None.
 
     Raises:
         NotImplementedError: for groups or dilation, or a dtype that no kernel multiplies in.
@@ -185,8 +185,28 @@ def conv_forward(
         memory_format=torch.channels_last,
     )
     rows = n * p * q
+    long_epilogue = act.kind in configs.SMOOTH_ACTS
     if config is None:
-        config = configs.conv(rows, c, k, r * s, dtype)
+        config = configs.tuned_conv(
+            "conv_forward",
+            configs.ConvShape(rows, c, k, r * s, dtype, long_epilogue),
+            (h.shape, geometry, h.dtype, weight.dtype, weight.stride(), stats is not None),
+            lambda tile: conv_forward(
+                h,
+                weight,
+                bias,
+                geometry,
+                dtype=dtype,
+                stats=stats,
+                act=act,
+                residual=residual,
+                residual_stats=residual_stats,
+                subtract=subtract,
+                out_dtype=out_dtype,
+                with_moments=with_moments,
+                config=tile,
+            ),
+        )
     tiles = triton.cdiv(rows, config.block_m)
     data = None
     if with_moments:
