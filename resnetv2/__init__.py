@@ -1,6 +1,7 @@
 """Fused pre-activation residual blocks (ResNet V2) for PyTorch."""
 
 from .blocks import BottleneckPreActBlock, PreActBlock
+from .memory import BudgetError, Plan, plan
 from .models import (
     PreActResNet,
     preact_resnet18,
@@ -24,8 +25,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BottleneckPreActBlock",
+    "BudgetError",
+    "Plan",
     "PreActBlock",
     "PreActResNet",
+    "plan",
     "preact_resnet18",
     "preact_resnet20",
     "preact_resnet34",

@@ -236,13 +236,15 @@ class Stage(nn.Sequential):
     between them.
 
     Args:
-        blocks: the blocks in order. backend, memory: of the chains; memory as in ``PreActResNet``.
+        blocks: the blocks in order. backend, memory: of the chains; memory as in ``PreActResNet``. The attribute ``segment``
+            is the number of units in a segment, 0 for the length that keeps least.
     """
 
     def __init__(self, *blocks: nn.Module, backend: str = AUTO, memory: str = "recompute") -> None:
         super().__init__(*blocks)
         self.backend = backend
         self.memory = memory
+        self.segment = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """x through every block; see ``PreActUnit.forward``."""
@@ -262,4 +264,4 @@ class Stage(nn.Sequential):
         return self._run(recipes, x) if recipes else x
 
     def _run(self, recipes: list[Recipe], x: Tensor) -> Tensor:
-        return run_chain(recipes, x, backend=self.backend, memory=self.memory)
+        return run_chain(recipes, x, backend=self.backend, memory=self.memory, segment=self.segment)

@@ -86,6 +86,8 @@ class Chain:
         wide = dtype
         if residual is not None and not unit.add_in_place:
             wide = torch.promote_types(residual.dtype, dtype)
+        if self.spec.wide and i == len(unit.convs) - 1:
+            wide = torch.float32
         return self.engine.conv_forward(
             h,
             self.params[at.conv_weight[i]],
@@ -182,25 +184,27 @@ class Chain:
         """
         spec = self.spec
         if spec.memory != "segment":
-            return self._walk(g, x, out, 0, len(spec.units), kept, grads)
+            return self._walk([g], x, out, 0, len(spec.units), kept, grads)
         starts = list(range(0, len(spec.units), spec.segment))
-        grad: Tensor | None = g
+        held = [g]
+        del g
         for start in reversed(starts):
             stop = min(start + spec.segment, len(spec.units))
             segment_x = kept.pop((start, 0)) if start else x
             _, inner = self.forward(
                 segment_x, start, stop, spec.kept_of(start, stop, "invert"), need_out=False
             )
-            assert grad is not None
-            grad = self._walk(grad, segment_x, out, start, stop, inner, grads)
+            grad = self._walk(held, segment_x, out, start, stop, inner, grads)
             if grad is None:
-                break
+                return None
             out = segment_x
-        return grad
+            held = [grad]
+            del grad
+        return held.pop()
 
     def _walk(
         self,
-        g: Tensor,
+        held: list[Tensor],
         x: Tensor,
         out: Tensor,
         start: int,
@@ -208,8 +212,11 @@ class Chain:
         kept: Kept,
         grads: list[Tensor | None],
     ) -> Tensor | None:
-        """Backward through units [start, stop), the stream being walked back where not kept."""
-        grad: Tensor | None = g
+        """Backward through units [start, stop), the stream being walked back where not kept.
+
+        held: the gradient of the output, taken out of its list, so that no caller keeps it alive.
+        """
+        grad: Tensor | None = held.pop()
         for number in reversed(range(start, stop)):
             assert grad is not None
             unit = self.spec.units[number]
@@ -319,8 +326,8 @@ def _store(
     grads[position] = value
 
 
-def output_dtype(spec: Spec, dtype: torch.dtype) -> list[torch.dtype]:
-    """Dtype of each unit's input and of the chain's output, for an input of ``dtype``."""
+def stream_dtypes(spec: Spec, dtype: torch.dtype) -> list[torch.dtype]:
+    """Dtype of each unit's input and of the chain's output in eager, for an input of ``dtype``."""
     dtypes = [dtype]
     for unit in spec.units:
         shortcut = dtype if unit.projection is None else spec.dtype

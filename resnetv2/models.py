@@ -10,15 +10,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage
+from .memory import parse_bytes, plan
 from .run import AUTO, activation
+from .spec import MEMORY
 
 BLOCKS: dict[str, type[PreActUnit]] = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
 STEMS = ("cifar", "imagenet")
-MEMORY_MODES = ("recompute",)
 
 
 def _block_class(block: str | type[PreActUnit]) -> type[PreActUnit]:
@@ -41,7 +43,10 @@ class PreActResNet(nn.Module):
         in_channels: of the images.
         stem: "cifar": a 3x3 convolution; "imagenet": 7x7 with stride 2 and 3x3 max pooling.
         stem_width: channels after the stem; 16 or 64 by default.
-        memory: what is kept for the backward (see README): "recompute".
+        memory: what is kept for the backward: "recompute", "invert", "invert_h1", "segment", or
+            "auto", the fastest that fits ``budget`` (see README and ``resnetv2.plan``).
+        budget: bytes for parameters, gradients, momentum and activations together ("8GiB" or a
+            number) for memory="auto"; on a GPU its free memory if None.
         backend: "auto", "triton", "aten", or "eager" (unfused, for comparison).
         block_options: bias, shortcut, norm, act, ... of the blocks.
 
@@ -63,6 +68,7 @@ class PreActResNet(nn.Module):
         stem: str = "cifar",
         stem_width: int | None = None,
         memory: str = "recompute",
+        budget: str | int | None = None,
         backend: str = AUTO,
         **block_options: Any,
     ) -> None:
@@ -70,8 +76,10 @@ class PreActResNet(nn.Module):
         block = _block_class(block)
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
-        if memory not in MEMORY_MODES:
-            raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
+        if memory not in (*MEMORY, AUTO):
+            raise ValueError(f"memory must be one of {', '.join(MEMORY)}, auto, got {memory!r}")
+        if budget is not None:
+            budget = parse_bytes(budget)
         if not layers or any(n < 1 for n in layers):
             raise ValueError(f"layers must name at least one unit per stage, got {list(layers)}")
         base = 16 if stem == "cifar" else 64
@@ -84,6 +92,7 @@ class PreActResNet(nn.Module):
             )
         self.stem = stem
         self.memory = memory
+        self.budget = budget
         self.backend = backend
         if stem == "cifar":
             self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
@@ -104,8 +113,10 @@ class PreActResNet(nn.Module):
                     )
                 )
                 channels = width
-            self.add_module(f"stage{number}", Stage(*blocks, backend=backend, memory=memory))
+            mode = "recompute" if memory == AUTO else memory
+            self.add_module(f"stage{number}", Stage(*blocks, backend=backend, memory=mode))
         self.num_stages = len(layers)
+        self._chosen: tuple[Any, ...] | None = None
         norm = block_options.get("norm", "batch")
         self.bn = norm(channels) if callable(norm) else nn.BatchNorm2d(channels)
         self.act = activation(block_options.get("act", "relu"))
@@ -140,12 +151,30 @@ class PreActResNet(nn.Module):
             raise ValueError(
                 f"expected images (N, {self.conv1.in_channels}, H, W), got {tuple(x.shape)}"
             )
+        if self.memory == AUTO and torch.is_grad_enabled():
+            self._choose_memory(x)
         x = self.conv1(x)
         if self.stem == "imagenet":
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         for stage in self.stages:
             x = stage(x)
         return self.act(self.bn(x))
+
+    def _choose_memory(self, x: Tensor) -> None:
+        """Set the stages to the fastest mode that fits the budget for images like x, once each."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.conv1.weight.dtype
+        key = (tuple(x.shape), dtype, self.budget)
+        if key != self._chosen:
+            if self.budget is None and device != "cuda":
+                raise ValueError('memory="auto" needs a budget where there is no GPU')
+            size = (x.shape[2], x.shape[3])
+            mode = plan(self, x.shape[0], self.budget, image_size=size, dtype=dtype).mode
+            assert mode is not None
+            for stage in self.stages:
+                stage.memory = mode
+            self._chosen = key
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to logits (N, num_classes)."""

@@ -7,8 +7,9 @@ buffers are updated outside, since an operator with an autograd formula must not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,24 +57,41 @@ def _stream(spec: Spec, x: Tensor) -> Tensor:
     return x.float() if spec.wide else x
 
 
-def _shapes(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Empty tensors like each unit's h_0..h_k, without running anything (fake tensors)."""
+class Shape(NamedTuple):
+    """Shape and dtype of a tensor that need not exist."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def empty(self, device: torch.device) -> Tensor:
+        return torch.empty(
+            self.size, dtype=self.dtype, device=device, memory_format=torch.channels_last
+        )
+
+
+def chain_shapes(
+    spec: Spec, size: Sequence[int], dtype: torch.dtype, params: Sequence[Tensor]
+) -> list[list[Shape]]:
+    """Each unit's h_0..h_k for an input of ``size`` (N, C, H, W) and ``dtype``."""
     result = []
-    h = _stream(spec, x)
-    dtypes = stream_dtypes(spec, x.dtype)
-    for unit, at, dtype in zip(spec.units, spec.positions, dtypes[1:]):
-        out_dtype = torch.float32 if spec.wide else dtype
+    h = Shape(tuple(size), torch.float32 if spec.wide else dtype)
+    for unit, at, natural in zip(spec.units, spec.positions, stream_dtypes(spec, dtype)[1:]):
         hs = [h]
         for i, conv in enumerate(unit.convs):
-            weight = params[at.conv_weight[i]]
-            height, width = conv.geometry.output_size(
-                (h.shape[2], h.shape[3]), (weight.shape[2], weight.shape[3])
-            )
-            h = torch.empty(
-                (h.shape[0], weight.shape[0], height, width),
-                dtype=out_dtype if i == len(unit.convs) - 1 else spec.dtype,
-                device=x.device,
-                memory_format=torch.channels_last,
+            out_channels, _, *kernel = params[at.conv_weight[i]].shape
+            n, _, height, width = h.size
+            last = torch.float32 if spec.wide else natural
+            h = Shape(
+                (n, out_channels, *conv.geometry.output_size((height, width), tuple(kernel))),
+                last if i == len(unit.convs) - 1 else spec.dtype,
             )
             hs.append(h)
         result.append(hs)
@@ -85,13 +103,13 @@ def _chain_forward_fake(
     x: Tensor, params: list[Tensor], layout: list[int], constants: list[float]
 ) -> list[Tensor]:
     spec = decode(layout, constants)
-    hs = _shapes(spec, x, params)
-    channels = sum(h.shape[1] for unit in hs for h in unit[:-1])
+    hs = chain_shapes(spec, x.shape, x.dtype, params)
+    channels = sum(norm_channels(spec, params))
     stats = torch.empty((5 * channels,), dtype=stats_dtype(x.dtype), device=x.device)
-    end = hs[-1][-1]
+    end = hs[-1][-1].empty(x.device)
     out = end.to(stream_dtypes(spec, x.dtype)[-1])
     ends = [end] if spec.keep and out is not end else []
-    return [out, stats, *ends, *(torch.empty_like(hs[u][i]) for u, i in spec.kept())]
+    return [out, stats, *ends, *(hs[u][i].empty(x.device) for u, i in spec.kept())]
 
 
 @torch.library.custom_op("resnetv2::chain_backward", mutates_args=())

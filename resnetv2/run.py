@@ -6,6 +6,7 @@ the computation, or the reason why its children must run one by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -234,7 +235,12 @@ def run_chain(
     check_input(x, recipes[0].convs[0])
     rows = _rows(recipes, x)
     params, layout, constants = describe(
-        recipes, x, backend=backend, memory=memory, segment=segment
+        recipes,
+        compute_dtype(recipes[0], x.device.type),
+        need_x=x.requires_grad,
+        backend=backend,
+        memory=memory,
+        segment=segment,
     )
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     like_nchw = x.is_contiguous() and not (channels_last and x.stride(1) == 1)
@@ -249,20 +255,34 @@ def run_chain(
     return out.contiguous() if like_nchw else out
 
 
+def compute_dtype(recipe: Recipe, device: str) -> torch.dtype:
+    """The dtype in which convolutions multiply: autocast's, or the weights' own."""
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return recipe.convs[0].weight.dtype
+
+
 def describe(
-    recipes: Sequence[Recipe], x: Tensor, *, backend: str, memory: str, segment: int
+    recipes: Sequence[Recipe],
+    dtype: torch.dtype,
+    *,
+    need_x: bool,
+    backend: str,
+    memory: str,
+    segment: int,
 ) -> tuple[list[Tensor], list[int], list[float]]:
-    """The operator's ``params``, ``layout`` and ``constants`` (see ``spec``) for a chain on x."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    weight = recipes[0].convs[0].weight
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    """The operator's ``params``, ``layout`` and ``constants`` (see ``spec``) for a chain.
+
+    dtype: ``compute_dtype``. need_x: whether the input's gradient is wanted. segment: units of a segment, 0 for the length that keeps least.
+    """
+    if memory == "segment" and segment < 1:
+        segment = segment_length(recipes)
     params: list[Tensor] = []
     body: list[int] = []
     constants: list[float] = []
     for recipe in recipes:
         _encode(recipe, body, constants, params)
-    needs = [x.requires_grad, *(p.requires_grad for p in params)]
+    needs = [need_x, *(p.requires_grad for p in params)]
     keep = torch.is_grad_enabled() and any(needs)
     # A half-precision stream drifts when it is walked back (design 3): it is float32 then.
     wide = memory != "recompute" and dtype in (torch.float16, torch.bfloat16)
@@ -270,6 +290,12 @@ def describe(
     layout += body
     layout += [int(n) for n in needs]
     return params, layout, constants
+
+
+def segment_length(recipes: Sequence[Recipe]) -> int:
+    """Units s of a segment that make n/s kept inputs and s inner h_{k-1} take least together."""
+    last = recipes[-1].convs[-1]
+    return max(1, round(math.sqrt(len(recipes) * last.out_channels / last.in_channels)))
 
 
 def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:

@@ -82,7 +82,8 @@ class Spec(NamedTuple):
     """A chain with all that a forward or backward needs to know besides its tensors.
 
     dtype: in which convolutions multiply. backend, memory: names. segment: units a segment has in
-    mode "segment". keep: whether a backward follows. need_x: whether x's gradient is wanted.
+    mode "segment". wide: whether the residual stream between units is float32 though convolutions
+    are in half precision, as walking it back needs (design 3). keep: whether a backward follows. need_x: whether x's gradient is wanted.
     needs: the same for each of ``params``;
     first_need: position of the first that is.
     """
@@ -92,6 +93,7 @@ class Spec(NamedTuple):
     backend: str
     memory: str
     segment: int
+    wide: bool
     keep: bool
     need_x: bool
     needs: tuple[bool, ...]
@@ -147,7 +149,7 @@ def _encode_conv(layout: list[int], conv: Conv) -> None:
 
 
 def encode_header(
-    dtype: torch.dtype, backend: str, memory: str, segment: int, keep: bool, units: int
+    dtype: torch.dtype, backend: str, memory: str, segment: int, wide: bool, keep: bool, units: int
 ) -> list[int]:
     """The head of a layout; ``encode_unit`` and then the ``needs`` follow."""
     return [
@@ -155,6 +157,7 @@ def encode_header(
         BACKENDS.index(backend),
         MEMORY.index(memory),
         segment,
+        int(wide),
         int(keep),
         units,
     ]
@@ -164,7 +167,7 @@ def encode_header(
 def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
     numbers = iter(layout)
     floats = iter(constants)
-    dtype, backend, memory, segment, keep, count = (next(numbers) for _ in range(6))
+    dtype, backend, memory, segment, wide, keep, count = (next(numbers) for _ in range(7))
     units: list[Unit] = []
     positions: list[UnitParams] = []
     position = norms_before = 0
@@ -218,6 +221,7 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         BACKENDS[backend],
         MEMORY[memory],
         segment,
+        bool(wide),
         bool(keep),
         need_x,
         tuple(needs),
