@@ -51,7 +51,8 @@ class AtenEngine:
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         """(5, C) statistics of a batch out of its moments (``operands.running_stats``)."""
-        return running_stats(*moments, weight, bias, eps)
+        mean, var = moments
+        return running_stats(mean, var, weight, bias, eps)
 
     def conv_forward(
         self,

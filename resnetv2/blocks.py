@@ -9,6 +9,7 @@ runs wherever those cannot honour what was asked (hooks, other child types, vmap
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,9 +38,10 @@ class PreActUnit(nn.Module):
 
     depth: int
     expansion: int = 1
-    bn1: nn.BatchNorm2d
-    conv1: nn.Conv2d
-    act: nn.Module
+    # nn.Module's own attributes are typed as tensors or modules of any kind.
+    act: Any
+    bn1: Any
+    conv1: Any
 
     def __init__(
         self,
@@ -60,9 +62,9 @@ class PreActUnit(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, value in (("shortcut", shortcut), ("identity", identity)):
-            if value not in ("preact", "raw"):
-                raise ValueError(f'{name} must be "preact" or "raw", got {value!r}')
+        for name, reads in (("shortcut", shortcut), ("identity", identity)):
+            if reads not in ("preact", "raw"):
+                raise ValueError(f'{name} must be "preact" or "raw", got {reads!r}')
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.in_channels = in_channels
@@ -78,7 +80,7 @@ class PreActUnit(nn.Module):
 
     def recipe(self) -> Recipe | str:
         """The children in the order of the computation, or why they must run one by one."""
-        projection = None
+        projection: Any = None
         if len(self.shortcut) > 1:
             return f"a shortcut of {len(self.shortcut)} modules"
         if hooked(self.shortcut):
@@ -236,8 +238,9 @@ class Stage(nn.Sequential):
     between them.
 
     Args:
-        blocks: the blocks in order. backend, memory: of the chains; memory as in ``PreActResNet``. The attribute ``segment``
-            is the number of units in a segment, 0 for the length that keeps least.
+        blocks: the blocks in order. backend, memory: of the chains; memory as in ``PreActResNet``.
+            The attribute ``segment`` is the number of units in a segment, 0 for the length that
+            keeps least.
     """
 
     def __init__(self, *blocks: nn.Module, backend: str = AUTO, memory: str = "recompute") -> None:

@@ -28,8 +28,8 @@ class ChainCost(NamedTuple):
     kept: from forward to backward, without the chain's own input and output. ends: its output
     and statistics. walk: most bytes alive on top during its backward, the gradient of the
     output included. gradients: of its parameters. flops: of one forward's convolutions.
-    extra_flops: of what the backward computes again. segment: units a segment has. eager: bytes that eager
-    PyTorch keeps for the same chain: each norm's input and each activation's result.
+    extra_flops: of what the backward computes again. segment: units a segment has. eager: bytes
+    that eager PyTorch keeps for the same chain: each norm's input and each activation's result.
     """
 
     kept: int

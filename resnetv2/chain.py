@@ -219,16 +219,18 @@ class Chain:
         grad: Tensor | None = held.pop()
         for number in reversed(range(start, stop)):
             assert grad is not None
-            unit = self.spec.units[number]
-            hs = [kept.pop((number, i), None) for i in range(len(unit.convs))]
-            if number == start:
-                hs[0] = x
-            elif hs[0] is None:
-                hs[0] = self._previous(number, hs[-1], out)
-            out = hs[0]
-            for i in range(1, len(hs)):
-                if hs[i] is None:
-                    hs[i], _ = self._conv(number, i - 1, hs[i - 1], self._at(number, i - 1))
+            last = len(self.spec.units[number].convs) - 1
+            h = x if number == start else kept.pop((number, 0), None)
+            if h is None:
+                h = self._previous(number, kept[number, last], out)
+            hs = [h]
+            out = h
+            for i in range(last):
+                h = kept.pop((number, i + 1), None)
+                if h is None:
+                    h, _ = self._conv(number, i, hs[i], self._at(number, i))
+                hs.append(h)
+            del h
             grad = self._unit_backward(number, grad, hs, grads)
             del hs
             if grad is None:
@@ -238,13 +240,12 @@ class Chain:
     def _at(self, number: int, i: int) -> Tensor:
         return self.stats[self.spec.positions[number].first_stats + i]
 
-    def _previous(self, number: int, h_last: Tensor | None, out: Tensor) -> Tensor:
+    def _previous(self, number: int, h_last: Tensor, out: Tensor) -> Tensor:
         """x_l = x_{l+1} - F_last(h_{k-1}): one step back along the identity path (design 3).
 
         F_last is computed by the kernel and from the inputs that computed it in the forward, so
         its bits are the same and the only error is that of one addition and one subtraction.
         """
-        assert h_last is not None
         i = len(self.spec.units[number].convs) - 1
         return self._conv(number, i, h_last, self._at(number, i), residual=out, subtract=True)[0]
 

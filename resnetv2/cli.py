@@ -15,6 +15,7 @@ import click
 
 COMMANDS = {
     "train": "resnetv2.cli:train",
+    "plan": "resnetv2.plan_cli:plan",
 }
 
 

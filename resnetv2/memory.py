@@ -85,9 +85,8 @@ class ModeCost(NamedTuple):
 class Plan(NamedTuple):
     """The modes with what they need, and which one ``auto`` takes. Prints as a table.
 
-    rows: one ``ModeCost`` per mode, the fastest first. mode: the fastest that fits ``budget`` (or
-    None where no budget was given). eager: bytes that eager PyTorch keeps. largest_batch: the
-    largest batch that fits in the mode that needs least.
+    rows: one ``ModeCost`` per mode, the fastest first. mode: the fastest that fits ``budget``, or
+    None where no budget was given. eager: bytes that eager PyTorch keeps.
     """
 
     rows: tuple[ModeCost, ...]
@@ -105,7 +104,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         names = ("mode", "parameters", "gradients", "optimizer", "kept", "walk", "peak", "FLOPs")
-        table = [names]
+        table: list[tuple[str, ...]] = [names]
         for r in self.rows:
             sizes = (r.parameters, r.gradients, r.optimizer, r.kept, r.walk, r.peak)
             mark = " *" if r.mode == self.mode else ""
@@ -251,15 +250,17 @@ def plan(
 
     def rows(batch: int, modes: Sequence[str]) -> tuple[list[ModeCost], int]:
         assert isinstance(model, nn.Module)
-        channels = model.conv1.in_channels  # type: ignore[union-attr]
+        channels: Any = model.conv1.in_channels  # type: ignore[union-attr]
         image = Shape((batch, channels, *size), next(model.parameters()).dtype)
         eager = 0
         result = []
         for mode in modes:
-            row, eager = _step(
+            row, kept_by_eager = _step(
                 model, image, multiply, mode, triton=triton, optimizer_states=optimizer_states
             )
             result.append(row)
+            # Eager's stream is not widened: the first mode's shapes are eager's.
+            eager = eager or kept_by_eager
         return result, eager
 
     table, eager = rows(batch_size, MODES)

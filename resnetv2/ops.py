@@ -8,7 +8,7 @@ buffers are updated outside, since an operator with an autograd formula must not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,11 +86,12 @@ def chain_shapes(
     for unit, at, natural in zip(spec.units, spec.positions, stream_dtypes(spec, dtype)[1:]):
         hs = [h]
         for i, conv in enumerate(unit.convs):
-            out_channels, _, *kernel = params[at.conv_weight[i]].shape
-            n, _, height, width = h.size
+            out_channels, _, r, s = params[at.conv_weight[i]].shape
+            n, _, *image = h.size
             last = torch.float32 if spec.wide else natural
+            height, width = conv.geometry.output_size((image[0], image[1]), (r, s))
             h = Shape(
-                (n, out_channels, *conv.geometry.output_size((height, width), tuple(kernel))),
+                (n, out_channels, height, width),
                 last if i == len(unit.convs) - 1 else spec.dtype,
             )
             hs.append(h)
@@ -214,7 +215,11 @@ chain_forward.register_autograd(_backward, setup_context=_setup_context)
 def _activate(u: Tensor, act: Act) -> Tensor:
     if act.kind == "leaky_relu":
         return F.leaky_relu(u, act.slope)
-    functions = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "silu": F.silu,
+        "gelu": F.gelu,
+    }
     return functions[act.kind](u) if act.kind in functions else u
 
 

@@ -7,7 +7,7 @@ the computation, or the reason why its children must run one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ def activation(act: str | nn.Module) -> nn.Module:
     """
     if isinstance(act, nn.Module):
         return act
-    modules = {
+    modules: dict[str, Callable[[], nn.Module]] = {
         "relu": nn.ReLU,
         "leaky_relu": lambda: nn.LeakyReLU(0.1),
         "silu": nn.SiLU,
@@ -59,20 +59,23 @@ def activation(act: str | nn.Module) -> nn.Module:
     return modules[act]()
 
 
+_ACTS: dict[type, Act] = {
+    nn.ReLU: Act("relu"),
+    nn.SiLU: Act("silu"),
+    nn.GELU: Act("gelu"),
+    nn.Identity: Act("identity"),
+}
+
+
 def act_of(module: nn.Module) -> Act | None:
     """The kernels' record of an activation module, or None for one they do not know."""
-    kind = type(module)
-    if kind is nn.ReLU:
-        return Act("relu")
-    if kind is nn.LeakyReLU and module.negative_slope >= 0:
-        return Act("leaky_relu", float(module.negative_slope))
-    if kind is nn.SiLU:
-        return Act("silu")
-    if kind is nn.GELU and module.approximate == "none":
-        return Act("gelu")
-    if kind is nn.Identity:
-        return Act("identity")
-    return None
+    if type(module) is nn.LeakyReLU:
+        return (
+            Act("leaky_relu", float(module.negative_slope)) if module.negative_slope >= 0 else None
+        )
+    if type(module) is nn.GELU and module.approximate != "none":
+        return None
+    return _ACTS.get(type(module))
 
 
 def hooked(module: nn.Module) -> bool:
@@ -133,7 +136,7 @@ def must_run_eagerly(x: Tensor) -> bool:
         type(x) not in (Tensor, nn.Parameter)
         or x.layout != torch.strided
         or _globally_hooked()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -172,10 +175,13 @@ def _batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
+def _geometry(conv: nn.Conv2d) -> Geometry:
+    # Conv2d keeps pairs; why_not refuses paddings that are names.
+    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+
+
 def _conv(conv: nn.Conv2d) -> Conv:
-    return Conv(
-        Geometry(conv.stride, conv.padding, conv.dilation, conv.groups), conv.bias is not None
-    )
+    return Conv(_geometry(conv), conv.bias is not None)
 
 
 def _encode(
@@ -273,7 +279,8 @@ def describe(
 ) -> tuple[list[Tensor], list[int], list[float]]:
     """The operator's ``params``, ``layout`` and ``constants`` (see ``spec``) for a chain.
 
-    dtype: ``compute_dtype``. need_x: whether the input's gradient is wanted. segment: units of a segment, 0 for the length that keeps least.
+    dtype: ``compute_dtype``. need_x: whether the input's gradient is wanted. segment: units of a
+    segment, 0 for the length that keeps least.
     """
     if memory == "segment" and segment < 1:
         segment = segment_length(recipes)
@@ -310,7 +317,7 @@ def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
                     "expected more than 1 value per channel when training, got input size "
                     f"{(x.shape[0], norm.num_features, *size)}"
                 )
-            geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+            geometry = _geometry(conv)
             size = geometry.output_size(size, conv.kernel_size)  # type: ignore[arg-type]
     return rows
 

@@ -83,9 +83,9 @@ class Spec(NamedTuple):
 
     dtype: in which convolutions multiply. backend, memory: names. segment: units a segment has in
     mode "segment". wide: whether the residual stream between units is float32 though convolutions
-    are in half precision, as walking it back needs (design 3). keep: whether a backward follows. need_x: whether x's gradient is wanted.
-    needs: the same for each of ``params``;
-    first_need: position of the first that is.
+    are in half precision, as walking it back needs (design 3). keep: whether a backward follows.
+    need_x: whether x's gradient is wanted. needs: the same for each of ``params``; first_need:
+    position of the first whose gradient is.
     """
 
     units: tuple[Unit, ...]
@@ -204,10 +204,15 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
             )
         projection = conv() if shortcut in (PROJECTION_RAW, PROJECTION_PREACT) else None
         units.append(Unit(tuple(norms), tuple(convs), act, shortcut, projection, bool(in_place)))
-        columns = tuple(zip(*rows))
+        columns = zip(*rows)
         positions.append(
             UnitParams(
-                *columns,
+                norm_weight=next(columns),
+                norm_bias=next(columns),
+                running_mean=next(columns),
+                running_var=next(columns),
+                conv_weight=next(columns),
+                conv_bias=next(columns),
                 projection_weight=place(projection is not None),
                 projection_bias=place(projection is not None and projection.bias),
                 first_stats=norms_before,
