@@ -85,13 +85,14 @@ def conv(shape: ConvShape) -> Config:
     if launch.INTERPRET:
         block_m = min(512, max(16, triton.next_power_of_2(rows)))
         return Config(block_m, block_n, _block(channels, 64, 8), num_stages=1)
+    accumulators = _max_accumulators(dtype, long_epilogue)
+    block_k = _block(channels, 32 if dtype == torch.float32 else 64, 8)
     if _exact(dtype):
         # All of a tile's operands pass through registers.
-        return Config(64, min(32, block_n), 16, num_stages=1)
-    block_k = _block(channels, 32 if dtype == torch.float32 else 64, 8)
+        accumulators, block_n, block_k = 64 * 32, min(32, block_n), 16
     wanted = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors()
     tile = (64, 16)
-    for tile in _conv_tiles(block_n, taps, dtype, _max_accumulators(dtype, long_epilogue)):
+    for tile in _conv_tiles(block_n, taps, dtype, accumulators):
         if triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) >= wanted:
             break
     return Config(*tile, block_k, num_stages=1)

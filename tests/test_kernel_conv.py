@@ -1,0 +1,638 @@
+"""conv_forward and conv_dgrad against the float64 reference (design 6 and 8).
+
+The yardstick everywhere: an error of at most twice that of the reference in the kernel's own dtype
+(which is eager PyTorch), plus a few units in the last place. Every tensor lies between guards of
+NaN: what is read out of bounds poisons a result, what is written there is noticed, and what is not
+written stays NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from resnetv2.kernels import configs, launch, reference
+from resnetv2.kernels.conv_dgrad import conv_dgrad
+from resnetv2.kernels.conv_forward import conv_forward
+from resnetv2.kernels.launch import Config
+from resnetv2.kernels.operands import Act, Geometry, Grad, Partials, running_stats
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ACTS = {
+    "identity": Act("identity"),
+    "relu": Act("relu"),
+    "leaky_relu": Act("leaky_relu", 0.1),
+    "silu": Act("silu"),
+    "gelu": Act("gelu"),
+}
+GUARD = 1024
+
+# N, C, H, W, K, kernel, stride, padding
+SHAPES = {
+    "1x1": (2, 16, 7, 5, 48, 1, 1, 0),
+    "1x1-stride2": (3, 17, 9, 8, 16, 1, 2, 0),
+    "1x1-padded": (1, 3, 4, 5, 17, 1, 1, 1),
+    "3x3": (2, 17, 8, 6, 48, 3, 1, 1),
+    "3x3-one-position": (5, 48, 1, 1, 3, 3, 1, 1),
+    "3x3-stride2": (2, 3, 17, 9, 17, 3, 2, 1),
+    "3x3-no-padding": (2, 16, 5, 7, 16, 3, 1, 0),
+    "3x3-stride3": (1, 80, 10, 7, 16, 3, 3, 1),
+    "5x5": (1, 16, 6, 9, 80, 5, 1, 2),
+    "2x2": (2, 16, 6, 6, 16, 2, 2, 0),
+}
+Shape = tuple[int, int, int, int, int, int, int, int]
+
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+acts = pytest.mark.parametrize("act", ACTS.values(), ids=ACTS.keys())
+
+_empty = torch.empty
+_guarded: list[Tensor] = []
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, memory_format: Any) -> Tensor:
+    """An uninitialised tensor, filled with NaN, between guards of NaN."""
+    numel = torch.Size(shape).numel()
+    base = torch.full((numel + 2 * GUARD,), float("nan"), dtype=dtype, device=DEVICE)
+    _guarded.append(base)
+    strides = _empty(shape, device="meta", memory_format=memory_format).stride()
+    return base.as_strided(shape, strides, GUARD)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Uninitialised memory is NaN, and nobody writes around it."""
+
+    def empty(*size: Any, dtype: Any = None, **options: Any) -> Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        memory_format = options.get("memory_format", torch.contiguous_format)
+        return guarded(shape, dtype or torch.float32, memory_format)
+
+    _guarded.clear()
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    for base in _guarded:
+        assert base[:GUARD].isnan().all(), "written before a tensor"
+        assert base[-GUARD:].isnan().all(), "written after a tensor"
+
+
+class Case:
+    """Random operands of a convolution, the same for each call of one test."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
+        self.n, self.c, self.h, self.w, self.k, kernel, stride, padding = shape
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.geometry = Geometry((stride, stride), (padding, padding))
+        self.p, self.q = self.geometry.output_size((self.h, self.w), (kernel, kernel))
+        scale = (self.c * kernel * kernel) ** -0.5
+        self.weight = self.normal(self.k, self.c, kernel, kernel) * scale
+        self.bias = self.normal(self.k)
+        self.stats = self.norm(self.c)
+        self.x = self.input()
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(DEVICE)
+
+    def activation(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        out = guarded(shape, dtype or self.dtype, torch.channels_last)
+        return out.copy_(self.normal(*shape))
+
+    def input(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.activation(self.n, self.c, self.h, self.w, dtype=dtype)
+
+    def output(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.activation(self.n, self.k, self.p, self.q, dtype=dtype)
+
+    def norm(self, channels: int) -> Tensor:
+        var = self.normal(channels).square() + 0.5
+        affine = self.normal(channels), self.normal(channels)
+        return running_stats(self.normal(channels), var, *affine, 1e-5)
+
+    def coef(self, channels: int) -> Tensor:
+        return self.normal(3, channels)
+
+
+def double(value: Any) -> Any:
+    """The same argument in float64."""
+    if isinstance(value, Tensor):
+        return value.double()
+    if isinstance(value, Grad):
+        return Grad(*(double(part) for part in value))
+    return value
+
+
+def close(name: str, got: Tensor, eager: Tensor, exact: Tensor, slack: Tensor | float) -> None:
+    """Assert the yardstick on the largest error, with ``slack`` absolute on top."""
+    error = (got.double() - exact).abs()
+    allowed = 2 * (eager.double() - exact).abs().max() + slack
+    # Written so that NaN fails.
+    assert bool((error <= allowed).all()), f"{name}: error {error.max()}, allowed {allowed}"
+
+
+def check(kernel: Any, *args: Any, sums: str = "", config: Config | None = None, **options: Any):
+    """Call ``kernel`` and its reference, in its dtype and in float64, and compare."""
+    got = kernel(*args, config=config, **options)
+    oracle = getattr(reference, kernel.__name__)
+    eager = oracle(*args, **options)
+    wide = {key: double(value) for key, value in options.items()} | {"dtype": torch.float64}
+    if wide.get("out_dtype") is not None:
+        wide["out_dtype"] = torch.float64
+    exact = oracle(*(double(arg) for arg in args), **wide)
+    assert (got[0] is None) == (eager[0] is None)
+    assert (got[1] is None) == (eager[1] is None)
+    if got[0] is not None:
+        assert got[0].dtype == eager[0].dtype
+        assert got[0].shape == eager[0].shape
+        assert got[0].is_contiguous(memory_format=torch.channels_last)
+        ulp = torch.finfo(options["dtype"]).eps * exact[0].abs().max()
+        close("result", got[0], eager[0], exact[0], 4 * ulp)
+    if got[1] is not None:
+        assert got[1].rows == eager[1].rows
+        tiles = -(-got[1].rows // got[1].tile_rows)
+        assert got[1].data.shape == (tiles, 2, eager[1].data.shape[2])
+        assert got[1].data.dtype == torch.float32
+        (close_moments if kernel is conv_forward else close_sums)(
+            got, eager, exact, options, args[2] if kernel is conv_dgrad else None
+        )
+    return got
+
+
+def merged(partials: Partials) -> tuple[Tensor, Tensor]:
+    stats = reference.norm_stats(partials, None, None, 0.0)
+    return stats[0], stats[1]
+
+
+def close_moments(got: Any, eager: Any, exact: Any, options: Any, _: Any) -> None:
+    """Mean and variance of the output; few rows and rounded elements make both noisy."""
+    eps = torch.finfo(torch.float32).eps + torch.finfo(options["dtype"]).eps / exact[1].rows ** 0.5
+    for name, a, b, c in zip(
+        ("mean", "var"), merged(got[1]), merged(eager[1]), merged(exact[1]), strict=True
+    ):
+        size = exact[0].abs().max()
+        close(name, a, b, c, 4 * eps * (size if name == "mean" else size * size))
+
+
+def close_sums(got: Any, eager: Any, exact: Any, options: Any, h: Tensor) -> None:
+    """S1 and S2, whose rounding grows with the sum of magnitudes, and q's with its root."""
+    q, stats = exact[0], options["stats"].double()
+    if q is None:
+        q = got[2] if len(got) > 2 else options["_q"]
+    shape = (1, -1, 1, 1)
+    xhat = (h.double() - stats[0].view(shape)) * stats[2].view(shape)
+    parts = [p.data.double().sum(0) for p in (got[1], eager[1], exact[1])]
+    for i, terms in enumerate((q, q * xhat)):
+        slack = 4 * torch.finfo(torch.float32).eps * terms.abs().sum((0, 2, 3))
+        slack += 4 * torch.finfo(options["dtype"]).eps * terms.square().sum((0, 2, 3)).sqrt()
+        close(f"S{i + 1}", *(p[i] for p in parts), slack)
+
+
+# --- forward ------------------------------------------------------------------------------------
+
+
+@shapes
+@dtypes
+def test_forward(shape: Shape, dtype: torch.dtype) -> None:
+    """Prologue, bias and moments; the border stays 0 although act(b) is not."""
+    case = Case(shape, dtype)
+    check(
+        conv_forward,
+        case.x,
+        case.weight,
+        case.bias,
+        case.geometry,
+        dtype=dtype,
+        stats=case.stats,
+        act=ACTS["relu"],
+        with_moments=True,
+    )
+
+
+@shapes
+@dtypes
+def test_forward_plain(shape: Shape, dtype: torch.dtype) -> None:
+    """No prologue, no epilogue."""
+    case = Case(shape, dtype)
+    check(conv_forward, case.x, case.weight, None, case.geometry, dtype=dtype)
+
+
+@acts
+@dtypes
+@pytest.mark.parametrize("subtract", [False, True], ids=["add", "subtract"])
+@pytest.mark.parametrize("how", ["residual", "residual-act", "stream"])
+def test_forward_residual(act: Act, dtype: torch.dtype, subtract: bool, how: str) -> None:
+    """A residual as it is, activated, or in a float32 stream beside a low dtype."""
+    case = Case(SHAPES["3x3"], dtype)
+    stream = torch.float32 if how == "stream" else dtype
+    check(
+        conv_forward,
+        case.input(stream),
+        case.weight,
+        case.bias,
+        case.geometry,
+        dtype=dtype,
+        stats=case.stats,
+        act=act,
+        residual=case.output(stream),
+        residual_stats=case.norm(case.k) if how == "residual-act" else None,
+        subtract=subtract,
+        out_dtype=stream if how == "stream" else None,
+        with_moments=True,
+    )
+
+
+TILES = {"64x16x16": Config(64, 16, 16), "64x32x64": Config(64, 32, 64)}
+tiles = pytest.mark.parametrize("config", TILES.values(), ids=TILES.keys())
+
+
+@tiles
+@dtypes
+def test_forward_tiles(config: Config, dtype: torch.dtype) -> None:
+    """Several tiles along rows, columns and channels, the last of each cut short."""
+    case = Case((2, 40, 7, 9, 35, 3, 1, 1), dtype)
+    _, moments = check(
+        conv_forward,
+        case.x,
+        case.weight,
+        case.bias,
+        case.geometry,
+        dtype=dtype,
+        stats=case.stats,
+        act=ACTS["relu"],
+        residual=case.output(),
+        with_moments=True,
+        config=config,
+    )
+    assert moments.data.shape[0] > 1
+
+
+@pytest.mark.parametrize("config", [None, Config(64, 16, 16)], ids=["one-tile", "tiles"])
+def test_moments_of_a_grown_stream(config: Config | None) -> None:
+    """The variance holds where the mean is a thousand times the deviation (design 6)."""
+    case = Case((5, 16, 9, 9, 16, 1, 1, 0), torch.float32)
+    residual = case.output().add_(1e3)
+    check(
+        conv_forward,
+        case.x,
+        case.weight * 1e-3,
+        None,
+        case.geometry,
+        dtype=torch.float32,
+        residual=residual,
+        with_moments=True,
+        config=config,
+    )
+    _, moments = conv_forward(
+        case.x,
+        case.weight * 1e-3,
+        None,
+        case.geometry,
+        dtype=torch.float32,
+        residual=residual,
+        with_moments=True,
+        config=config,
+    )
+    var = residual.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(merged(moments)[1].double(), var, rtol=1e-2, atol=0)
+
+
+@dtypes
+def test_walk_back(dtype: torch.dtype) -> None:
+    """x + F and then - F, the same bits of F: x comes back to one rounding (design 3)."""
+    case = Case(SHAPES["3x3"], dtype)
+    x = case.output(torch.float32)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "stats": case.stats,
+        "act": ACTS["relu"],
+        "out_dtype": torch.float32,
+    }
+    operands = case.x, case.weight, case.bias, case.geometry
+    out, _ = conv_forward(*operands, residual=x, with_moments=True, **options)
+    back, _ = conv_forward(*operands, residual=out, subtract=True, **options)
+    f, _ = conv_forward(*operands, **options)
+    assert torch.equal(out, x + f)
+    assert torch.equal(back, out - f)
+
+
+@dtypes
+def test_weight_layouts_and_dtypes(dtype: torch.dtype) -> None:
+    """Weights are read through their strides and in their dtype: the same bits."""
+    case = Case(SHAPES["3x3"], dtype)
+    weight = case.weight.to(dtype)
+    outs = [
+        conv_forward(case.x, w, case.bias, case.geometry, dtype=dtype)[0]
+        for w in (weight, weight.float(), weight.to(memory_format=torch.channels_last))
+    ]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+# --- dgrad --------------------------------------------------------------------------------------
+
+
+@shapes
+@dtypes
+def test_dgrad(shape: Shape, dtype: torch.dtype) -> None:
+    """A gradient that waits for a norm's backward, act' and the sums."""
+    case = Case(shape, dtype)
+    grad = Grad(case.output(), case.output(), case.coef(case.k))
+    check(
+        conv_dgrad,
+        grad,
+        case.weight,
+        case.x,
+        case.geometry,
+        dtype=dtype,
+        stats=case.stats,
+        act=ACTS["relu"],
+    )
+
+
+@shapes
+@dtypes
+def test_dgrad_plain(shape: Shape, dtype: torch.dtype) -> None:
+    """No norm on either side, with a further gradient of z."""
+    case = Case(shape, dtype)
+    check(
+        conv_dgrad,
+        Grad(case.output()),
+        case.weight,
+        case.x,
+        case.geometry,
+        dtype=dtype,
+        add=case.input(),
+    )
+
+
+@acts
+@dtypes
+@pytest.mark.parametrize("how", ["q", "sums", "finish", "stream"])
+def test_dgrad_endings(act: Act, dtype: torch.dtype, how: str) -> None:
+    """q and its sums, the sums alone, dx at once, dx in a float32 stream."""
+    case = Case(SHAPES["3x3"], dtype)
+    stream = torch.float32 if how == "stream" else dtype
+    grad = Grad(case.output(), None, case.coef(case.k))
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "stats": case.stats,
+        "act": act,
+        "add": case.input(),
+    }
+    h = case.input(stream)
+    if how in ("finish", "stream"):
+        options |= {"coef": case.coef(case.c), "identity": case.input(stream), "out_dtype": stream}
+    if how != "sums":
+        check(conv_dgrad, grad, case.weight, h, case.geometry, **options)
+        return
+    q, _ = conv_dgrad(grad, case.weight, h, case.geometry, **options)
+    none, sums = conv_dgrad(grad, case.weight, h, case.geometry, write=False, **options)
+    assert none is None
+    runs = [
+        reference.conv_dgrad(
+            *(double(a) if wide else a for a in (grad, case.weight, h, case.geometry)),
+            **{k: double(v) if wide else v for k, v in options.items()}
+            | {"dtype": torch.float64 if wide else dtype},
+        )
+        for wide in (False, True)
+    ]
+    close_sums((q, sums), runs[0], runs[1], options, h)
+
+
+@tiles
+@dtypes
+def test_dgrad_tiles(config: Config, dtype: torch.dtype) -> None:
+    """Several tiles along rows, columns and channels, the last of each cut short."""
+    case = Case((2, 35, 7, 9, 40, 3, 1, 1), dtype)
+    grad = Grad(case.output(), case.output(), case.coef(case.k))
+    _, sums = check(
+        conv_dgrad,
+        grad,
+        case.weight,
+        case.x,
+        case.geometry,
+        dtype=dtype,
+        stats=case.stats,
+        act=ACTS["relu"],
+        config=config,
+    )
+    assert sums.data.shape[0] > 1
+
+
+def test_dgrad_of_a_wider_gradient() -> None:
+    """A float32 gradient, as of a float32 stream, enters a bfloat16 convolution."""
+    case = Case(SHAPES["3x3"], torch.bfloat16)
+    grad = Grad(case.output(torch.float32), case.output(torch.float32), case.coef(case.k))
+    check(
+        conv_dgrad,
+        grad,
+        case.weight,
+        case.input(torch.float32),
+        case.geometry,
+        dtype=torch.bfloat16,
+        stats=case.stats,
+        act=ACTS["silu"],
+    )
+
+
+def test_running_statistics_do_not_multiply_h() -> None:
+    """B = C = 0: an infinite h is no part of dx."""
+    case = Case(SHAPES["3x3"], torch.float32)
+    case.x[0, 0, 0, 0] = float("inf")
+    coef = case.coef(case.c)
+    coef[1:] = 0
+    dx, _ = check(
+        conv_dgrad,
+        Grad(case.output()),
+        case.weight,
+        case.x,
+        case.geometry,
+        dtype=torch.float32,
+        stats=case.stats.abs(),
+        act=ACTS["relu"],
+        coef=coef,
+        identity=case.input(),
+    )
+    assert dx.isfinite().all()
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of Inf - Inf
+@dtypes
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_what_is_not_finite_passes(dtype: torch.dtype, value: float) -> None:
+    """NaN and Inf reach the same elements as in eager PyTorch, and no others."""
+    case = Case(SHAPES["3x3"], dtype)
+    case.x[1, 3, 2, 2] = value
+    options: dict[str, Any] = {"dtype": dtype, "stats": case.stats, "act": ACTS["relu"]}
+    operands = case.x, case.weight, None, case.geometry
+    got, _ = conv_forward(*operands, **options)
+    expected, _ = reference.conv_forward(*operands, **options)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf(), expected.isinf())
+
+    q = case.output()
+    q[0, 5, 3, 3] = value
+    backward = Grad(q), case.weight, case.x, case.geometry
+    got, _ = conv_dgrad(*backward, **options)
+    expected, _ = reference.conv_dgrad(*backward, **options)
+    assert got is not None
+    assert expected is not None
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf(), expected.isinf())
+
+
+@dtypes
+def test_same_inputs_same_bits(dtype: torch.dtype) -> None:
+    case = Case(SHAPES["3x3-stride2"], dtype)
+    options: dict[str, Any] = {"dtype": dtype, "stats": case.stats, "act": ACTS["silu"]}
+    grad = Grad(case.output(), case.output(), case.coef(case.k))
+    runs = [
+        (
+            *conv_forward(case.x, case.weight, None, case.geometry, with_moments=True, **options),
+            *conv_dgrad(grad, case.weight, case.x, case.geometry, **options),
+        )
+        for _ in range(2)
+    ]
+    for a, b in zip(*runs, strict=True):
+        first, second = (t.data if isinstance(t, Partials) else t for t in (a, b))
+        assert torch.equal(first, second)
+
+
+def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64-bit offsets, which tensors past 2**31 elements use, find the same elements."""
+    case = Case(SHAPES["3x3-stride2"], torch.float32)
+
+    def both() -> list[Tensor]:
+        options: dict[str, Any] = {"dtype": torch.float32, "stats": case.stats}
+        grad = Grad(case.x.new_ones(case.n, case.k, case.p, case.q))
+        grad = Grad(grad.q.contiguous(memory_format=torch.channels_last))
+        out, _ = conv_forward(case.x, case.weight, None, case.geometry, **options)
+        q, _ = conv_dgrad(grad, case.weight, case.x, case.geometry, **options)
+        assert q is not None
+        return [out, q]
+
+    narrow = both()
+    monkeypatch.setattr(launch, "is_wide", lambda *_: True)
+    for a, b in zip(narrow, both(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "dtype"),
+    [
+        (Geometry(dilation=(2, 2)), torch.float32),
+        (Geometry(groups=2), torch.float32),
+        (Geometry(), torch.float64),
+    ],
+    ids=["dilation", "groups", "float64"],
+)
+def test_not_implemented(geometry: Geometry, dtype: torch.dtype) -> None:
+    case = Case(SHAPES["1x1"], torch.float32)
+    with pytest.raises(NotImplementedError):
+        conv_forward(case.x, case.weight, None, geometry, dtype=dtype)
+    with pytest.raises(NotImplementedError):
+        conv_dgrad(Grad(case.output()), case.weight, case.x, geometry, dtype=dtype)
+
+
+def test_other_memory_formats_are_refused() -> None:
+    case = Case(SHAPES["1x1"], torch.float32)
+    with pytest.raises(ValueError, match="channels_last"):
+        conv_forward(case.x.contiguous(), case.weight, None, case.geometry, dtype=torch.float32)
+    with pytest.raises(ValueError, match="residual"):
+        conv_forward(case.x, case.weight, None, case.geometry, dtype=torch.float32, residual=case.x)
+    with pytest.raises(ValueError, match=r"grad\.q"):
+        conv_dgrad(Grad(case.x), case.weight, case.x, case.geometry, dtype=torch.float32)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    """Any sizes in the promised range, any options, forward and back."""
+    kernel = data.draw(st.sampled_from([1, 3, 5]), "kernel")
+    shape = (
+        data.draw(st.integers(1, 5), "N"),
+        data.draw(st.integers(1, 80), "C"),
+        data.draw(st.integers(kernel, 17), "H"),
+        data.draw(st.integers(kernel, 17), "W"),
+        data.draw(st.integers(1, 80), "K"),
+        kernel,
+        data.draw(st.integers(1, 2), "stride"),
+        data.draw(st.integers(0, kernel // 2), "padding"),
+    )
+    dtype = data.draw(st.sampled_from(list(DTYPES.values())), "dtype")
+    stream = data.draw(st.sampled_from([dtype, torch.float32]), "stream")
+    act = data.draw(st.sampled_from([ACTS["relu"], ACTS["leaky_relu"], ACTS["silu"]]), "act")
+    case = Case(shape, dtype, seed=data.draw(st.integers(0, 99), "seed"))
+    some = {name: data.draw(st.booleans(), name) for name in ("stats", "bias", "extra", "coef")}
+    stats = case.stats if some["stats"] else None
+    check(
+        conv_forward,
+        case.input(stream),
+        case.weight,
+        case.bias if some["bias"] else None,
+        case.geometry,
+        dtype=dtype,
+        stats=stats,
+        act=act,
+        residual=case.output(stream) if some["extra"] else None,
+        out_dtype=stream,
+        with_moments=True,
+    )
+    coef = case.coef(case.k) if some["coef"] else None
+    check(
+        conv_dgrad,
+        Grad(case.output(), case.output() if some["bias"] and some["coef"] else None, coef),
+        case.weight,
+        case.input(stream),
+        case.geometry,
+        dtype=dtype,
+        stats=stats,
+        act=act,
+        add=case.input() if some["extra"] else None,
+    )
+
+
+# --- tiles --------------------------------------------------------------------------------------
+
+# rows, channels, columns, taps of ResNet-1001 and ResNet-110 at batch 128, forward and dgrad
+NETWORKS = [
+    (128 * size * size, channels, columns, taps)
+    for size, width in ((32, 16), (16, 32), (8, 64))
+    for channels, columns, taps in (
+        (4 * width, width, 1),
+        (width, 4 * width, 1),
+        (width, width, 9),
+    )
+]
+
+
+@pytest.mark.parametrize("size", NETWORKS, ids=lambda s: "-".join(map(str, s)))
+@dtypes
+def test_two_programs_a_multiprocessor(
+    size: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heuristic fills an H100 at the networks' shapes, with tiles for a warpgroup."""
+    monkeypatch.setattr(launch, "INTERPRET", False)
+    monkeypatch.setattr(launch, "multiprocessors", lambda: 132)
+    rows, _, columns, _ = size
+    for long_epilogue in (False, True):
+        shape = configs.ConvShape(*size, dtype, long_epilogue)
+        candidates = configs.conv_candidates(shape)
+        first = configs.conv(shape)
+        assert candidates[0] == first
+        assert len(candidates) <= 6
+        assert len(set(candidates)) == len(candidates)
+        assert all(c.block_m >= 64 and c.block_n >= 16 and c.block_k >= 16 for c in candidates)
+        assert -(-rows // first.block_m) * -(-columns // first.block_n) >= 264
