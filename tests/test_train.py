@@ -81,7 +81,7 @@ def test_resnet_learns_synthetic_images() -> None:
 
 
 def test_digits_reach_97_percent() -> None:
-    result = train("digits", depth=14, epochs=8, batch_size=64)
+    result = train("digits", depth=14, epochs=10, batch_size=64)
     assert result.test_accuracy >= 0.97
 
 
