@@ -13,7 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .run import AUTO, EAGER, Recipe, activation, hooked, must_run_eagerly, run_chain, why_not
+from .run import (
+    AUTO,
+    EAGER,
+    Recipe,
+    activation,
+    check_input,
+    hooked,
+    must_run_eagerly,
+    run_chain,
+    why_not,
+)
 from .spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
 
 BACKENDS = (AUTO, "triton", "aten", EAGER)
@@ -81,12 +91,14 @@ class PreActUnit(nn.Module):
     def recipe(self) -> Recipe | str:
         """The children in the order of the computation, or why they must run one by one."""
         projection: Any = None
-        if len(self.shortcut) > 1:
-            return f"a shortcut of {len(self.shortcut)} modules"
         if hooked(self.shortcut):
             return "a hook on the shortcut"
-        if len(self.shortcut):
-            projection = self.shortcut[0]
+        if self.has_projection():
+            projection = self.shortcut
+            if type(projection) is nn.Sequential:
+                if len(projection) > 1:
+                    return f"a shortcut of {len(projection)} modules"
+                projection = projection[0]
             reads = PROJECTION_PREACT if self.shortcut_reads == "preact" else PROJECTION_RAW
         else:
             reads = IDENTITY_PREACT if self.identity_reads == "preact" else IDENTITY_RAW
@@ -109,10 +121,11 @@ class PreActUnit(nn.Module):
         Raises:
             ValueError: wrong rank, channels, dtype or device; one value per channel in training.
         """
-        if self.backend == EAGER or must_run_eagerly(x):
-            return self.forward_children(x)
         recipe = self.recipe()
         if isinstance(recipe, str):
+            return self.forward_children(x)
+        if self.backend == EAGER or must_run_eagerly(x):
+            check_input(x, recipe.convs[0])
             return self.forward_children(x)
         return run_chain([recipe], x, backend=self.backend, memory=self.memory)
 
@@ -125,9 +138,15 @@ class PreActUnit(nn.Module):
             h = getattr(self, f"conv{i}")(self.act(getattr(self, f"bn{i}")(h)))
         return h + self.shortcut(shortcut)
 
+    def has_projection(self) -> bool:
+        """Whether the shortcut is anything but the identity, whatever was put in its place."""
+        shortcut = self.shortcut
+        empty = isinstance(shortcut, nn.Sequential) and not len(shortcut)
+        return not (empty or isinstance(shortcut, nn.Identity))
+
     def reads_preact(self) -> bool:
         """Whether the shortcut reads act(bn1(x)) rather than x."""
-        reads = self.shortcut_reads if len(self.shortcut) else self.identity_reads
+        reads = self.shortcut_reads if self.has_projection() else self.identity_reads
         return reads == "preact"
 
     def extra_repr(self) -> str:
@@ -256,7 +275,8 @@ class Stage(nn.Sequential):
         for block in self:
             recipe = None
             if not eager and isinstance(block, PreActUnit) and not hooked(block):
-                recipe = block.recipe() if block.backend != EAGER else None
+                own_forward = type(block).forward is not PreActUnit.forward
+                recipe = None if own_forward or block.backend == EAGER else block.recipe()
             if isinstance(recipe, Recipe):
                 recipes.append(recipe)
                 continue
@@ -265,6 +285,14 @@ class Stage(nn.Sequential):
                 recipes = []
             x = block(x)
         return self._run(recipes, x) if recipes else x
+
+    def __getitem__(self, idx: Any) -> Any:
+        """A block, or a Stage of a slice of them that runs as this one does."""
+        part = super().__getitem__(idx)
+        if isinstance(idx, slice):
+            for name in ("backend", "memory", "segment"):
+                setattr(part, name, getattr(self, name))
+        return part
 
     def _run(self, recipes: list[Recipe], x: Tensor) -> Tensor:
         return run_chain(recipes, x, backend=self.backend, memory=self.memory, segment=self.segment)

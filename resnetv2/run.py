@@ -306,11 +306,26 @@ def segment_length(recipes: Sequence[Recipe]) -> int:
 
 
 def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
-    """N*H*W at each norm of the chain; raises as eager does where one has nothing to average."""
+    """N*H*W at each norm of the chain; raises as eager does where one has nothing to average.
+
+    Also where the channels of neighbours differ, which kernels would not notice.
+    """
     rows = []
     size = (x.shape[2], x.shape[3])
+    channels = x.shape[1]
     for recipe in recipes:
+        projection = recipe.projection
+        if projection is not None and projection.in_channels != channels:
+            raise ValueError(
+                f"expected a projection of {channels} channels, got {projection.in_channels}"
+            )
         for norm, conv in zip(recipe.norms, recipe.convs):
+            if norm.num_features != channels or conv.in_channels != channels:
+                raise ValueError(
+                    f"expected a norm and a convolution of {channels} channels, got "
+                    f"{norm.num_features} and {conv.in_channels}"
+                )
+            channels = conv.out_channels
             rows.append(x.shape[0] * size[0] * size[1])
             if rows[-1] == 1 and _batch_statistics(norm):
                 raise ValueError(
