@@ -41,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        [*command, "-q", "-w", str(target)],
+        [*command, "-w", str(target), "."],
         cwd=source,
         check=True,
         capture_output=True,
