@@ -194,9 +194,9 @@ def conv_tile(
     )
     # Without padding, every position that a forward convolution reads exists.
     MASKED: tl.constexpr = not SAME_ROWS and (TRANSPOSED or PADDING_H + PADDING_W > 0)
-    # Unrolled, float32 operands with a prologue or without matrix units (ieee) spill.
+    # Unrolled, float32 spills without matrix units (ieee), and with a prologue at every tap.
     UNROLL: tl.constexpr = DTYPE.primitive_bitwidth < 32 or (
-        PROLOGUE == "none" and PRECISION != "ieee"
+        PRECISION != "ieee" and (TAPS == 1 or PROLOGUE == "none")
     )
     UNROLL_TAPS: tl.constexpr = TAPS if UNROLL and TAPS <= 25 else 1
     UNROLL_BLOCKS: tl.constexpr = BLOCKS if UNROLL and TAPS * BLOCKS <= 16 else 1
