@@ -32,8 +32,9 @@ def enabled() -> bool:
     """Whether tiles are timed: asked for, and on a GPU (no interpreter, no dry run)."""
     if os.environ.get("RESNETV2_AUTOTUNE") != "1" or launch.INTERPRET:
         return False
-    driver = type(triton.runtime.driver.active).__module__
-    return torch.cuda.is_available() and driver.startswith("triton.backends.")
+    if not torch.cuda.is_available():
+        return False
+    return type(triton.runtime.driver.active).__module__.startswith("triton.backends.")
 
 
 def cache_file() -> Path:
@@ -58,7 +59,7 @@ def _read(path: Path) -> dict[str, list[int]]:
     try:
         entries = json.loads(path.read_text())
         return {str(key): [int(value) for value in tile] for key, tile in entries.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         warnings.warn(f"{path} is ignored: {error}", RuntimeWarning, stacklevel=4)
