@@ -347,13 +347,16 @@ def conv_wgrad(
     j = kernel_h * kernel_w * c
     if rows == 0:
         return dweight.zero_(), None if dbias is None else dbias.zero_()
+    pointwise = kernel_h * kernel_w == 1
     config = wgrad_config(
         rows,
         k,
         j,
         dtype=dtype,
+        stream=h.dtype,
         prologue=stats is not None or coef is not None,
-        pointwise=kernel_h * kernel_w == 1,
+        same_rows=pointwise and tuple(geometry.stride) == (1, 1) and not any(geometry.padding),
+        pointwise=pointwise,
     )
     blocks, splits = config.splits(rows, k, j)
     size = k * j + (k if with_bias else 0)

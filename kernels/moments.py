@@ -38,8 +38,15 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Elements of one block: 32 a thread at 4 warps, four 16-byte loads of a 16-bit tensor in flight.
 BLOCK_ELEMENTS = 4096
 MAX_TILES = 1024
-MERGE_TILES = 512
+# The merge's tile: rows of partials at a time, and channels, one L2 sector of each row.
+MERGE_TILES = 1024
 MERGE_CHANNELS = 8
+
+
+def merge_tiling(tiles: int) -> tuple[int, int]:
+    """BLOCK_TILES and num_warps for merging ``tiles`` partials of MERGE_CHANNELS channels."""
+    block_tiles = min(MERGE_TILES, triton.next_power_of_2(tiles))
+    return block_tiles, min(max(block_tiles // 64, 1), 8)
 
 
 class RowTiling(NamedTuple):
@@ -56,13 +63,14 @@ def row_tiling(rows: int, channels: int, max_tiles: int | None = None) -> RowTil
     """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
 
     Blocks are wide enough for 16-byte loads and narrow enough that multiples of 16 channels waste
-    no lane; they shrink until every multiprocessor has four programs.
+    no lane; they shrink until every multiprocessor has four programs, or two where each program
+    also pays for a reduction (``max_tiles``).
     """
     whole = channels & -channels if channels % 16 == 0 else triton.next_power_of_2(channels)
     block_c = min(whole, 64)
     column_blocks = triton.cdiv(channels, block_c)
     elements = BLOCK_ELEMENTS
-    wanted = 4 * multiprocessors()
+    wanted = (4 if max_tiles is None else 2) * multiprocessors()
     while elements > 1024 and triton.cdiv(rows, elements // block_c) * column_blocks < wanted:
         elements //= 2
     block_m = elements // block_c
@@ -137,7 +145,14 @@ def tile_steps(tile, rows, steps, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _moments_kernel(
-    x_ptr, data_ptr, rows, steps, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr,
+    data_ptr,
+    rows,
+    steps,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     tile, columns = program_tile(C, BLOCK_C)
     first, blocks = tile_steps(tile, rows, steps, BLOCK_M)
@@ -149,14 +164,17 @@ def _moments_kernel(
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         # Seen from the block's first row, the sum loses nothing to a mean far from 0.
         origin = tl.load(x_ptr + base + columns, mask=columns < C, other=0.0).to(tl.float32)
-        x = tl.where(mask, x - origin[None, :], 0.0)
+        x -= origin[None, :]
+        if not WHOLE:
+            x = tl.where(mask, x, 0.0)
         block_count = valid.to(tl.float32)
-        block_mean = tl.sum(x, axis=0) / block_count
-        deviation = tl.where(mask, x - block_mean[None, :], 0.0)
+        block_mean = tl.sum(x, axis=0) * (1.0 / block_count)
+        deviation = x - block_mean[None, :]
+        if not WHOLE:
+            deviation = tl.where(mask, deviation, 0.0)
         block_m2 = tl.sum(deviation * deviation, axis=0)
-        block_mean += origin
-        delta = block_mean - mean
         total = count + block_count
+        delta = block_mean + origin - mean
         mean += delta * (block_count / total)
         m2 += block_m2 + delta * (delta * (count * block_count / total))
         count = total
@@ -190,7 +208,7 @@ def _norm_stats_kernel(
         mask = (tile < tiles)[:, None] & known[None, :]
         at = tile[:, None] * (2 * C) + columns[None, :]
         mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows).to(tl.float32)
+        count = tl.minimum(rows - tile.to(rows.dtype) * tile_rows, tile_rows).to(tl.float32)
         offset += tl.where(mask, (mean_t - first_mean[None, :]) * (count * inverse)[:, None], 0.0)
     mean = first_mean + tl.sum(offset, axis=0)
 
@@ -201,7 +219,7 @@ def _norm_stats_kernel(
         at = tile[:, None] * (2 * C) + columns[None, :]
         mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
         m2_t = tl.load(data_ptr + C + at, mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(rows - tile.to(tl.int64) * tile_rows, tile_rows).to(tl.float32)
+        count = tl.minimum(rows - tile.to(rows.dtype) * tile_rows, tile_rows).to(tl.float32)
         delta = mean_t - mean[None, :]
         squares += tl.where(mask, m2_t + delta * (delta * count[:, None]), 0.0)
     var = tl.sum(squares, axis=0) * inverse
@@ -245,6 +263,7 @@ def moments(x: Tensor) -> Partials:
         rows,
         tiling.steps,
         C=channels,
+        WHOLE=rows % tiling.block_m == 0 and channels % tiling.block_c == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
         num_warps=4,
@@ -270,6 +289,7 @@ def norm_stats(
                 f"{name} must be a contiguous ({channels},), got {tuple(values.shape)}"
             )
     stats = torch.empty((5, channels), dtype=torch.float32, device=data.device)
+    block_tiles, num_warps = merge_tiling(tiles)
     launch(
         _norm_stats_kernel,
         (triton.cdiv(channels, MERGE_CHANNELS),),
@@ -282,8 +302,8 @@ def norm_stats(
         tile_rows,
         tiles,
         C=channels,
-        BLOCK_TILES=min(MERGE_TILES, triton.next_power_of_2(tiles)),
+        BLOCK_TILES=block_tiles,
         BLOCK_C=MERGE_CHANNELS,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return stats

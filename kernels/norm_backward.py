@@ -24,11 +24,11 @@ from .launch import check_activation, launch
 from .moments import (
     MAX_TILES,
     MERGE_CHANNELS,
-    MERGE_TILES,
     block_offsets,
     check_floating,
     check_partials,
     check_per_channel,
+    merge_tiling,
     program_tile,
     row_tiling,
     tile_steps,
@@ -210,6 +210,7 @@ def norm_grad(partials: Partials, stats: Tensor, training: bool) -> tuple[Tensor
     coef = torch.empty((3, channels), dtype=torch.float32, device=stats.device)
     dweight = torch.empty(channels, dtype=torch.float32, device=stats.device)
     dbias = torch.empty_like(dweight)
+    block_tiles, num_warps = merge_tiling(tiles)
     launch(
         _norm_grad_kernel,
         (triton.cdiv(channels, MERGE_CHANNELS),),
@@ -222,9 +223,9 @@ def norm_grad(partials: Partials, stats: Tensor, training: bool) -> tuple[Tensor
         tiles,
         C=channels,
         TRAINING=training,
-        BLOCK_TILES=min(MERGE_TILES, triton.next_power_of_2(tiles)),
+        BLOCK_TILES=block_tiles,
         BLOCK_C=MERGE_CHANNELS,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return coef, dweight, dbias
 

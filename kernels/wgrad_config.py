@@ -46,18 +46,30 @@ def _programs() -> int:
 
 
 def wgrad_config(
-    rows: int, k: int, j: int, *, dtype: torch.dtype, prologue: bool, pointwise: bool
+    rows: int,
+    k: int,
+    j: int,
+    *,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    prologue: bool,
+    same_rows: bool,
+    pointwise: bool,
 ) -> WgradConfig:
     """The tile for a (rows, K) gradient and a (rows, J) im2col matrix.
 
     Args:
-        dtype: of the multiplication. prologue: whether either operand has one.
-        pointwise: the kernel is 1x1.
+        dtype, stream: of the multiplication, and of h as it is read.
+        prologue: whether either operand has one.
+        pointwise: the kernel is 1x1. same_rows: and it reads the rows that it writes (stride 1).
     """
+    # Border masks beside a prologue's coefficients, or float32 beside masks, are registers: with
+    # more rows at a time, compilers for some GPUs spill.
+    crowded = not same_rows and (prologue or (stream == torch.float32 and not pointwise))
     block_k = min(max(triton.next_power_of_2(k), 16), 64)
     block_j = min(max(triton.next_power_of_2(j), 16), 64)
     if dtype == torch.float32:
-        return WgradConfig(32, block_k, block_j, 1, 4, 1)
+        return WgradConfig(16 if crowded else 32, block_k, block_j, 1, 4, 1)
     # One side fills wgmma's 64 rows, if need be with columns that are masked.
     if max(block_k, block_j) < 64:
         block_k, block_j = (64, block_j) if block_k > block_j else (block_k, 64)
@@ -68,12 +80,12 @@ def wgrad_config(
     if prologue and k >= 64 and j >= 256:
         config = WgradConfig(32, 64, 128, 1, 4, 2)
     elif prologue or pointwise or k > 32:
-        config = WgradConfig(64, block_k, block_j, 1, 4, 2)
+        config = WgradConfig(32 if crowded else 64, block_k, block_j, 1, 4, 2)
     else:
         # Without pipelining the taps are read through L1, which asynchronous copies bypass, and
         # a program that walks over several taps finds them there.
         j_tiles = min(triton.cdiv(j, block_j), 3 if j <= 192 else 2)
-        config = WgradConfig(128, block_k, block_j, j_tiles, 4, 1)
+        config = WgradConfig(64, block_k, block_j, j_tiles, 4, 1)
     while config.block_m > 16 and config.steps(rows, k, j) < 1:
         config = config._replace(block_m=config.block_m // 2)
     # A loop of a step or two is over before a pipeline is filled.

@@ -1,0 +1,75 @@
+"""What the kernel tests share: inputs, the float64 yardstick (design 6), and poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# The dtype of the activations, and the one in which convolutions multiply.
+STREAMS = {"fp32": (F32, F32), "fp16": (F16, F16), "bf16": (BF16, BF16), "fp32-bf16": (F32, BF16)}
+streams = pytest.mark.parametrize(("stream", "dtype"), STREAMS.values(), ids=STREAMS)
+
+
+def activation(
+    shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
+    """Random values in channels_last memory."""
+    x = (torch.randn(shape) * std + mean).to(dtype)
+    return x.to(DEVICE, memory_format=torch.channels_last)
+
+
+def per_channel(*shape: int) -> Tensor:
+    """Random float32 values, as weights, biases and coefficients are."""
+    return torch.randn(shape).to(DEVICE)
+
+
+def exactly(x: Tensor | None) -> Tensor | None:
+    """x in float64, for the reference's exact answer."""
+    return None if x is None else x.double()
+
+
+def assert_accurate(
+    actual: Tensor, eager: Tensor, exact: Tensor, ulps: float = 4.0, scale: float = 0.0
+) -> None:
+    """The error against ``exact`` is at most twice eager's own, plus a few ulp.
+
+    Of the largest of ``exact``, or of ``scale``: the size of what was added up to get there.
+    """
+    assert actual.shape == exact.shape
+    assert actual.dtype == eager.dtype
+    error = (actual.double() - exact).abs().max().item()
+    own = (eager.double() - exact).abs().max().item()
+    # The interpreter rounds 0 to the smallest normal bfloat16.
+    ulp = max(torch.finfo(actual.dtype).eps * max(exact.abs().max().item(), scale), 1e-37)
+    # Never true of a NaN: memory that a kernel left unwritten is caught here too.
+    assert error <= 2 * own + ulps * ulp, f"error {error:.3g}, eager's {own:.3g}, ulp {ulp:.3g}"
+
+
+def assert_same_bits(first: Tensor, second: Tensor) -> None:
+    """Equal bit for bit, NaN included."""
+    assert first.dtype == second.dtype
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[first.element_size()]
+    assert torch.equal(first.contiguous().view(integers), second.contiguous().view(integers))
+
+
+def assert_same_specials(actual: Tensor, expected: Tensor) -> None:
+    """NaN and Inf stand where they are expected, and nowhere else."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isposinf(), expected.isposinf())
+    assert torch.equal(actual.isneginf(), expected.isneginf())
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` gives NaN, so that an element which no kernel wrote shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
