@@ -59,7 +59,6 @@ class PreActUnit(nn.Module):
         out_channels: int,
         stride: int,
         *,
-        bias: bool,
         shortcut: str,
         identity: str,
         backend: str,
@@ -84,9 +83,15 @@ class PreActUnit(nn.Module):
         self.identity_reads = identity
         self.backend = backend
         self.memory = "recompute"
+
+    def _add_shortcut(self, bias: bool) -> None:
+        """The last child: a 1x1 projection where the shape changes, empty otherwise."""
         self.shortcut = nn.Sequential()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias))
+        if self.stride != 1 or self.in_channels != self.out_channels:
+            projection = nn.Conv2d(
+                self.in_channels, self.out_channels, 1, stride=self.stride, bias=bias
+            )
+            self.shortcut.append(projection)
 
     def recipe(self) -> Recipe | str:
         """The children in the order of the computation, or why they must run one by one."""
@@ -192,15 +197,15 @@ class PreActBlock(PreActUnit):
         backend: str = AUTO,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, stride,
-            bias=bias, shortcut=shortcut, identity=identity, backend=backend,
-        )  # fmt: skip
+            in_channels, out_channels, stride, shortcut=shortcut, identity=identity, backend=backend
+        )
         layer = _norm_layer(norm)
         self.bn1 = layer(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
         self.bn2 = layer(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
         self.act = activation(act)
+        self._add_shortcut(bias)
 
 
 class BottleneckPreActBlock(PreActUnit):
@@ -230,9 +235,8 @@ class BottleneckPreActBlock(PreActUnit):
         backend: str = AUTO,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, stride,
-            bias=bias, shortcut=shortcut, identity=identity, backend=backend,
-        )  # fmt: skip
+            in_channels, out_channels, stride, shortcut=shortcut, identity=identity, backend=backend
+        )
         if expansion < 1 or out_channels % expansion:
             raise ValueError(
                 f"out_channels must be a multiple of expansion, got {out_channels} and {expansion}"
@@ -247,6 +251,7 @@ class BottleneckPreActBlock(PreActUnit):
         self.bn3 = layer(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=bias)
         self.act = activation(act)
+        self._add_shortcut(bias)
 
 
 class Stage(nn.Sequential):
