@@ -1,0 +1,251 @@
+"""What the tests share: the eager twin of a module, one recorded step, and the yardstick.
+
+The yardstick (README, "Numbers"): error against float64 at most twice that of eager PyTorch in the
+same dtype, plus a few units in the last place.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ULPS = 4
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+BACKENDS = ("aten", pytest.param("triton", marks=needs_triton))
+
+
+def eager_twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of ``module`` whose blocks run their children one by one, in ``dtype`` if given."""
+    twin = copy.deepcopy(module)
+    for child in twin.modules():
+        if hasattr(child, "backend"):
+            child.backend = "eager"
+    return twin if dtype is None else twin.to(dtype)
+
+
+def with_backend(module: nn.Module, backend: str) -> nn.Module:
+    """A copy of ``module`` whose blocks and stages run on ``backend``."""
+    twin = copy.deepcopy(module)
+    for child in twin.modules():
+        if hasattr(child, "backend"):
+            child.backend = backend
+    return twin
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give norms weights, biases and running statistics that matter, in place.
+
+    A fresh BatchNorm2d has weight 1 and bias 0, which hides whatever is done with them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(like: Tensor, low: float, high: float) -> Tensor:
+        values = torch.rand(like.shape, generator=generator) * (high - low) + low
+        return values.to(like.device, like.dtype)
+
+    with torch.no_grad():
+        for child in module.modules():
+            if not isinstance(child, nn.BatchNorm2d):
+                continue
+            if child.weight is not None:
+                child.weight.copy_(draw(child.weight, 0.5, 1.5))
+            if child.bias is not None:
+                child.bias.copy_(draw(child.bias, -0.5, 0.5))
+            if child.running_mean is not None and child.running_var is not None:
+                child.running_mean.copy_(draw(child.running_mean, -0.3, 0.3))
+                child.running_var.copy_(draw(child.running_var, 0.5, 2.0))
+    return module
+
+
+def images(
+    shape: Iterable[int],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> Tensor:
+    """Normal random activations (N, C, H, W) on the test device."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * std + mean
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return x.to(DEVICE, dtype).contiguous(memory_format=memory_format)
+
+
+def step(
+    module: nn.Module,
+    x: Tensor,
+    g: Tensor | None = None,
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """One forward and backward: "out", "dx", "grad NAME" and "buffer NAME", detached.
+
+    g is the gradient of the output; random by ``seed`` if None. A gradient that stays None is left
+    out. The input must come out of it untouched.
+    """
+    module.zero_grad(set_to_none=True)
+    given = x
+    x = x.detach().clone().requires_grad_()
+    version = x._version
+    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        out = module(x)
+    if g is None:
+        g = images(out.shape, 500 + seed)
+    out.backward(g.to(out.dtype))
+    assert x._version == version, "the input was written to"
+    assert torch.equal(x.nan_to_num(), given.nan_to_num()), "the input has changed"
+    result = {"out": out.detach()}
+    if x.grad is not None:
+        result["dx"] = x.grad
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            result[f"grad {name}"] = parameter.grad.clone()
+    for name, buffer in module.named_buffers():
+        result[f"buffer {name}"] = buffer.clone()
+    return result
+
+
+def assert_within_twice(
+    fused: list[dict[str, Tensor]],
+    eager: list[dict[str, Tensor]],
+    exact: list[dict[str, Tensor]],
+    terms: list[dict[str, float]] | None = None,
+) -> None:
+    """Hold every recorded tensor of ``fused`` to the yardstick; integers must be equal.
+
+    Args:
+        fused, eager, exact: recordings of the same draws by ``step``; ``exact`` in float64. Eager
+            may have more draws. The error of a draw is the Euclidean norm over a tensor's
+            elements, and the median draw counts: in half precision a ReLU's sign may flip at a
+            value near 0, in eager as here, and one flip outweighs all rounding.
+        terms: per draw and name the root of the sum of squares of what is added up to the tensor
+            (``record_terms``). A sum that cancels, as the gradient of a bias in front of a norm
+            does, is exact to the last place of its terms, not of itself.
+    """
+    for mine, theirs in zip(fused, eager):
+        assert mine.keys() == theirs.keys()
+    for name in fused[0]:
+        for a, b in zip(fused, eager):
+            assert a[name].dtype == b[name].dtype, name
+            assert a[name].shape == b[name].shape, name
+            if not a[name].is_floating_point():
+                assert torch.equal(a[name], b[name]), name
+        if not fused[0][name].is_floating_point():
+            continue
+        error = statistics.median(_distance(a[name], b[name]) for a, b in zip(fused, exact))
+        errors = [_distance(a[name], b[name]) for a, b in zip(eager, exact)]
+        # Eager's on the same inputs, or what is usual where it was lucky with few numbers.
+        allowed = 2 * max(statistics.median(errors[: len(fused)]), statistics.median(errors))
+        scale = statistics.median(float(draw[name].norm()) for draw in exact)
+        if terms is not None:
+            scale = max(scale, statistics.median(draw.get(name, 0.0) for draw in terms))
+        limit = allowed + ULPS * torch.finfo(fused[0][name].dtype).eps * scale
+        assert error <= limit, f"{name}: error {error:.3e}, allowed {limit:.3e}, size {scale:.3e}"
+
+
+def record_terms(module: nn.Module) -> dict[str, float]:
+    """Hook ``module`` so that each backward fills the returned dictionary, names as ``step``'s.
+
+    For the sums over rows (N*H*W): gradients of norms' weights and biases and of convolutions'
+    biases, whose terms are the elements of the output's gradient, and running means.
+    """
+    terms: dict[str, float] = {}
+
+    def hook_on(name: str, child: nn.Module) -> None:
+        def hook(_: nn.Module, __: Any, grad_output: Any) -> None:
+            size = float(grad_output[0].norm())
+            terms[f"grad {name}.bias"] = size
+            if isinstance(child, nn.BatchNorm2d):
+                terms[f"grad {name}.weight"] = size
+                if child.running_var is not None:
+                    terms[f"buffer {name}.running_mean"] = float(child.running_var.sqrt().norm())
+
+        child.register_full_backward_hook(hook)
+
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.BatchNorm2d, nn.Conv2d)):
+            hook_on(name, child)
+    return terms
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm())
+
+
+def check_module(
+    module: nn.Module,
+    shape: Iterable[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    draws: int = 1,
+    eager_draws: int = 9,
+    prepare: Callable[[nn.Module], Any] | None = None,
+    **input_options: Any,
+) -> None:
+    """Training steps of ``module`` as it is, eagerly, and in float64, held to the yardstick.
+
+    Args:
+        module: with its backend set. shape: of the input. dtype: of the input.
+        draws: how many random inputs. eager_draws: how many for eager, where they are more.
+        prepare: what is done to each copy before its first step (eval mode, ...).
+    """
+    copies = [copy.deepcopy(module), eager_twin(module), eager_twin(module, torch.float64)]
+    if prepare is not None:
+        for each in copies:
+            prepare(each)
+    recorded = record_terms(copies[2])
+    fused, eager, exact, terms = [], [], [], []
+    for seed in range(max(draws, eager_draws)):
+        x = images(shape, seed, dtype, **input_options)
+        if seed < draws:
+            fused.append(step(copies[0], x, autocast=autocast, seed=seed))
+        eager.append(step(copies[1], x, autocast=autocast, seed=seed))
+        g = images(eager[-1]["out"].shape, 500 + seed).to(eager[-1]["out"].dtype)
+        exact.append(step(copies[2], x.double(), g.double()))
+        terms.append(dict(recorded))
+    assert_within_twice(fused, eager, exact, terms)
+
+
+def assert_equal_steps(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Two recordings, bit for bit (NaN equal to NaN)."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_close_steps(
+    a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
+    """Two float32 recordings up to rounding, atol relative to the largest element.
+
+    For what eager does rather than how exactly; ``check_module`` is the test of the numbers. A
+    bias's gradient, which is 0 in front of a norm, is compared on the scale of the weight's.
+    """
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        weight = b.get(name.replace("bias", "weight"), b[name])
+        largest = max(float(tensor.abs().max()) for tensor in (b[name], weight))
+        torch.testing.assert_close(
+            a[name], b[name], rtol=rtol, atol=atol * max(largest, 1e-2), msg=lambda m, n=name: n + m
+        )
+
+
+def interpreted(backend: str) -> bool:
+    """Whether kernels run in Triton's interpreter, a thousand times slower than on a GPU."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
