@@ -24,3 +24,30 @@ def kernel_size(row):
 def told(rows):
     """The rows as the table shows them, for an assertion's message."""
     return "\n" + matrix.table(rows)
+
+
+def _passes(row):
+    """What tells the passes of one dgrad from another dgrad."""
+    names = ("C", "K", "H", "W", "P", "Q", "R", "S", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+    return tuple(row.constants[name] for name in names)
+
+
+def over_the_ratio(rows):
+    """The convolutions whose ratio of issue to memory cycles is over ``RATIOS``.
+
+    A dgrad that is run twice, for its sums and then for dx (design 7), is one operation: its
+    passes are judged together, by the cycles of both.
+    """
+    second = {_passes(r): r for r in rows if r.convolution == "dgrad" and "sums_ptr" in r.constants}
+    over = []
+    for r in rows:
+        if not r.convolution:
+            continue
+        ratio = r.tile_ratio
+        if r.convolution == "dgrad" and "out_ptr" in r.constants and _passes(r) in second:
+            passes = (r, second[_passes(r)])
+            issue = sum(x.instructions * x.num_warps for x in passes)
+            ratio = issue / sum(x.instructions * x.num_warps / x.tile_ratio for x in passes)
+        if not ratio <= RATIOS[kernel_size(r), r.convolution]:
+            over.append(r)
+    return over

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compile_checks import MULTIPROCESSORS, RATIOS, kernel_size, told
+from compile_checks import MULTIPROCESSORS, RATIOS, kernel_size, over_the_ratio, told
 
 from resnetv2.kernels import compile as matrix
 from resnetv2.kernels.cases import DTYPES, UNITS, selected
@@ -81,7 +81,7 @@ def test_every_kernel_is_compiled_in_every_dtype(rows, target):
 def test_ratio_of_issue_to_memory_cycles(rated, size, convolution):
     found = [r for r in rated if (kernel_size(r), r.convolution) == (size, convolution)]
     assert found
-    slow = [r for r in found if not r.tile_ratio <= RATIOS[size, convolution]]
+    slow = over_the_ratio(found)
     assert not slow, told(slow)
 
 

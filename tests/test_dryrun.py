@@ -16,7 +16,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from compile_checks import MULTIPROCESSORS, RATIOS, kernel_size, told  # noqa: E402
+from compile_checks import MULTIPROCESSORS, over_the_ratio, told  # noqa: E402
 
 from resnetv2.kernels import compile as matrix  # noqa: E402
 from resnetv2.kernels import dryrun, sass, trips  # noqa: E402
@@ -68,11 +68,7 @@ def test_two_programs_for_each_multiprocessor(step, model):
 
 @MODELS
 def test_ratio_of_issue_to_memory_cycles(step, model):
-    slow = [
-        r
-        for r in step[model][1]
-        if r.convolution and not r.tile_ratio <= RATIOS[kernel_size(r), r.convolution]
-    ]
+    slow = over_the_ratio(step[model][1])
     assert not slow, told(slow)
 
 
