@@ -22,13 +22,14 @@ Exit status 1: something spills, or a convolution in fp16 or bf16 lacks wgmma on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,11 +37,12 @@ from typing import Any
 
 import torch
 
-from . import dryrun
+from . import dryrun, tuning
 from .cases import DTYPES, UNITS, selected, steps
+from .launch import Config
 
 TARGETS = tuple(dryrun.DEVICES)
-Task = tuple[str, str, int, str]  # target, dtype, number of the unit, part of a case's label
+Task = tuple[str, str, int, str, bool]  # the arguments of rows_of
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,40 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
     )
 
 
-def rows_of(target: str, dtype: str, number: int, case: str = "") -> list[Row]:
-    """Compile the steps of ``UNITS[number]`` whose label contains ``case``, in this process."""
+@contextlib.contextmanager
+def _candidates_too() -> Iterator[None]:
+    """Launch every tile that the autotuner would time, the heuristic's included."""
+
+    def choose(
+        kernel: str, key: object, candidates: Sequence[Config], run: Callable[[Config], object]
+    ) -> Config:
+        for config in candidates[1:]:
+            run(config)
+        return candidates[0]
+
+    enabled, chosen = tuning.enabled, tuning.choose
+    tuning.enabled, tuning.choose = lambda: True, choose  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tuning.enabled, tuning.choose = enabled, chosen
+
+
+def rows_of(
+    target: str, dtype: str, number: int, case: str = "", candidates: bool = False
+) -> list[Row]:
+    """Compile the steps of ``UNITS[number]`` whose label contains ``case``, in this process.
+
+    With ``candidates``, also the tiles that RESNETV2_AUTOTUNE=1 would time.
+    """
     compute, stream, tf32 = DTYPES[dtype]
     torch.backends.cudnn.allow_tf32 = tf32
     rows = []
     for label, step in steps(UNITS[number], compute, stream):
         label = f"{UNITS[number].name}: {label}"
         if case in label:
-            with dryrun.dry_run(target) as run:
+            tiles = _candidates_too() if candidates else contextlib.nullcontext()
+            with dryrun.dry_run(target) as run, tiles:
                 step()
             rows += [row(target, dtype, label, launch) for launch in run.launches]
     return rows
@@ -199,16 +226,18 @@ def compile_all(
     case: str = "",
     jobs: int = 2,
     everything: bool = False,
+    candidates: bool = False,
 ) -> list[Row]:
     """The units that ``cases.selected`` names, distinct kernels and grids, by ``jobs`` processes.
 
-    With ``everything``, all units for all targets and dtypes.
+    With ``everything``, all units for all targets and dtypes; with ``candidates``, also the tiles
+    that the autotuner would time.
     """
     pairs = [(target, dtype) for target in targets for dtype in dtypes]
     tasks: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
     units = [(pair, unit) for pair in pairs for unit in selected(*pair, everything)]
     for number, ((target, dtype), unit) in enumerate(units):
-        tasks.put((number, (target, dtype, UNITS.index(unit), case)))
+        tasks.put((number, (target, dtype, UNITS.index(unit), case, candidates)))
     results: dict[int, list[Row]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(_work, tasks, results) for _ in range(jobs)]:
@@ -259,6 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--all", action="store_true", help="all units for all targets and dtypes")
+    parser.add_argument(
+        "--candidates", action="store_true", help="also the tiles that RESNETV2_AUTOTUNE=1 times"
+    )
     options = parser.parse_args(arguments)
     rows = compile_all(
         options.target or TARGETS,
@@ -266,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.case,
         options.jobs,
         options.all,
+        options.candidates,
     )
     rows = [r for r in rows if options.kernel in r.kernel]
     print(table(rows))
