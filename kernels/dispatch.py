@@ -103,6 +103,7 @@ class AtenEngine:
         geometry: Geometry,
         *,
         training: bool,
+        gamma: Tensor | None,
         dtype: torch.dtype,
         need_input: bool,
         need_weight: bool,
@@ -116,7 +117,7 @@ class AtenEngine:
         Args:
             grad: gradient of the convolution's output, (N, K, P, Q).
             h: (N, C, H, W), the norm's input; stats: (5, C), its statistics.
-            training: whether ``stats`` depend on h.
+            training: whether ``stats`` depend on h. gamma: (C,) or None, the norm's weight.
             add: a further gradient of act(norm(h)), (N, C, H, W).
             identity: added to h's gradient untouched (the identity path), where ``final``.
             final: the gradient of h is returned written, in h's dtype.
@@ -136,10 +137,9 @@ class AtenEngine:
             dz = dz.to(torch.promote_types(dz.dtype, add.dtype)).add_(add)
         q = reference.activation_grad(dz.to(u.dtype), u, act, in_place=True)
         del dz
-        # u's memory is h-shaped and read for the last time above: fresh pages cost more than the
-        # arithmetic on a CPU.
+        del u
         g, dgamma, dbeta = reference.norm_backward(
-            q, h, stats, training, identity if final else None, out=u
+            q, h, stats, gamma, training, identity if final else None
         )
         g = g.to(h.dtype if final else dtype)
         return ConvGrads(Grad(g), dweight, dbias, dgamma, dbeta)
@@ -240,7 +240,7 @@ class TritonEngine(AtenEngine):
         return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
 
     def norm_conv_backward(
-        self, grad, h, stats, act, weight, geometry, *, training, dtype,
+        self, grad, h, stats, act, weight, geometry, *, training, gamma, dtype,
         need_input, need_weight, need_bias, add=None, identity=None, final=False,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
@@ -248,7 +248,7 @@ class TritonEngine(AtenEngine):
         how = implementation("dgrad", kernel_size, geometry)
         if how == ATEN:
             return super().norm_conv_backward(
-                grad, h, stats, act, weight, geometry, training=training, dtype=dtype,
+                grad, h, stats, act, weight, geometry, training=training, gamma=gamma, dtype=dtype,
                 need_input=need_input, need_weight=need_weight, need_bias=need_bias,
                 add=add, identity=identity, final=final,
             )  # fmt: skip

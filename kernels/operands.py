@@ -93,7 +93,8 @@ def running_stats(
     """
     dtype = stats_dtype(mean.dtype)
     mean, var = mean.to(dtype), var.to(dtype)
-    rstd = (var + eps).rsqrt_()
+    # In float64, as ATen does it: on a CPU a chain computes the bits that eager PyTorch computes.
+    rstd = (var.double() + eps).rsqrt_().to(dtype)
     scale = rstd if weight is None else rstd * weight
     shift = mean * -scale if bias is None else torch.addcmul(bias.to(dtype), mean, scale, value=-1)
     return torch.stack((mean, var, rstd, scale, shift))

@@ -169,27 +169,26 @@ def norm_backward(
     q: Tensor,
     h: Tensor,
     stats: Tensor,
+    weight: Tensor | None,
     training: bool,
     identity: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``gradient_sums``, ``norm_grad`` and ``input_grad`` in one: (g, dweight, dbias).
+    """``gradient_sums``, ``norm_grad`` and ``input_grad`` in one call of ATen: (g, dweight, dbias).
 
-    The CPU path's form of a norm's backward, where a call costs what a thousand elements do.
-    out: memory like h's in the statistics' dtype that may be overwritten.
+    The CPU path's form of a norm's backward: eager PyTorch's own kernel, hence its bits.
+    weight: (C,) or None, the norm's. identity: added to g.
     """
     mean, _, rstd, scale, _ = stats.unbind(0)
-    h = h.to(stats.dtype)
     q = q.to(stats.dtype)
-    _, s2, s1 = _sums(q, h, mean, rstd)
+    h = h.to(stats.dtype)
     if training:
-        t = scale * (-1.0 / _rows(q))
-        b = (t * s2).mul_(rstd)
-        c = (t * s1).addcmul_(b, mean, value=-1.0)
-        g = torch.addcmul(_per_channel(c), h, _per_channel(b), out=out)
-        g.addcmul_(q, _per_channel(scale))
+        weight = None if weight is None else weight.to(stats.dtype)
+        g, s2, s1 = _aten.native_batch_norm_backward(
+            q, h, weight, None, None, mean, rstd, True, 0.0, [True, True, True]
+        )
     else:
-        g = torch.mul(q, _per_channel(scale), out=out)
+        _, s2, s1 = _sums(q, h, mean, rstd)
+        g = q.mul_(_per_channel(scale))
     return g if identity is None else g.add_(identity), s2, s1
 
 

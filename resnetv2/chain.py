@@ -290,6 +290,7 @@ class Chain:
                 self.params[at.conv_weight[i]],
                 unit.convs[i].geometry,
                 training=unit.norms[i].training,
+                gamma=self._param(at.norm_weight[i]),
                 dtype=spec.dtype,
                 need_input=spec.needs_before(at.conv_weight[i]),
                 need_weight=spec.needs[at.conv_weight[i]],
