@@ -156,9 +156,9 @@ def _conv_wgrad_kernel(
     accs = ()
     for _ in tl.static_range(J_TILES):
         if SWAP:
-            accs = accs + (tl.zeros((BLOCK_K, BLOCK_J), tl.float32),)  # noqa: RUF005
+            accs = accs + (tl.zeros((BLOCK_K, BLOCK_J), tl.float32),)  # type: ignore[assignment] # noqa: RUF005
         else:
-            accs = accs + (tl.zeros((BLOCK_J, BLOCK_K), tl.float32),)  # noqa: RUF005
+            accs = accs + (tl.zeros((BLOCK_J, BLOCK_K), tl.float32),)  # type: ignore[assignment] # noqa: RUF005
     bias = tl.zeros((BLOCK_K,), tl.float32)
 
     begin = split * split_blocks + tl.minimum(split, longer_splits)
@@ -239,7 +239,7 @@ def _conv_wgrad_kernel(
                 acc = tl.dot(tl.trans(g), z, accs[t], input_precision=PRECISION)
             else:
                 acc = tl.dot(tl.trans(z), g, accs[t], input_precision=PRECISION)
-            new = new + (acc,)  # noqa: RUF005
+            new = new + (acc,)  # type: ignore[assignment] # noqa: RUF005
         accs = new
 
     workspace_ptr += split.to(tl.int64) * (K * J + (K if WITH_BIAS else 0))

@@ -35,8 +35,10 @@ from .operands import Partials
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# Elements of one block: 32 a thread at 4 warps, four 16-byte loads of a 16-bit tensor in flight.
-BLOCK_ELEMENTS = 4096
+# Elements of one block: 16 a thread at 4 warps, two 16-byte loads of each 16-bit tensor in flight.
+# With more, the longest activations spill. Moments have none, and a reduction to spread out.
+BLOCK_ELEMENTS = 2048
+_MOMENTS_ELEMENTS = 4096
 MAX_TILES = 1024
 # The merge's tile: rows of partials at a time, and channels, one L2 sector of each row.
 MERGE_TILES = 1024
@@ -46,7 +48,7 @@ MERGE_CHANNELS = 8
 def merge_tiling(tiles: int) -> tuple[int, int]:
     """BLOCK_TILES and num_warps for merging ``tiles`` partials of MERGE_CHANNELS channels."""
     block_tiles = min(MERGE_TILES, triton.next_power_of_2(tiles))
-    return block_tiles, min(max(block_tiles // 64, 1), 8)
+    return block_tiles, min(max(block_tiles // 32, 1), 8)
 
 
 class RowTiling(NamedTuple):
@@ -59,7 +61,9 @@ class RowTiling(NamedTuple):
     grid: tuple[int]
 
 
-def row_tiling(rows: int, channels: int, max_tiles: int | None = None) -> RowTiling:
+def row_tiling(
+    rows: int, channels: int, max_tiles: int | None = None, elements: int = BLOCK_ELEMENTS
+) -> RowTiling:
     """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
 
     Blocks are wide enough for 16-byte loads and narrow enough that multiples of 16 channels waste
@@ -69,7 +73,6 @@ def row_tiling(rows: int, channels: int, max_tiles: int | None = None) -> RowTil
     whole = channels & -channels if channels % 16 == 0 else triton.next_power_of_2(channels)
     block_c = min(whole, 64)
     column_blocks = triton.cdiv(channels, block_c)
-    elements = BLOCK_ELEMENTS
     wanted = (4 if max_tiles is None else 2) * multiprocessors()
     while elements > 1024 and triton.cdiv(rows, elements // block_c) * column_blocks < wanted:
         elements //= 2
@@ -253,7 +256,7 @@ def moments(x: Tensor) -> Partials:
     rows = x.numel() // max(channels, 1)
     if rows == 0:
         raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
-    tiling = row_tiling(rows, channels, MAX_TILES)
+    tiling = row_tiling(rows, channels, MAX_TILES, _MOMENTS_ELEMENTS)
     data = torch.empty((tiling.tiles, 2, channels), dtype=torch.float32, device=x.device)
     launch(
         _moments_kernel,

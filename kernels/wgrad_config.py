@@ -85,7 +85,7 @@ def wgrad_config(
         # Without pipelining the taps are read through L1, which asynchronous copies bypass, and
         # a program that walks over several taps finds them there.
         j_tiles = min(triton.cdiv(j, block_j), 3 if j <= 192 else 2)
-        config = WgradConfig(64, block_k, block_j, j_tiles, 4, 1)
+        config = WgradConfig(32 if crowded else 64, block_k, block_j, j_tiles, 4, 1)
     while config.block_m > 16 and config.steps(rows, k, j) < 1:
         config = config._replace(block_m=config.block_m // 2)
     # A loop of a step or two is over before a pipeline is filled.

@@ -195,8 +195,8 @@ def test_nan_and_inf_pass_as_in_eager() -> None:
     problem = Problem(CASES["3x3-c17-k3"])
     problem.h[0, 3, 2, 2] = float("nan")
     problem.h[1, 5, 0, 0] = float("inf")
-    # Away from the border: there, an Inf in g times the padding's 0 is a NaN here, as in any product
-    # of matrices, and nothing in convolutions that skip the padding.
+    # Away from the border: there, an Inf in g times the padding's 0 is a NaN here, as in any
+    # product of matrices, and nothing in convolutions that skip the padding.
     problem.grad.q[0, 1, 2, 4] = float("inf")
     dweight, _ = problem.kernel()
     eager, _ = problem.eager()
