@@ -80,7 +80,8 @@ def images(
     """Normal random activations (N, C, H, W) on the test device."""
     generator = torch.Generator().manual_seed(1000 + seed)
     x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * std + mean
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    last = channels_last and x.dim() == 4
+    memory_format = torch.channels_last if last else torch.contiguous_format
     return x.to(DEVICE, dtype).contiguous(memory_format=memory_format)
 
 

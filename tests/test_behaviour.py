@@ -57,9 +57,6 @@ def assert_like_eager(module: nn.Module, x: torch.Tensor, **options) -> None:
     assert_close_steps(step(module, x, **options), step(twin, x, **options))
 
 
-# --- buffers and modes --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_counts_batches_only_in_training(backend):
     block = identity_block(backend)
@@ -186,9 +183,6 @@ def test_backward_outside_or_inside_autocast(backend):
     assert torch.equal(*grads)
 
 
-# --- which gradients ----------------------------------------------------------------------------
-
-
 def subsets(block: nn.Module) -> list[tuple[str, ...]]:
     """Each parameter alone, all but each, none, all, and those of each child."""
     names = [name for name, _ in block.named_parameters()]
@@ -233,7 +227,7 @@ def check_subsets(block: nn.Module, x_grad: bool, chosen: list[tuple[str, ...]])
             found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
             grads.append({**found, **({"x": x.grad} if x.grad is not None else {})})
         assert grads[0].keys() == grads[1].keys(), names
-        scale = max([1.0, *[float(grad.abs().max()) for grad in grads[1].values()]])
+        scale = float(images((2, block.out_channels, 5, 6), 3).norm())  # of what is summed
         for name in grads[0]:
             torch.testing.assert_close(
                 grads[0][name], grads[1][name], rtol=1e-4, atol=1e-5 * scale, msg=f"{names} {name}"
@@ -252,9 +246,6 @@ def test_frozen_blocks_in_a_stage():
         assert (mine.grad is None) == (theirs.grad is None), name
         if mine.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
-
-
-# --- autograd -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -396,9 +387,6 @@ def test_double_backward(make):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * max(scale, 1.0))
 
 
-# --- functional transforms ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [identity_block, stage_of])
 def test_vmap_jvp_and_functional_call(make):
     module = make().eval()
@@ -432,9 +420,6 @@ def test_vmap_jvp_and_functional_call(make):
     mine, theirs = torch.func.grad(loss)(params, module), torch.func.grad(loss)(params, twin)
     for name in params:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-# --- copies and files ---------------------------------------------------------------------------
 
 
 def round_trip(how: str, module: nn.Module) -> nn.Module:
@@ -503,9 +488,6 @@ def test_print_names_the_children():
 def test_plain_sequential_of_blocks():
     blocks = nn.Sequential(*[PreActBlock(4, 4, backend="aten") for _ in range(3)]).to(DEVICE)
     assert_like_eager(randomise(blocks), images(SHAPE))
-
-
-# --- hooks, parametrizations, replaced children --------------------------------------------------
 
 
 @pytest.mark.parametrize("child", ["bn1", "conv2", "act", "shortcut", "shortcut.0"])
@@ -665,15 +647,15 @@ def test_sync_batch_norm_conversion():
     torch.testing.assert_close(block(images(SHAPE)), expected, rtol=1e-4, atol=1e-5)
 
 
-# --- NaN, Inf, extremes --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("make", [identity_block, block_of, stage_of])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_inf_pass_as_in_eager(make, value, training, backend):
-    """The same positions of out, dx, gradients and buffers are NaN, +Inf and -Inf."""
+    """The same positions of out, dx and gradients are NaN, +Inf and -Inf.
+
+    Of buffers, the same are finite: eager's own running mean of Inf is Inf on a CPU, NaN on a GPU.
+    """
     module = make(backend)
     x = images(SHAPE)
     x[1, 2, 3, 1] = value
@@ -682,6 +664,9 @@ def test_nan_and_inf_pass_as_in_eager(make, value, training, backend):
     mine, theirs = step(module, x), step(twin, x)
     for name in mine:
         a, b = mine[name], theirs[name]
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+        if name.startswith("buffer"):
+            continue
         assert torch.equal(a.isnan(), b.isnan()), name
         assert torch.equal(a == torch.inf, b == torch.inf), name
         assert torch.equal(a == -torch.inf, b == -torch.inf), name
@@ -744,9 +729,6 @@ def test_one_value_per_channel_in_training(backend):
         assert torch.equal(buffer, before[name]), name
     block.eval()
     assert block(images((1, 4, 1, 1))).shape == (1, 8, 1, 1)
-
-
-# --- bits ----------------------------------------------------------------------------------------
 
 
 def train_briefly(backend: str, steps: int, batch: tuple[int, ...]) -> dict[str, torch.Tensor]:
