@@ -47,7 +47,11 @@ def _bytes(shapes: Sequence[Shape]) -> int:
 
 
 def _walk_bytes(
-    spec: Spec, hs: list[list[Shape]], kept: frozenset[tuple[int, int]], triton: bool
+    spec: Spec,
+    params: Sequence[Tensor],
+    hs: list[list[Shape]],
+    kept: frozenset[tuple[int, int]],
+    triton: bool,
 ) -> int:
     """Most bytes alive in the backward of any unit besides what is kept for the whole chain."""
     worst = 0
@@ -72,8 +76,11 @@ def _walk_bytes(
                 # z and q, or q and dx.
                 here += rows * item + max(rows * item, _bytes(h[:1]) if i == 0 else 0)
             else:
-                # affine(h) and the convolution's dz; half precision holds a copy of each.
-                here += rows * (wide + item) + (rows * item if item < wide else 0)
+                # affine(h) and the convolution's dz with its weight reordered, half precision
+                # holding a copy of each; then q and ATen's norm backward, which allocates twice.
+                weight = params[spec.positions[number].conv_weight[i]].numel() * item
+                convolution = rows * (wide + item) + (rows * item if item < wide else 0) + weight
+                here += max(convolution, 3 * rows * wide)
             worst = max(worst, base + here)
     return worst
 
@@ -115,7 +122,7 @@ def chain_cost(
     cost = ChainCost(
         kept=_bytes([hs[u][i] for u, i in keys]),
         ends=_bytes(ends) + 5 * stats_dtype(x.dtype).itemsize * sum(norm_channels(spec, params)),
-        walk=inner_bytes + _walk_bytes(spec, hs, alive, triton),
+        walk=inner_bytes + _walk_bytes(spec, params, hs, alive, triton),
         gradients=sum(p.numel() * p.element_size() for p, need in zip(params, spec.needs) if need),
         flops=flops,
         extra_flops=extra,

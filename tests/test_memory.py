@@ -237,10 +237,10 @@ def test_peak_against_eager_at_1001_layers():
         DEVICE, memory_format=torch.channels_last
     )
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    eager = step_bytes(eager_twin(model), 16, 16)
+    eager = step_bytes(eager_twin(model), 8, 16)
     limits = {"recompute": 0.52, "invert_h1": 0.18, "invert": 0.10, "segment": 0.04}
     ratios = {
-        mode: (step_bytes(set_mode(model, mode), 16, 16) - gradients) / eager for mode in MODES
+        mode: (step_bytes(set_mode(model, mode), 8, 16) - gradients) / eager for mode in MODES
     }
     assert all(ratios[mode] <= limit for mode, limit in limits.items()), ratios
 
@@ -284,12 +284,12 @@ def test_refusal_names_what_would_fit():
 
 
 def test_plan_takes_the_fastest_that_fits():
-    rows = plan(1001, 16, block="bottleneck").rows
+    rows = plan(164, 16, block="bottleneck").rows
     assert [row.mode for row in rows] == list(MODES)
     assert [row.peak for row in rows] == sorted((row.peak for row in rows), reverse=True)
     for row in rows:
-        assert plan(1001, 16, row.peak, block="bottleneck").mode == row.mode
-    text = str(plan(1001, 16, rows[1].peak, block="bottleneck"))
+        assert plan(164, 16, row.peak, block="bottleneck").mode == row.mode
+    text = str(plan(164, 16, rows[1].peak, block="bottleneck"))
     assert "invert_h1 *" in text
 
 
@@ -406,3 +406,21 @@ def test_compiles_whole(mode):
     got, _ = train_step(compiled, x)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient)
+
+
+@modes
+def test_on_a_cpu_the_bits_are_eagers(mode):
+    """ATen's path calls the kernels that eager calls, in an order that rounds the same way.
+
+    Where the stream is walked back, x returns within a rounding; elsewhere nothing differs.
+    """
+    if DEVICE.type != "cpu":
+        pytest.skip("a GPU runs the fused kernels")
+    model, x = net(), images((4, 3, 12, 12))
+    eager, _ = train_step(eager_twin(model), x)
+    ours, _ = train_step(set_mode(model, mode), x)
+    if mode == "recompute":
+        assert all(torch.equal(ours[name], eager[name]) for name in eager)
+    for name, gradient in eager.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4 * scale)
