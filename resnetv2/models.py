@@ -80,6 +80,9 @@ class PreActResNet(nn.Module):
             raise ValueError(f"memory must be one of {', '.join(MEMORY)}, auto, got {memory!r}")
         if budget is not None:
             budget = parse_bytes(budget)
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not layers or any(n < 1 for n in layers):
             raise ValueError(f"layers must name at least one unit per stage, got {list(layers)}")
         base = 16 if stem == "cifar" else 64

@@ -339,7 +339,10 @@ def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
 
 def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[int]) -> None:
     """Move running statistics as torch.nn.BatchNorm2d does, a whole chain at a time."""
+    # By momentum, number of rows and time; the rows by their place in ``levels``, since as a key
+    # they would fix a dynamic batch size under torch.compile.
     moved: dict[tuple[float, int, int], list[list[Tensor]]] = {}
+    levels: list[int] = []
     counters: dict[int, list[Tensor]] = {}
     cumulative: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
     # A norm that a chain runs several times moves once after the other.
@@ -359,13 +362,17 @@ def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[
         time = times[id(norm)] = times.get(id(norm), -1) + 1
         if norm.num_batches_tracked is not None:
             counters.setdefault(time, []).append(norm.num_batches_tracked)
-        groups = moved.setdefault((norm.momentum, rows, time), [[], [], [], []])
+        if not levels or rows != levels[-1]:
+            levels.append(rows)
+        key = (norm.momentum, len(levels) - 1, time)
+        groups = moved.setdefault(key, [[], [], [], []])
         for group, tensor in zip(groups, (norm.running_mean, mean, norm.running_var, var)):
             group.append(tensor)
     with torch.no_grad():
         for tracked in counters.values():
             torch._foreach_add_(tracked, 1)
-        for (momentum, rows, _), (means, batch_means, variances, batch_vars) in moved.items():
+        for (momentum, level, _), (means, batch_means, variances, batch_vars) in moved.items():
+            rows = levels[level]
             torch._foreach_mul_(means, 1.0 - momentum)
             torch._foreach_add_(means, batch_means, alpha=momentum)
             torch._foreach_mul_(variances, 1.0 - momentum)
