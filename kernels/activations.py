@@ -54,6 +54,6 @@ def cast(x, DTYPE: tl.constexpr):
     if INTERPRET:
         if DTYPE == tl.bfloat16 and x.dtype == tl.float32:
             bits = x.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-            x = tl.where(x == x, rounded, x)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import reference
 from .operands import Act, Geometry, Grad, running_stats
+from .reference import cast
 
 BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -126,7 +127,7 @@ class AtenEngine:
         u = reference.affine(h, stats)
         # act(u) may take u's place where act' can be read off its result.
         in_place = act.kind in ("relu", "identity") or not need_input
-        z = reference.activate_(u if in_place else u.clone(), act).to(dtype)
+        z = cast(reference.activate_(u if in_place else u.clone(), act), dtype)
         dz, dweight, dbias = reference.convolution_backward(
             g, z, weight, geometry, (need_input, need_weight, need_bias)
         )
@@ -135,13 +136,13 @@ class AtenEngine:
             return ConvGrads(None, dweight, dbias, None, None)
         if add is not None:
             dz = dz.to(torch.promote_types(dz.dtype, add.dtype)).add_(add)
-        q = reference.activation_grad(dz.to(u.dtype), u, act, in_place=True)
+        q = reference.activation_grad(cast(dz, u.dtype), u, act, in_place=True)
         del dz
         del u
         g, dgamma, dbeta = reference.norm_backward(
             q, h, stats, gamma, training, identity if final else None
         )
-        g = g.to(h.dtype if final else dtype)
+        g = cast(g, h.dtype if final else dtype)
         return ConvGrads(Grad(g), dweight, dbias, dgamma, dbeta)
 
 

@@ -28,6 +28,11 @@ from .operands import (
 _aten = torch.ops.aten
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), without the call where there is nothing to do: it costs what a kernel does."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _per_channel(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
@@ -51,7 +56,7 @@ def moments(x: Tensor) -> Partials:
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and biased variance of x, (C,) each, in the statistics' dtype."""
-    return torch.batch_norm_update_stats(x.to(stats_dtype(x.dtype)), None, None, 0.0)
+    return torch.batch_norm_update_stats(cast(x, stats_dtype(x.dtype)), None, None, 0.0)
 
 
 def norm_stats(
@@ -76,7 +81,9 @@ def norm_stats(
 
 def affine(h: Tensor, stats: Tensor) -> Tensor:
     """u = a*h + b per channel, in the statistics' dtype; always a new tensor."""
-    return torch.addcmul(_per_channel(stats[SHIFT]), h.to(stats.dtype), _per_channel(stats[SCALE]))
+    return torch.addcmul(
+        _per_channel(stats[SHIFT]), cast(h, stats.dtype), _per_channel(stats[SCALE])
+    )
 
 
 def activate_(u: Tensor, act: Act) -> Tensor:
@@ -116,8 +123,8 @@ def norm_act(h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype) -> T
     ``stats=None`` means no prologue: h itself, cast.
     """
     if stats is None:
-        return h.to(dtype)
-    return activate_(affine(h, stats), act).to(dtype)
+        return cast(h, dtype)
+    return cast(activate_(affine(h, stats), act), dtype)
 
 
 def act_backward(
@@ -142,7 +149,7 @@ def _sums(q: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Ten
 def gradient_sums(q: Tensor, h: Tensor, stats: Tensor) -> Partials:
     """S1 = sum q and S2 = sum q*xhat per channel, with xhat = (h - mean)*rstd, as one tile."""
     wide = stats.dtype
-    _, s2, s1 = _sums(q.to(wide), h.to(wide), stats[MEAN], stats[RSTD])
+    _, s2, s1 = _sums(cast(q, wide), cast(h, wide), stats[MEAN], stats[RSTD])
     return Partials(torch.stack((s1, s2)).unsqueeze(0), _rows(q), _rows(q))
 
 
@@ -179,10 +186,10 @@ def norm_backward(
     weight: (C,) or None, the norm's. identity: added to g.
     """
     mean, _, rstd, scale, _ = stats.unbind(0)
-    q = q.to(stats.dtype)
-    h = h.to(stats.dtype)
+    q = cast(q, stats.dtype)
+    h = cast(h, stats.dtype)
     if training:
-        weight = None if weight is None else weight.to(stats.dtype)
+        weight = None if weight is None else cast(weight, stats.dtype)
         g, s2, s1 = _aten.native_batch_norm_backward(
             q, h, weight, None, None, mean, rstd, True, 0.0, [True, True, True]
         )
@@ -206,15 +213,15 @@ def input_grad(
     dtype = q.dtype if dtype is None else dtype
     if coef is None:
         g = q if identity is None else q + identity
-        return g.to(dtype)
+        return cast(g, dtype)
     a, b, c = (_per_channel(row) for row in coef.unbind(0))
     if h is None:
-        g = q.to(coef.dtype) * a
+        g = cast(q, coef.dtype) * a
     else:
-        g = torch.addcmul(c, h.to(coef.dtype), b).addcmul_(q.to(coef.dtype), a)
+        g = torch.addcmul(c, cast(h, coef.dtype), b).addcmul_(cast(q, coef.dtype), a)
     if identity is not None:
         g = g.add_(identity)
-    return g.to(dtype)
+    return cast(g, dtype)
 
 
 # --- convolutions -------------------------------------------------------------------------------
@@ -250,8 +257,8 @@ def conv_forward(
     z = norm_act(h, stats, act, dtype)
     out = F.conv2d(
         z,
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
+        cast(weight, dtype),
+        None if bias is None else cast(bias, dtype),
         geometry.stride,
         geometry.padding,
         geometry.dilation,
@@ -262,9 +269,9 @@ def conv_forward(
         if residual_stats is not None:
             residual = norm_act(residual, residual_stats, act, dtype)
         if out.dtype != out_dtype:
-            out = out.to(out_dtype)
+            out = cast(out, out_dtype)
         out = torch.sub(residual, out, out=out) if subtract else out.add_(residual)
-    out = out.to(out_dtype)
+    out = cast(out, out_dtype)
     return out, moments(out) if with_moments else None
 
 
@@ -282,7 +289,7 @@ def convolution_backward(
     dz, dweight, dbias = _aten.convolution_backward(
         g,
         z,
-        weight.to(g.dtype),
+        cast(weight, g.dtype),
         [weight.shape[0]],
         geometry.stride,
         geometry.padding,
@@ -297,7 +304,7 @@ def convolution_backward(
     return (
         dz if mask[0] else None,
         dweight if mask[1] else None,
-        dbias.to(weight.dtype) if mask[2] else None,
+        cast(dbias, weight.dtype) if mask[2] else None,
     )
 
 
@@ -331,7 +338,7 @@ def conv_dgrad(
     out_dtype = dtype if out_dtype is None else out_dtype
     g = input_grad(grad, None, dtype)
     # The mask asks for no weight gradient, so z's values are not read: h stands for its shape.
-    dz, _, _ = convolution_backward(g, h.to(dtype), weight, geometry, (True, False, False))
+    dz, _, _ = convolution_backward(g, cast(h, dtype), weight, geometry, (True, False, False))
     assert dz is not None
     if stats is None:
         return (dz if add is None else dz + add).to(out_dtype), None
@@ -339,7 +346,7 @@ def conv_dgrad(
     if coef is not None:
         training = bool(coef[1:].any())
         return input_grad(Grad(q, h if training else None, coef), identity, out_dtype), None
-    return (q.to(out_dtype) if write else None), sums
+    return (cast(q, out_dtype) if write else None), sums
 
 
 def conv_wgrad(
