@@ -59,7 +59,7 @@ def _basic(name: str, c: int, k: int, size: int, batch: int, stride: int = 1, **
 
 UNITS = (
     _bottleneck("resnet1001/1", 64, 64, 32, 128),
-    _bottleneck("resnet1001/2", 128, 128, 16, 128, reach=1),
+    _bottleneck("resnet1001/2", 128, 128, 16, 128),
     _bottleneck("resnet1001/3", 256, 256, 8, 128),
     _bottleneck("resnet1001/1 entry", 16, 64, 32, 128),
     _bottleneck("resnet1001/2 entry", 64, 128, 32, 128, 2, reach=2),
@@ -131,7 +131,8 @@ def steps(
         other = torch.empty_like(h) if first else None
         engine.norm_conv_backward(
             grad, h, stats_of(h.shape[1]), unit.act, weight, geometry, training=unit.training,
-            dtype=dtype, need_input=True, need_weight=True, need_bias=False, final=first,
+            gamma=torch.empty(h.shape[1]), dtype=dtype, need_input=True, need_weight=True,
+            need_bias=False, final=first,
             add=other if unit.projection else None, identity=None if unit.projection else other,
         )  # fmt: skip
 

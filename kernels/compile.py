@@ -9,9 +9,10 @@ a dry run (dryrun.py): what is listed is what that GPU would launch for these sh
 compiles every unit of cases.py, the rest a selection (--all: everything everywhere). Columns:
 
     regs, spill, smem   registers and spilled bytes a thread, bytes of shared memory a program
-    mma                 matrix instructions that a warp executes, wgmma marked with w
+    mma                 matrix instructions that a warp executes, wgmma marked with w (beside sm_90:
+                        that stand in the code)
     programs            the launch's
-    instr               instructions that a warp executes for a program (sass.py; CUDA only)
+    instr               instructions that a warp executes for a program (sass.py; sm_90 only)
     ratio               issue cycles over memory cycles, all tensors of the launch counted once
     tile                the same for the bytes that one tile touches itself (its rows of operands
                         that tiles of other columns read as well, without the weights)
@@ -121,13 +122,21 @@ def distinct_bytes(launch: dryrun.Launch) -> int:
     return launch.nbytes - (workspace.nbytes if workspace else 0)
 
 
+def matrix_instructions(kernel: dryrun.Kernel) -> int:
+    """Matrix instructions in the text of a kernel's assembly, each as often as it stands there."""
+    stage = "ptx" if "ptx" in kernel.files else "amdgcn"
+    pattern = r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
+    return len(re.findall(pattern, kernel.text(stage), re.MULTILINE))
+
+
 def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
     """What the table says of one launch."""
     kernel = launch.kernel
     constants = {
         k: v for k, v in kernel.constants.items() if isinstance(v, (int, float, str)) or v is None
     }
-    count = launch.count() if dryrun.DEVICES[target].target.backend == "cuda" else None
+    # The rates that cycles are counted with are an H100's.
+    count = launch.count() if target == "sm_90" else None
     warps, nbytes, tile = kernel.num_warps, distinct_bytes(launch), tile_bytes(launch)
     return Row(
         target=target,
@@ -143,7 +152,7 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
         registers=kernel.registers,
         spilled=kernel.spilled,
         shared=kernel.shared,
-        matrix=count.matrix if count else len(re.findall(r"v_mfma_", kernel.text("amdgcn"))),
+        matrix=count.matrix if count else matrix_instructions(kernel),
         wgmma=count.wgmma if count else 0,
         local=count.local if count else 0,
         multiply_adds=count.multiply_adds(warps) * launch.programs if count else 0,
