@@ -195,6 +195,7 @@ def check_module(
     draws: int = 1,
     eager_draws: int = 9,
     prepare: Callable[[nn.Module], Any] | None = None,
+    successive: bool = False,
     **input_options: Any,
 ) -> None:
     """Training steps of ``module`` as it is, eagerly, and in float64, held to the yardstick.
@@ -203,15 +204,21 @@ def check_module(
         module: with its backend set. shape: of the input. dtype: of the input.
         draws: how many random inputs. eager_draws: how many for eager, where they are more.
         prepare: what is done to each copy before its first step (eval mode, ...).
+        successive: each draw is the step after the last one's, with its buffers; otherwise every
+            draw begins with the same, so that their errors are independent.
     """
     copies = [copy.deepcopy(module), eager_twin(module), eager_twin(module, torch.float64)]
     if prepare is not None:
         for each in copies:
             prepare(each)
     recorded = record_terms(copies[2])
+    first = [{name: b.clone() for name, b in each.named_buffers()} for each in copies]
     fused, eager, exact, terms = [], [], [], []
     for seed in range(max(draws, eager_draws)):
         x = images(shape, seed, dtype, **input_options)
+        for each, buffers in zip(copies, first):
+            if not successive:
+                each.load_state_dict(buffers, strict=False)
         if seed < draws:
             fused.append(step(copies[0], x, autocast=autocast, seed=seed))
         eager.append(step(copies[1], x, autocast=autocast, seed=seed))

@@ -191,7 +191,7 @@ def test_momentum_and_eps(momentum, eps, backend):
         backend,
     )
     draws = 3 if momentum is None else 1
-    check_module(block, shape_for(backend, 4), draws=draws)
+    check_module(block, shape_for(backend, 4), draws=draws, eager_draws=draws, successive=draws > 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
