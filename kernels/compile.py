@@ -9,10 +9,11 @@ a dry run (dryrun.py): what is listed is what that GPU would launch for these sh
 compiles every unit of cases.py, the rest a selection (--all: everything everywhere). Columns:
 
     regs, spill, smem   registers and spilled bytes a thread, bytes of shared memory a program
-    mma                 matrix instructions that a warp executes, wgmma marked with w (beside sm_90:
-                        that stand in the code)
+    mma                 matrix instructions that a warp executes, wgmma marked with w; where instr
+                        is not counted, those that stand in the code
     programs            the launch's
-    instr               instructions that a warp executes for a program (sass.py; sm_90 only)
+    instr               instructions that a warp executes for a program (sass.py): on sm_90, of
+                        ResNet-1001's and ResNet-110's in bf16, or with --count of all
     ratio               issue cycles over memory cycles, all tensors of the launch counted once
     tile                the same for the bytes that one tile touches itself (its rows of operands
                         that tiles of other columns read as well, without the weights)
@@ -39,11 +40,13 @@ from typing import Any
 import torch
 
 from . import dryrun, tuning
-from .cases import DTYPES, UNITS, selected, steps
+from .cases import DTYPES, UNITS, rated, selected, steps
 from .launch import Config
 
 TARGETS = tuple(dryrun.DEVICES)
-Task = tuple[str, str, int, str, bool]  # the arguments of rows_of
+_WGMMA = r"wgmma\.mma_async"
+_MATRIX = rf"mma\.sync|{_WGMMA}|tcgen05\.mma|v_mfma"
+Task = tuple[str, str, int, str, bool, bool]  # the arguments of rows_of
 
 
 @dataclass(frozen=True)
@@ -122,21 +125,22 @@ def distinct_bytes(launch: dryrun.Launch) -> int:
     return launch.nbytes - (workspace.nbytes if workspace else 0)
 
 
-def matrix_instructions(kernel: dryrun.Kernel) -> int:
-    """Matrix instructions in the text of a kernel's assembly, each as often as it stands there."""
-    stage = "ptx" if "ptx" in kernel.files else "amdgcn"
-    pattern = r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
-    return len(re.findall(pattern, kernel.text(stage), re.MULTILINE))
+def instructions_named(names: str, kernel: dryrun.Kernel) -> int:
+    """Instructions in the text of a kernel's assembly, each as often as it stands there."""
+    text = kernel.text("ptx" if "ptx" in kernel.files else "amdgcn")
+    return len(re.findall(rf"^\s*(?:@\S+\s+)?(?:{names})", text, re.MULTILINE))
 
 
-def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
-    """What the table says of one launch."""
+def row(target: str, dtype: str, case: str, launch: dryrun.Launch, counted: bool = True) -> Row:
+    """What the table says of one launch; instructions where ``counted`` and for sm_90.
+
+    The rates that cycles are counted with are an H100's.
+    """
     kernel = launch.kernel
     constants = {
         k: v for k, v in kernel.constants.items() if isinstance(v, (int, float, str)) or v is None
     }
-    # The rates that cycles are counted with are an H100's.
-    count = launch.count() if target == "sm_90" else None
+    count = launch.count() if counted and target == "sm_90" else None
     warps, nbytes, tile = kernel.num_warps, distinct_bytes(launch), tile_bytes(launch)
     return Row(
         target=target,
@@ -152,8 +156,8 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch) -> Row:
         registers=kernel.registers,
         spilled=kernel.spilled,
         shared=kernel.shared,
-        matrix=count.matrix if count else matrix_instructions(kernel),
-        wgmma=count.wgmma if count else 0,
+        matrix=count.matrix if count else instructions_named(_MATRIX, kernel),
+        wgmma=count.wgmma if count else instructions_named(_WGMMA, kernel),
         local=count.local if count else 0,
         multiply_adds=count.multiply_adds(warps) * launch.programs if count else 0,
         instructions=count.instructions if count else None,
@@ -184,12 +188,19 @@ def _candidates_too() -> Iterator[None]:
 
 
 def rows_of(
-    target: str, dtype: str, number: int, case: str = "", candidates: bool = False
+    target: str,
+    dtype: str,
+    number: int,
+    case: str = "",
+    candidates: bool = False,
+    count: bool = False,
 ) -> list[Row]:
     """Compile the steps of ``UNITS[number]`` whose label contains ``case``, in this process.
 
-    With ``candidates``, also the tiles that RESNETV2_AUTOTUNE=1 would time.
+    With ``candidates``, also the tiles that RESNETV2_AUTOTUNE=1 would time; with ``count``, the
+    instructions of every kernel, beside those that ``cases.rated`` names.
     """
+    count = count or rated(UNITS[number], target, dtype)
     compute, stream, tf32 = DTYPES[dtype]
     torch.backends.cudnn.allow_tf32 = tf32
     rows = []
@@ -199,7 +210,7 @@ def rows_of(
             tiles = _candidates_too() if candidates else contextlib.nullcontext()
             with dryrun.dry_run(target) as run, tiles:
                 step()
-            rows += [row(target, dtype, label, launch) for launch in run.launches]
+            rows += [row(target, dtype, label, launch, count) for launch in run.launches]
     return rows
 
 
@@ -236,17 +247,18 @@ def compile_all(
     jobs: int = 2,
     everything: bool = False,
     candidates: bool = False,
+    count: bool = False,
 ) -> list[Row]:
     """The units that ``cases.selected`` names, distinct kernels and grids, by ``jobs`` processes.
 
     With ``everything``, all units for all targets and dtypes; with ``candidates``, also the tiles
-    that the autotuner would time.
+    that the autotuner would time; with ``count``, every kernel's instructions on sm_90.
     """
     pairs = [(target, dtype) for target in targets for dtype in dtypes]
     tasks: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
     units = [(pair, unit) for pair in pairs for unit in selected(*pair, everything)]
     for number, ((target, dtype), unit) in enumerate(units):
-        tasks.put((number, (target, dtype, UNITS.index(unit), case, candidates)))
+        tasks.put((number, (target, dtype, UNITS.index(unit), case, candidates, count)))
     results: dict[int, list[Row]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(_work, tasks, results) for _ in range(jobs)]:
@@ -300,6 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--candidates", action="store_true", help="also the tiles that RESNETV2_AUTOTUNE=1 times"
     )
+    parser.add_argument(
+        "--count", action="store_true", help="count every kernel's instructions (sm_90; 0.4 s each)"
+    )
     options = parser.parse_args(arguments)
     rows = compile_all(
         options.target or TARGETS,
@@ -308,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.jobs,
         options.all,
         options.candidates,
+        options.count,
     )
     rows = [r for r in rows if options.kernel in r.kernel]
     print(table(rows))
