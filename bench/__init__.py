@@ -1,0 +1,1 @@
+"""Benchmarks; their reports are under ``bench/reports/``, one folder a device."""

@@ -1,0 +1,82 @@
+"""10,001 layers on real images: 20 steps in memory mode `segment`, and what one of them needs.
+
+    python -m bench.extreme_depth DATA [--layers 10001] [--batch-size 4] [--steps 20]
+
+DATA is what ``resnetv2 train --data`` takes. The steps go over two
+batches of randomly drawn images in turn; the
+losses and the peak of a step's allocations beyond parameters, gradients and momentum go to a CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+
+from bench.memory_modes import REPORTS, _peak, device_name
+
+
+def main() -> None:
+    import torch
+    import torch.nn.functional as F
+
+    from resnetv2 import PreActResNet
+    from resnetv2.data import load_data
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--layers", type=int, default=10001)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=0.01)
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    data = load_data(args.data)
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randperm(len(data.train), generator=generator)[: 2 * args.batch_size]
+    mean, std = data.statistics()
+    images = ((data.train.images[picked].float() - mean) / std).permute(0, 3, 1, 2)
+    labels = data.train.labels[picked]
+    units = (args.layers - 2) // 9
+    torch.manual_seed(0)
+    model = PreActResNet("bottleneck", [units] * 3, in_channels=data.channels, memory="segment")
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+
+    def step(number: int) -> float:
+        part = slice(number % 2 * args.batch_size, (number % 2 + 1) * args.batch_size)
+        x = images[part].to(device).contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(model(x), labels[part].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    rows = []
+    for number in range(args.steps):
+        start = time.perf_counter()
+        loss = step(number)
+        rows.append({"step": number, "loss": round(loss, 4)})
+        print(f"step {number:2}: loss {loss:.4f}, {time.perf_counter() - start:.1f} s", flush=True)
+    optimizer.zero_grad()
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = _peak(lambda: step(args.steps), cuda) - gradients
+    print(f"{args.layers} layers: {peak / 1e6:.0f} MB beyond parameters, gradients and momentum")
+    folder = REPORTS / device_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"extreme-depth-{args.layers}.csv").open("w", newline="") as file:
+        common = {
+            "layers": args.layers,
+            "batch": args.batch_size,
+            "peak_mb": round(peak / 1e6, 1),
+            "device": device_name(),
+            "torch": torch.__version__,
+        }
+        writer = csv.DictWriter(file, [*rows[0], *common])
+        writer.writeheader()
+        writer.writerows({**row, **common} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
