@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, norm_backward
 from .operands import Act, Geometry, Grad, stats_dtype
 
 # name: dtype of the multiplication, dtype of the residual stream, TF32.
@@ -42,6 +42,12 @@ class Unit(NamedTuple):
     act: Act = _RELU
     training: bool = True
     reach: int = 0
+
+    @property
+    def weights(self) -> torch.memory_format:
+        """Layout of the weights: a model in channels_last, as one trains, or PyTorch's default."""
+        cifar = self.name.startswith("resnet")
+        return torch.channels_last if cifar else torch.contiguous_format
 
 
 def _bottleneck(
@@ -147,15 +153,17 @@ def steps(
         geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
         size = geometry.output_size((size, size), (kernel, kernel))[0]
         out = activation(k, size, stream if i == last else dtype)
-        weight = torch.empty(k, c, kernel, kernel)
+        weight = torch.empty(k, c, kernel, kernel).to(memory_format=unit.weights)
         label = f"{kernel}x{kernel} {c}>{k}" + (f" /{stride}" if stride > 1 else "")
         residual = torch.empty_like(out) if i == last else None
         yield f"{label} forward", partial(forward, h, weight, geometry, out, residual)
         yield f"{label} backward", partial(backward, h, weight, geometry, out, i == 0, i == last)
         h = out
+    # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
+    yield "act backward", lambda: norm_backward.act_backward(h, h, stats_of(h.shape[1]), unit.act)
     if unit.projection:
         geometry = Geometry((unit.projection, unit.projection))
-        weight = torch.empty(h.shape[1], x.shape[1], 1, 1)
+        weight = torch.empty(h.shape[1], x.shape[1], 1, 1).to(memory_format=unit.weights)
         label = f"shortcut {x.shape[1]}>{h.shape[1]} /{unit.projection}"
         stats = stats_of(x.shape[1])
         yield (

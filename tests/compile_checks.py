@@ -28,7 +28,7 @@ def told(rows):
 
 def _passes(row):
     """What tells the passes of one dgrad from another dgrad."""
-    names = ("C", "K", "H", "W", "P", "Q", "R", "S", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+    names = ("C", "K", "H", "W", "P", "Q", "R", "S")
     return tuple(row.constants[name] for name in names)
 
 

@@ -77,7 +77,9 @@ def test_every_kernel_is_compiled_in_every_dtype(rows, target):
             assert names <= {r.kernel for r in rows if (r.target, r.dtype) == (target, dtype)}
 
 
-@pytest.mark.parametrize(("size", "convolution"), list(RATIOS), ids=" ".join)
+@pytest.mark.parametrize(
+    ("size", "convolution"), list(RATIOS), ids=["-".join(key) for key in RATIOS]
+)
 def test_ratio_of_issue_to_memory_cycles(rated, size, convolution):
     found = [r for r in rated if (kernel_size(r), r.convolution) == (size, convolution)]
     assert found
@@ -91,8 +93,7 @@ def test_ratio_is_of_a_certain_count(rated):
         assert not r.unsure, told([r])
         rows_of_result, c, k, taps = result_rows(r), *channels(r)
         own = rows_of_result * c * k * taps
-        # A tile is at least 64 wide on one side for wgmma: 16 channels of 16 taps x channels are
-        # padded to 64 where nothing else fills it.
+        # wgmma is 64 wide on one side: 16 columns and 16 channels are padded to that.
         assert own <= r.multiply_adds <= 4.5 * own, told([r])
 
 
