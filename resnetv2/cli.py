@@ -47,11 +47,12 @@ def clean_errors() -> Iterator[None]:
     Everything else is a defect of the program and keeps its traceback.
     """
     from resnetv2.data import InputError
+    from resnetv2.memory import BudgetError
     from resnetv2.train import DivergenceError
 
     try:
         yield
-    except (InputError, ImportError) as error:
+    except (InputError, BudgetError, ImportError) as error:
         raise WrongInput(str(error)) from error
     except DivergenceError as error:
         raise click.ClickException(str(error)) from error
@@ -104,8 +105,13 @@ def main() -> None:
     "--memory",
     default="recompute",
     show_default=True,
-    metavar="MODE",
-    help="What is kept from forward to backward.",
+    type=click.Choice(["recompute", "invert_h1", "invert", "segment", "auto"]),
+    help="What is kept from forward to backward; auto: the fastest mode that fits --budget.",
+)
+@click.option(
+    "--budget",
+    help='Bytes for all of a step with --memory auto, such as "8GiB".  [default: the GPU\'s free '
+    "memory]",
 )
 @click.option(
     "--backend",

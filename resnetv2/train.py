@@ -119,6 +119,7 @@ def train_resnet_v2(
     block: str = "basic",
     stem: str = "cifar",
     memory: str = "recompute",
+    budget: str | int | None = None,
     backend: str = "auto",
     eager: bool = False,
     epochs: int = 30,
@@ -155,7 +156,8 @@ def train_resnet_v2(
         depth: 6n+2 for basic blocks, 9n+2 for bottlenecks.
         block: `basic` or `bottleneck`.
         stem: `cifar` or `imagenet`.
-        memory: what the model keeps from forward to backward.
+        memory: what the model keeps from forward to backward, one of `PreActResNet`'s modes.
+        budget: bytes ("8GiB" or a number) for `memory="auto"`; a GPU's free memory if None.
         backend: `auto`, `triton`, `aten` or `eager`.
         eager: the same model child by child, unfused, for comparison: `backend="eager"`.
         epochs: passes over the training set.
@@ -200,7 +202,9 @@ def train_resnet_v2(
 
     with _reproducible(place, seed):
         if model is None:
-            model = _build(images, depth, block, stem, memory, backend)
+            if memory == "auto" and budget is None and place.type != "cuda":
+                raise InputError('memory "auto" needs a budget, such as 8GiB, without a GPU')
+            model = _build(images, depth, block, stem, memory, budget, backend)
             name = f"PreActResNet-{depth} ({block})"
         else:
             name, depth, block = type(model).__name__, 0, "given"
@@ -453,7 +457,13 @@ class _Log:
 
 
 def _build(
-    data: ImageData, depth: int, block: str, stem: str, memory: str, backend: str
+    data: ImageData,
+    depth: int,
+    block: str,
+    stem: str,
+    memory: str,
+    budget: str | int | None,
+    backend: str,
 ) -> nn.Module:
     from resnetv2.models import PreActResNet
 
@@ -465,6 +475,7 @@ def _build(
             in_channels=data.channels,
             stem=stem,
             memory=memory,
+            budget=budget,
             backend=backend,
         )
     except ValueError as error:
