@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable
@@ -48,6 +49,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Give norms weights, biases and running statistics that matter, in place.
 
     A fresh BatchNorm2d has weight 1 and bias 0, which hides whatever is done with them.
+    Convolutions get the paper's initialisation: PyTorch's shrinks activations to 0.01, and the
+    next norm's backward magnifies all rounding a hundredfold, in eager as here.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,6 +60,10 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for child in module.modules():
+            if isinstance(child, nn.Conv2d):
+                fan_out = math.prod(child.kernel_size) * child.out_channels
+                values = torch.randn(child.weight.shape, generator=generator)
+                child.weight.copy_(values * math.sqrt(2.0 / fan_out))
             if not isinstance(child, nn.BatchNorm2d):
                 continue
             if child.weight is not None:
@@ -130,11 +137,11 @@ def assert_within_twice(
     Args:
         fused, eager, exact: recordings of the same draws by ``step``; ``exact`` in float64. Eager
             may have more draws. The error of a draw is the Euclidean norm over a tensor's
-            elements, and the median draw counts: in half precision a ReLU's sign may flip at a
-            value near 0, in eager as here, and one flip outweighs all rounding.
-        terms: per draw and name the root of the sum of squares of what is added up to the tensor
-            (``record_terms``). A sum that cancels, as the gradient of a bias in front of a norm
-            does, is exact to the last place of its terms, not of itself.
+            elements; over draws see ``_usual_errors``.
+        terms: per draw and name the sum of the absolute values of what is added up to the tensor
+            (``record_terms``). A sum over rows that cancels, as the gradient of a bias in front
+            of a norm does, is exact to the last place of its terms, not of itself; sums are
+            accumulated in float32 at least.
     """
     for mine, theirs in zip(fused, eager):
         assert mine.keys() == theirs.keys()
@@ -146,34 +153,67 @@ def assert_within_twice(
                 assert torch.equal(a[name], b[name]), name
         if not fused[0][name].is_floating_point():
             continue
-        error = statistics.median(_distance(a[name], b[name]) for a, b in zip(fused, exact))
-        errors = [_distance(a[name], b[name]) for a, b in zip(eager, exact)]
-        # Eager's on the same inputs, or what is usual where it was lucky with few numbers.
-        allowed = 2 * max(statistics.median(errors[: len(fused)]), statistics.median(errors))
-        scale = statistics.median(float(draw[name].norm()) for draw in exact)
+        size = statistics.median(float(draw[name].norm()) for draw in exact)
+        slack = ULPS * torch.finfo(fused[0][name].dtype).eps * size
         if terms is not None:
-            scale = max(scale, statistics.median(draw.get(name, 0.0) for draw in terms))
-        limit = allowed + ULPS * torch.finfo(fused[0][name].dtype).eps * scale
-        assert error <= limit, f"{name}: error {error:.3e}, allowed {limit:.3e}, size {scale:.3e}"
+            added = statistics.median(draw.get(name, 0.0) for draw in terms)
+            wide = torch.promote_types(fused[0][name].dtype, torch.float32)
+            slack += ULPS * torch.finfo(wide).eps * added
+        found = _usual_errors(
+            [_distance(a[name], b[name]) for a, b in zip(fused, exact)],
+            [_distance(a[name], b[name]) for a, b in zip(eager, exact)],
+        )
+        assert any(all(mine <= 2 * theirs + slack for mine, theirs in pairs) for pairs in found), (
+            f"{name}: errors and eager's {found}, size {size:.3e}, slack {slack:.3e}"
+        )
+
+
+def _usual_errors(mine: list[float], theirs: list[float]) -> list[list[tuple[float, float]]]:
+    """Estimates of how large either side's error is; one of them has to be within the yardstick.
+
+    The root of the mean square is the sharper where errors are rounding. In half precision a
+    ReLU's sign may flip at a value near 0, in eager as here, and one flip outweighs all rounding:
+    then the quartiles tell more, both of them, since a median jumps where half of the draws have
+    a flip. Of few draws, eager's on the same inputs or, where it was lucky, its usual one.
+    """
+    square = [statistics.fmean(e * e for e in errors) ** 0.5 for errors in (mine, theirs)]
+    if len(mine) < 8:
+        usual = max(statistics.median(theirs[: len(mine)]), statistics.median(theirs))
+        return [[(square[0], square[1])], [(statistics.median(mine), usual)]]
+    low, middle, _ = statistics.quantiles(mine)
+    their_low, _, their_high = statistics.quantiles(theirs)
+    return [[(square[0], square[1])], [(low, their_low), (middle, their_high)]]
 
 
 def record_terms(module: nn.Module) -> dict[str, float]:
     """Hook ``module`` so that each backward fills the returned dictionary, names as ``step``'s.
 
-    For the sums over rows (N*H*W): gradients of norms' weights and biases and of convolutions'
-    biases, whose terms are the elements of the output's gradient, and running means.
+    For the sums over rows (N*H*W): parameters' gradients, whose terms are the output's gradient
+    (times the input, of about 1 after a norm), and running means.
     """
     terms: dict[str, float] = {}
 
     def hook_on(name: str, child: nn.Module) -> None:
+        inputs: list[Tensor] = []
+
+        def before(_: nn.Module, args: Any) -> None:
+            inputs[:] = [args[0].detach().abs()]
+
         def hook(_: nn.Module, __: Any, grad_output: Any) -> None:
-            size = float(grad_output[0].norm())
-            terms[f"grad {name}.bias"] = size
-            if isinstance(child, nn.BatchNorm2d):
-                terms[f"grad {name}.weight"] = size
-                if child.running_var is not None:
+            g = grad_output[0].abs()
+            terms[f"grad {name}.bias"] = float(g.sum((0, 2, 3)).norm())
+            if isinstance(child, nn.Conv2d):
+                added = torch.nn.grad.conv2d_weight(
+                    inputs[0], child.weight.shape, g,
+                    child.stride, child.padding, child.dilation, child.groups,
+                )  # fmt: skip
+                terms[f"grad {name}.weight"] = float(added.norm())
+            else:
+                terms[f"grad {name}.weight"] = terms[f"grad {name}.bias"]
+                if isinstance(child.running_var, Tensor):
                     terms[f"buffer {name}.running_mean"] = float(child.running_var.sqrt().norm())
 
+        child.register_forward_pre_hook(before)
         child.register_full_backward_hook(hook)
 
     for name, child in module.named_modules():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from support import BACKENDS, DEVICE, check_module, interpreted, needs_triton, randomise
 from torch import nn
@@ -293,6 +293,8 @@ def check_drawn(case: dict[str, Any], shape: tuple[int, int, int], backend: str)
     for i in case["eval_norms"]:
         getattr(block, f"bn{min(i, block.depth)}").eval()
     n, h, w = shape
+    # Of two or three values a norm's gradient is 0 but for eps: nothing but rounding to compare.
+    assume(n * -(-h // block.stride) * -(-w // block.stride) >= 8)
     check_module(block.to(DEVICE), (n, in_channels, h, w), channels_last=case["channels_last"])
 
 
