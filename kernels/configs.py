@@ -40,13 +40,18 @@ def _max_accumulators(dtype: torch.dtype, long_epilogue: bool) -> int:
 
 
 def _conv_tiles(
-    block_n: int, taps: int, dtype: torch.dtype, accumulators: int
+    block_n: int, block_k: int, taps: int, columns: int, dtype: torch.dtype, accumulators: int
 ) -> Iterator[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N) from the widest tile down, rows first."""
-    # A narrow 3x3 is mostly weights and masks: twice the rows share them.
-    block_m = 256 if block_n == 16 and taps > 1 and dtype != torch.float32 else 128
-    block_m = min(block_m, accumulators // block_n)
+    # A narrow convolution is mostly weights, masks and channels' coefficients: twice the rows
+    # share them.
+    narrow = block_n == 16 and (taps > 1 or block_k == 16) and dtype != torch.float32
+    block_m = min(256 if narrow else 128, accumulators // block_n)
     yield block_m, block_n
+    if taps == 1 and columns <= block_n == 64 and block_m == 128:
+        # As many programs as 64 x 64 gives, for the same issue cycles and with half the epilogue
+        # of each.
+        yield block_m, block_n // 2
     while block_m > 64:
         block_m //= 2
         yield block_m, block_n
@@ -92,10 +97,12 @@ def conv(shape: ConvShape) -> Config:
         accumulators, block_n, block_k = 64 * 32, min(32, block_n), 16
     wanted = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors()
     tile = (64, 16)
-    for tile in _conv_tiles(block_n, taps, dtype, accumulators):
+    for tile in _conv_tiles(block_n, block_k, taps, columns, dtype, accumulators):
         if triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) >= wanted:
             break
-    return Config(*tile, block_k, num_stages=1)
+    # Two steps' operands of the widest tile, read ahead, leave four warps no registers.
+    crowded = tile[0] * tile[1] >= 128 * 64 and block_k >= 64
+    return Config(*tile, block_k, 8 if crowded else 4, num_stages=1)
 
 
 def conv_candidates(shape: ConvShape) -> list[Config]:

@@ -201,7 +201,7 @@ class TritonEngine(AtenEngine):
             out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
             return out, self.moments(out) if with_moments else None
         stats = options.get("stats")
-        if how == WRITTEN and stats is not None and options.get("residual_stats") is None:
+        if how == WRITTEN and stats is not None:
             h = self._norm_act.norm_act(h, stats, options["act"], options["dtype"])
             options["stats"] = None
         return self._conv_forward.conv_forward(

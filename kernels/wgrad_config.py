@@ -77,7 +77,10 @@ def wgrad_config(
     large = WgradConfig(64, 128, 128, 1, 8, 2)
     if j >= 128 and (k % 128 == 0 or k >= 512) and large.steps(rows, k, j) >= 8:
         return large
-    if prologue and k >= 64 and j >= 256:
+    if pointwise and max(k, j) <= 16 and not crowded:
+        # Three quarters of one side are padding; more rows at a time carry its cost.
+        config = WgradConfig(128, block_k, block_j, 1, 4, 1)
+    elif prologue and k >= 64 and j >= 256:
         config = WgradConfig(32, 64, 128, 1, 4, 2)
     elif prologue or pointwise or k > 32:
         config = WgradConfig(32 if crowded else 64, block_k, block_j, 1, 4, 2)
