@@ -187,6 +187,27 @@ def measure(depth: int, batch: int, rounds: int, threads: int) -> list[dict[str,
     return rows
 
 
+def table(path: Path) -> str:
+    """The Markdown table of a report, with the conditions under it; the README holds a copy."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| provider | peak | of eager | a step | of eager |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{r['provider']}` | {r['peak_mb']} MB | {r['peak_to_eager']}x "
+        f"| {r['ms_p50']} ms | {r['time_to_eager']}x |"
+        for r in rows
+    ]
+    r = rows[0]
+    lines += [
+        "",
+        f"ResNet-{r['depth']} (bottleneck) at 32x32, batch {r['batch']}, {r['dtype']}, "
+        f"{r['layout']}; {r['device']}, {r['threads']} threads, torch {r['torch']}; median of "
+        f"{r['trials']} interleaved steps, each provider in a process of its own; peak of a step's "
+        f"allocations beyond parameters and gradients. `{r['command']}`",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     import torch
 
