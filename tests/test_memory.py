@@ -23,6 +23,7 @@ BACKEND = "auto" if DEVICE.type == "cuda" else "aten"
 MODES = ("recompute", "invert_h1", "invert", "segment")
 WALKS = MODES[1:]
 modes = pytest.mark.parametrize("mode", MODES)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def set_mode(model, mode, segment=0):
