@@ -13,7 +13,7 @@ import argparse
 import csv
 import time
 
-from bench.memory_modes import REPORTS, _peak, device_name
+from bench.memory_modes import REPORTS, device_name, peak_bytes
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         print(f"step {number:2}: loss {loss:.4f}, {time.perf_counter() - start:.1f} s", flush=True)
     optimizer.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = _peak(lambda: step(args.steps), cuda) - gradients
+    peak = peak_bytes(lambda: step(args.steps), cuda) - gradients
     print(f"{args.layers} layers: {peak / 1e6:.0f} MB beyond parameters, gradients and momentum")
     folder = REPORTS / device_name()
     folder.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ def _model(provider: str, depth: int) -> Any:
     return model
 
 
-def _peak(step: Any, cuda: bool) -> int:
+def peak_bytes(step: Any, cuda: bool) -> int:
+    """Most bytes allocated at once during ``step()`` beyond those before it."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -117,7 +118,7 @@ def _work(provider: str, depth: int, batch: int, threads: int, pipe: Any) -> Non
         elif order == "peak":
             model.zero_grad()
             gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-            pipe.send(_peak(step, cuda) - gradients)
+            pipe.send(peak_bytes(step, cuda) - gradients)
         else:
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     pipe.close()

@@ -12,8 +12,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from bench.memory_modes import peak_bytes
 from resnetv2 import BottleneckPreActBlock, BudgetError, PreActResNet, plan
 from resnetv2.memory import parse_bytes
 from tests.support import DEVICE, eager_twin, images, randomise
@@ -65,24 +65,6 @@ def assert_no_worse(ours, theirs, factor):
         assert error <= factor * theirs[name] + 1e-6, (name, error, theirs[name])
 
 
-def peak_bytes(step):
-    """Most bytes allocated at once during ``step`` beyond those before it."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    allocated = peak = 0
-    for _, change in changes:
-        allocated += change
-        peak = max(peak, allocated)
-    return peak
-
-
 def step_bytes(model, batch, size):
     """Peak of a step's allocations, gradients made in it included; its own inputs are not."""
     x = images((batch, 3, size, size))
@@ -93,7 +75,7 @@ def step_bytes(model, batch, size):
 
     step()
     model.zero_grad()
-    return peak_bytes(step)
+    return peak_bytes(step, DEVICE.type == "cuda")
 
 
 def resident(model):
