@@ -9,13 +9,17 @@ ROOT = Path(__file__).parent
 KERNELS = "resnetv2.kernels"
 
 TEST = [
+    "accelerate",
     "expecttest",  # torch.library.opcheck
     "hypothesis",
+    "lightning",
     "mypy",
     "pytest",
     "pytest-benchmark",
     "pytest-xdist",
+    "pytorchcv",
     "ruff",
+    "timm",
 ]
 BENCH = ["pytest", "pytest-benchmark"]
 
