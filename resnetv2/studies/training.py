@@ -1,0 +1,328 @@
+"""Training runs that can be compared: one a variant and seed, with curves, spread and sentences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from resnetv2.data import Batches, ImageData
+from resnetv2.studies.options import StudyOptions
+from resnetv2.studies.results import Table
+from resnetv2.train import DTYPES, EpochMetrics, _reproducible
+
+
+def gradient_norm(module: nn.Module | Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all parameters' gradients together, a scalar; 0 where there are none."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else module
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+@dataclass
+class History:
+    """One training run of one variant.
+
+    Args:
+        variant, seed, parameters: what was trained.
+        epochs: metrics an epoch, as of `resnetv2 train`.
+        gradient_norms: mean over an epoch's steps of the norm of all gradients together.
+        diverged: the epoch in which the loss stopped being a finite number; its metrics are the
+            last.
+    """
+
+    variant: str
+    seed: int
+    parameters: int
+    epochs: list[EpochMetrics] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    diverged: int | None = None
+
+    def curve(self, metric: str) -> list[float]:
+        """A metric's value after every epoch: "gradient_norm" or a field of EpochMetrics."""
+        if metric == "gradient_norm":
+            return list(self.gradient_norms)
+        return [float(getattr(entry, metric)) for entry in self.epochs]
+
+    def final(self, metric: str) -> float:
+        """A metric after the last epoch. A diverged run has accuracy as it stands, loss NaN."""
+        return self.curve(metric)[-1]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, without the tests."""
+        return sum(entry.seconds for entry in self.epochs)
+
+    def epochs_to(self, accuracy: float) -> int | None:
+        """The first epoch whose test accuracy is at least `accuracy`; None if there was none."""
+        reached = (entry.epoch for entry in self.epochs if entry.test_accuracy >= accuracy)
+        return next(reached, None)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (of a sample; 0 for a single value) of a number over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        if not all(map(math.isfinite, self.values)):
+            return "not finite"
+        return f"{self.mean:.4g} ± {self.std:.2g}" if len(self.values) > 1 else f"{self.mean:.4g}"
+
+
+def train_variant(
+    make: Callable[[], nn.Module],
+    data: ImageData,
+    options: StudyOptions,
+    seed: int = 0,
+    name: str = "",
+) -> History:
+    """Train what `make` builds by SGD for `options.epochs`, testing after each.
+
+    A loss that stops being finite ends the run and is recorded in `History.diverged`.
+    Two calls with the same arguments on the same machine give the same numbers but for times.
+    """
+    device, dtype = options.place, DTYPES[options.dtype]
+    hide = None if options.progress is None else not options.progress
+    with _reproducible(device, seed):
+        model = make().to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+        )
+        # float16 alone underflows: its gradients need scaling, bfloat16's do not.
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        batches = Batches(data, options.batch_size, torch.Generator().manual_seed(seed), device)
+        history = History(name, seed, sum(p.numel() for p in model.parameters()))
+
+        def logits_of(images: Tensor) -> Tensor:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits: Tensor = model(images)
+            return logits.float()
+
+        for epoch in range(1, options.epochs + 1):
+            model.train()
+            started = time.perf_counter()
+            losses, norms, rate = [], [], options.lr
+            correct = torch.zeros((), dtype=torch.int64, device=device)
+            seen = 0
+            bar = tqdm(
+                batches.training(),
+                total=batches.steps,
+                desc=f"{name}, seed {seed}, epoch {epoch}/{options.epochs}",
+                unit="batch",
+                leave=False,
+                disable=hide,
+            )
+            for index, (images, labels) in enumerate(bar):
+                rate = options.rate((epoch - 1) * batches.steps + index, batches.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                logits = logits_of(images)
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                norms.append(gradient_norm(model))
+                scaler.step(optimizer)
+                scaler.update()
+                losses.append(loss.detach())
+                correct += (logits.argmax(1) == labels).sum()
+                seen += len(labels)
+            train_loss = float(torch.stack(losses).double().mean())
+            seconds = time.perf_counter() - started
+            test_loss, test_accuracy = _test(model, batches, logits_of)
+            history.epochs.append(
+                EpochMetrics(
+                    epoch=epoch,
+                    lr=rate,
+                    train_loss=train_loss,
+                    train_accuracy=correct.item() / seen,
+                    test_loss=test_loss,
+                    test_accuracy=test_accuracy,
+                    seconds=seconds,
+                    images_per_second=seen / seconds,
+                )
+            )
+            history.gradient_norms.append(float(torch.stack(norms).double().mean()))
+            if not math.isfinite(train_loss):
+                history.diverged = epoch
+                break
+    return history
+
+
+@torch.no_grad()
+def _test(
+    model: nn.Module, batches: Batches, logits_of: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """Loss and accuracy on the test set."""
+    model.eval()
+    loss, correct, count = 0.0, 0, 0
+    for images, labels in batches.testing():
+        logits = logits_of(images)
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+        count += len(labels)
+    return loss / count, correct / count
+
+
+@dataclass
+class Comparison:
+    """Histories of each variant, one a seed, and what they say together.
+
+    Metrics are those of `History.final`, or "seconds".
+    """
+
+    histories: dict[str, list[History]]
+    target: float = 0.9
+
+    def spread(self, variant: str, metric: str = "test_accuracy") -> Spread:
+        """The metric after the last epoch, over seeds."""
+        runs = self.histories[variant]
+        if metric == "seconds":
+            return Spread(tuple(run.seconds for run in runs))
+        return Spread(tuple(run.final(metric) for run in runs))
+
+    def diverged(self, variant: str) -> int:
+        """How many runs of the variant ended with a loss that is not finite."""
+        return sum(run.diverged is not None for run in self.histories[variant])
+
+    def epochs_to_target(self, variant: str) -> str:
+        """Mean epochs to the target accuracy, and how many runs reached it if not all did."""
+        runs = self.histories[variant]
+        reached = [epoch for run in runs if (epoch := run.epochs_to(self.target)) is not None]
+        if not reached:
+            return "not reached"
+        mean = f"{statistics.fmean(reached):.3g}"
+        return mean if len(reached) == len(runs) else f"{mean} ({len(reached)} of {len(runs)} runs)"
+
+    def table(self, title: str) -> Table:
+        """A row a variant: final accuracy and losses with their spread, gradient norm, time."""
+        rows = []
+        for name, runs in self.histories.items():
+            rows.append(
+                [
+                    name,
+                    runs[0].parameters,
+                    _percent(self.spread(name, "test_accuracy")),
+                    str(self.spread(name, "train_loss")),
+                    str(self.spread(name, "test_loss")),
+                    str(Spread(tuple(run.gradient_norms[0] for run in runs))),
+                    str(self.spread(name, "gradient_norm")),
+                    self.epochs_to_target(name),
+                    self.spread(name, "seconds").mean,
+                    self.diverged(name),
+                ]
+            )
+        columns = [
+            "variant",
+            "parameters",
+            "test accuracy %",
+            "training loss",
+            "test loss",
+            "gradient norm, first epoch",
+            "gradient norm, last epoch",
+            f"epochs to {100 * self.target:g} %",
+            "seconds",
+            "diverged",
+        ]
+        return Table(title, columns, rows)
+
+    def difference(self, first: str, second: str, metric: str = "test_accuracy") -> Spread:
+        """first - second over the seeds that both have: same seed, same weights and batches."""
+        seconds = {run.seed: run for run in self.histories[second]}
+        return Spread(
+            tuple(
+                run.final(metric) - seconds[run.seed].final(metric)
+                for run in self.histories[first]
+                if run.seed in seconds
+            )
+        )
+
+    def sentence(self, first: str, second: str) -> str:
+        """How the two compare in test accuracy, in words that the spread over seeds bears out."""
+        difference = self.difference(first, second)
+        points = 100 * difference.mean
+        n = len(difference.values)
+        over = f"{n} seeds" if n > 1 else "1 seed"
+        a = f"{first} ({_percent(self.spread(first))} %)"
+        b = f"{second} ({_percent(self.spread(second))} %)"
+        for name in (first, second):
+            if count := self.diverged(name):
+                a += f" [{name} diverged in {count} of {len(self.histories[name])} runs]"
+        if points == 0:
+            return f"{a} and {b} end at the same test accuracy over {over}."
+        side = "above" if points > 0 else "below"
+        agree = all((value > 0) == (points > 0) and value != 0 for value in difference.values)
+        if n == 1:
+            weight = "one seed says nothing about chance"
+        elif agree:
+            weight = "in every one of them"
+        else:
+            weight = "but not in every one of them, so this may be chance"
+        return f"{a} ends {abs(points):.2f} points {side} {b} over {over}, {weight}."
+
+    def series(self) -> dict[str, Any]:
+        """Every curve, as JSON-able numbers: variant, a list of runs, metric, a value an epoch."""
+        metrics = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "gradient_norm")
+        return {
+            name: [
+                {
+                    "seed": run.seed,
+                    "diverged": run.diverged,
+                    "seconds": round(run.seconds, 2),
+                    **{metric: run.curve(metric) for metric in metrics},
+                }
+                for run in runs
+            ]
+            for name, runs in self.histories.items()
+        }
+
+
+def _percent(spread: Spread) -> str:
+    mean = f"{100 * spread.mean:.2f}"
+    return f"{mean} ± {100 * spread.std:.2f}" if len(spread.values) > 1 else mean
+
+
+def compare(
+    variants: Mapping[str, Callable[[], nn.Module]],
+    data: ImageData,
+    options: StudyOptions,
+    settings: Mapping[str, StudyOptions] | None = None,
+) -> Comparison:
+    """Train every variant with every seed, seed by seed so that all see the same machine.
+
+    Args:
+        variants: model factories by name.
+        data: the same for all.
+        options: how they are trained.
+        settings: options of single variants that differ from it, made by `dataclasses.replace`.
+    """
+    settings = settings or {}
+    histories: dict[str, list[History]] = {name: [] for name in variants}
+    hide = None if options.progress is None else not options.progress
+    runs = [(name, seed) for seed in range(options.seeds) for name in variants]
+    for name, seed in tqdm(runs, desc="runs", unit="run", leave=False, disable=hide):
+        mine = settings.get(name, options)
+        histories[name].append(train_variant(variants[name], data, mine, seed, name))
+    return Comparison(histories, options.target)
