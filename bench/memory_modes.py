@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from resnetv2.memory import peak_bytes
+
 REPORTS = Path(__file__).parent / "reports"
 PROVIDERS = (
     "eager",
@@ -65,27 +67,6 @@ def _model(provider: str, depth: int) -> Any:
                 blocks, segments, x, use_reentrant=False
             )
     return model
-
-
-def peak_bytes(step: Any, cuda: bool) -> int:
-    """Most bytes allocated at once during ``step()`` beyond those before it."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    allocated = peak = 0
-    for _, change in changes:
-        allocated += change
-        peak = max(peak, allocated)
-    return peak
 
 
 def _work(provider: str, depth: int, batch: int, threads: int, pipe: Any) -> None:

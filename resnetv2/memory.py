@@ -7,7 +7,7 @@ its first training step.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -285,3 +285,28 @@ def _largest_batch(above: int, limit: int, peak: Any) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if peak(middle) <= limit else (low, middle)
     return low
+
+
+def peak_bytes(step: Callable[[], object], cuda: bool) -> int:
+    """Most bytes allocated at once during ``step()`` beyond those before it.
+
+    Read from the CUDA allocator, or on a CPU from the profiler's memory events.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    allocated = peak = 0
+    for _, change in changes:
+        allocated += change
+        peak = max(peak, allocated)
+    return peak
