@@ -193,28 +193,28 @@ def record_terms(module: nn.Module) -> dict[str, float]:
     """
     terms: dict[str, float] = {}
 
+    def record(name: str, child: nn.Module, x: Tensor, g: Tensor) -> None:
+        g = g.detach().abs()
+        terms[f"grad {name}.bias"] = float(g.sum((0, 2, 3)).norm())
+        if isinstance(child, nn.Conv2d):
+            added = torch.nn.grad.conv2d_weight(
+                x, child.weight.shape, g,
+                child.stride, child.padding, child.dilation, child.groups,
+            )  # fmt: skip
+            terms[f"grad {name}.weight"] = float(added.norm())
+        else:
+            terms[f"grad {name}.weight"] = terms[f"grad {name}.bias"]
+            if isinstance(child.running_var, Tensor):
+                terms[f"buffer {name}.running_mean"] = float(child.running_var.sqrt().norm())
+
     def hook_on(name: str, child: nn.Module) -> None:
-        inputs: list[Tensor] = []
+        def hook(_: nn.Module, args: Any, out: Tensor) -> None:
+            # On the tensor: a module's backward hook forbids the in-place ReLU that may follow.
+            x = args[0].detach().abs()
+            if out.requires_grad:
+                out.register_hook(lambda g: record(name, child, x, g))
 
-        def before(_: nn.Module, args: Any) -> None:
-            inputs[:] = [args[0].detach().abs()]
-
-        def hook(_: nn.Module, __: Any, grad_output: Any) -> None:
-            g = grad_output[0].abs()
-            terms[f"grad {name}.bias"] = float(g.sum((0, 2, 3)).norm())
-            if isinstance(child, nn.Conv2d):
-                added = torch.nn.grad.conv2d_weight(
-                    inputs[0], child.weight.shape, g,
-                    child.stride, child.padding, child.dilation, child.groups,
-                )  # fmt: skip
-                terms[f"grad {name}.weight"] = float(added.norm())
-            else:
-                terms[f"grad {name}.weight"] = terms[f"grad {name}.bias"]
-                if isinstance(child.running_var, Tensor):
-                    terms[f"buffer {name}.running_mean"] = float(child.running_var.sqrt().norm())
-
-        child.register_forward_pre_hook(before)
-        child.register_full_backward_hook(hook)
+        child.register_forward_hook(hook)
 
     for name, child in module.named_modules():
         if isinstance(child, (nn.BatchNorm2d, nn.Conv2d)):
