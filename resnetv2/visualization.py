@@ -20,6 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from resnetv2.studies.architecture import Diagram
+    from resnetv2.studies.block import Step
     from resnetv2.studies.training import Comparison, History
 
 __all__ = ["Picture", "ResNetV2Visualizer"]
@@ -207,6 +211,61 @@ class ResNetV2Visualizer:
         _legend(picture, axes)
         return self._finish(picture, "lines")
 
+    def plot_architecture(self, blocks: Mapping[str, Diagram | nn.Module]) -> Picture:
+        """Blocks side by side as boxes and arrows, from the input down to the output.
+
+        Args:
+            blocks: diagrams by `resnetv2.studies.architecture.trace`, or modules with a `conv1`,
+                which are traced.
+        """
+        from resnetv2.studies.architecture import Diagram, trace
+
+        diagrams = {
+            name: block if isinstance(block, Diagram) else trace(block, _in_channels(block))
+            for name, block in blocks.items()
+        }
+        levels = 1 + max(node.level for diagram in diagrams.values() for node in diagram.nodes)
+        picture = Picture(figsize=(4.2 * len(diagrams), 0.62 * levels + 0.7), layout="constrained")
+        panels = picture.subplots(1, len(diagrams), squeeze=False)[0]
+        for axes, (name, diagram) in zip(panels, diagrams.items()):
+            _draw_block(axes, diagram)
+            axes.set(title=name, xlim=(-1.25, 2.5), ylim=(levels - 0.25, -0.4))
+            axes.axis("off")
+        return self._finish(picture, "architecture")
+
+    def plot_steps(self, steps: Sequence[Step], gradients: Sequence[float]) -> Picture:
+        """How values are distributed after each step of a block, and the gradient's norm there.
+
+        Args:
+            steps: as of `resnetv2.studies.block.trace_block`.
+            gradients: one norm a step.
+        """
+        picture, (values, norms) = self._panels(2, "")
+        outputs = [step.output.detach().float().flatten().cpu().numpy() for step in steps]
+        names = [step.name for step in steps]
+        positions = range(len(steps))
+        values.boxplot(
+            outputs,
+            positions=positions,
+            whis=(1, 99),
+            showfliers=False,
+            showmeans=True,
+            widths=0.6,
+            medianprops={"color": COLOURS[0]},
+            meanprops={"marker": "D", "markerfacecolor": COLOURS[1], "markeredgecolor": "none"},
+        )
+        values.set(ylabel="value", xlabel="box: quartiles; whiskers: 1 % and 99 %; diamond: mean")
+        norms.bar(positions, gradients, color=COLOURS[2], alpha=0.75)
+        norms.set_ylabel("gradient norm")
+        norms.set_ylim(0, 1.15 * max(gradients))
+        for i, gradient in enumerate(gradients):
+            norms.text(i, gradient, f"{gradient:.2f}", ha="center", va="bottom", fontsize=8)
+        for axes in (values, norms):
+            axes.set_xticks(positions, names, rotation=35)
+            axes.grid(axis="x", visible=False)
+            axes.set_axisbelow(True)
+        return self._finish(picture, "steps")
+
     def _panels(
         self, count: int, title: str, scale: float = 1.0, columns: int = 3
     ) -> tuple[Picture, list[Axes]]:
@@ -229,6 +288,67 @@ class ResNetV2Visualizer:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / f"{name}.png").write_bytes(picture.png())
         return picture
+
+
+def _in_channels(block: nn.Module) -> int:
+    for attribute in ("in_channels", "conv1.in_channels"):
+        value: Any = block
+        for name in attribute.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"{type(block).__name__} has no in_channels and no conv1 that has")
+
+
+_BOX = {
+    "input": "#FFFFFF",
+    "norm": "#CFE6F5",
+    "act": "#FBE3B5",
+    "conv": "#CDE9DE",
+    "add": "#FFFFFF",
+    "other": "#EEEEEE",
+}
+_SIDE = 1.75  # where the shortcut runs, in boxes' half widths from the middle
+
+
+def _draw_block(axes: Axes, diagram: Diagram) -> None:
+    """Boxes on the residual path below one another, the shortcut beside them."""
+    place = {node.name: (0.0 if node.main else _SIDE, node.level) for node in diagram.nodes}
+    for node in diagram.nodes:
+        x, y = place[node.name]
+        for source in node.inputs:
+            _connect(axes, place[source], (x, y))
+        style = "circle,pad=0.25" if node.kind == "add" else "round,pad=0.35"
+        axes.text(
+            x,
+            y,
+            node.label,
+            ha="center",
+            va="center",
+            fontsize=10 if node.main else 9,
+            bbox={"boxstyle": style, "facecolor": _BOX[node.kind], "edgecolor": "#333333"},
+            zorder=3,
+        )
+    last = diagram.nodes[-1]
+    axes.annotate("", (0, last.level + 0.65), (0, last.level), arrowprops=_ARROW, zorder=1)
+
+
+_ARROW = {"arrowstyle": "-|>", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
+
+
+def _connect(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """An arrow straight down, or round the boxes between by the side."""
+    (x0, y0), (x1, y1) = start, end
+    half, gap = 0.2, 0.14  # half a box's height; how close an arrow comes to the sum's circle
+    if x0 == x1 and y1 - y0 == 1:
+        axes.annotate("", (x1, y1 - half), (x0, y0), arrowprops=_ARROW, zorder=1)
+        return
+    if x1 == 0:  # into the sum from the side
+        axes.plot([x0, _SIDE, _SIDE], [y0, y0, y1], color="#333333", linewidth=1, zorder=1)
+        axes.annotate("", (gap, y1), (_SIDE, y1), arrowprops=_ARROW, zorder=1)
+    else:  # out to a projection
+        axes.plot([x0, x1], [y0, y0], color="#333333", linewidth=1, zorder=1)
+        axes.annotate("", (x1, y1 - half), (x1, y0), arrowprops=_ARROW, zorder=1)
 
 
 def _histories(

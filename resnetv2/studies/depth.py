@@ -1,0 +1,211 @@
+"""How deep the identity path carries a gradient, and what memory that takes.
+
+Two families: the paper's CIFAR nets (three stages of 16, 32 and 64 channels, 6n+2 layers), and a
+single stack of equal blocks, two layers each. Both are the library's fused nets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from resnetv2.blocks import PreActBlock
+from resnetv2.data import Batches, ImageData
+from resnetv2.memory import peak_bytes
+from resnetv2.models import PreActResNet
+from resnetv2.studies.harness import (
+    InputError,
+    Result,
+    StudyOptions,
+    Table,
+    gradient_norm,
+    study,
+)
+from resnetv2.visualization import ResNetV2Visualizer
+
+VANISHING = 1e-3
+MODES = ("eager", "recompute", "segment")
+COLUMNS = (
+    "layers",
+    "blocks",
+    "parameters",
+    "gradient norm at the input",
+    "vanishes",
+    "gradient norm of the parameters",
+    *(f"peak MB, {mode}" for mode in MODES),
+    "eager / segment",
+    "ms a step, segment",
+)
+
+
+def cifar_net(depth: int, data: ImageData, memory: str) -> PreActResNet:
+    """The paper's CIFAR net of `depth` = 6n+2 layers."""
+    return _net([(depth - 2) // 6] * 3, None, data, memory)
+
+
+def stack(depth: int, width: int, data: ImageData, memory: str) -> PreActResNet:
+    """`depth` / 2 blocks of `width` channels between a stem and a classifier."""
+    return _net([depth // 2], width, data, memory)
+
+
+def _net(layers: list[int], width: int | None, data: ImageData, memory: str) -> PreActResNet:
+    """memory: a mode of `PreActResNet`, or "eager"."""
+    modes = {"backend": "eager"} if memory == "eager" else {"memory": memory}
+    return PreActResNet(
+        PreActBlock,
+        layers,
+        len(data.classes),
+        in_channels=data.channels,
+        widths=None if width is None else [width],
+        stem_width=width,
+        **modes,  # type: ignore[arg-type]
+    )
+
+
+def measure(make: Callable[[str], PreActResNet], images: Tensor, labels: Tensor) -> list[object]:
+    """A row of the table: parameters, gradients and peak bytes of one step on a batch.
+
+    The gradients are those of the mean cross-entropy at the initial weights; peak bytes are what a
+    forward and backward allocate beyond the parameters and their gradients.
+    """
+    peaks = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        model = make(mode).to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        parameters = sum(p.numel() for p in model.parameters())
+        x = images.clone(memory_format=torch.channels_last).requires_grad_()
+
+        def step(model: PreActResNet = model, x: Tensor = x) -> None:
+            F.cross_entropy(model(x), labels).backward()
+
+        step()  # the first one faults its pages in
+        assert x.grad is not None
+        at_input, of_parameters = float(x.grad.norm()), float(gradient_norm(model))
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+        gradients += x.numel() * x.element_size()
+        peaks.append((peak_bytes(step, images.is_cuda) - gradients) / 1e6)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        milliseconds = 1000 * (time.perf_counter() - started)
+    blocks = sum(len(stage) for stage in model.stages)
+    return [
+        blocks,
+        parameters,
+        at_input,
+        at_input < VANISHING,
+        of_parameters,
+        *peaks,
+        peaks[0] / peaks[-1],
+        milliseconds,
+    ]
+
+
+@study(
+    "depth",
+    title="Depth: 20 to 1000 layers",
+    question="Does the gradient reach the input of a very deep net, and does the net fit into memory?",
+    defaults={
+        "data": "digits",
+        "root": "data",
+        "image_size": None,
+        "depth": (20, 50, 100, 110, 200, 500, 1000),
+        "width": 64,
+        "batch_size": 16,
+    },
+    presets={"paper": {"data": "cifar10", "batch_size": 128}},
+)
+def depth(options: StudyOptions) -> Result:
+    """A depth of 6n+2 is a row of the CIFAR nets, an even one a row of the stacks."""
+    for layers in options.depths:
+        if layers % 2:
+            raise InputError(f"depth must be even (and 6n+2 for a CIFAR net), got {layers}")
+    data = options.load()
+    generator = torch.Generator().manual_seed(0)
+    batches = Batches(data, options.batch_size, generator, options.place)
+    images, labels = next(batches.training())
+    hide = None if options.progress is None else not options.progress
+    nets: list[tuple[str, int, Callable[[str], PreActResNet]]] = []
+    for d in sorted(options.depths):
+        if d >= 8 and (d - 2) % 6 == 0:
+            nets.append(("CIFAR nets", d, lambda mode, d=d: cifar_net(d, data, mode)))
+    width = options.width
+    for d in sorted(options.depths):
+        nets.append(("Stacks", d, lambda mode, d=d: stack(d, width, data, mode)))
+    rows: dict[str, list[list[object]]] = {}
+    for family, d, make in tqdm(nets, desc="depths", unit="net", leave=False, disable=hide):
+        rows.setdefault(family, []).append([d, *measure(make, images, labels)])
+    titles = {
+        "CIFAR nets": "CIFAR nets: three stages of 16, 32 and 64 channels",
+        "Stacks": f"Stacks of blocks of {width} channels",
+    }
+    tables = [Table(titles[family], COLUMNS, lines) for family, lines in rows.items()]
+    names = {table.title: table for table in tables}
+    visualizer = ResNetV2Visualizer()
+
+    def lines(column: str) -> dict[str, tuple[list[float], list[float]]]:
+        return {n: (t.column("layers"), t.column(column)) for n, t in names.items()}
+
+    memory = {
+        f"{name.partition(':')[0].partition(' of ')[0]}, {mode}": values
+        for mode in MODES
+        for name, values in lines(f"peak MB, {mode}").items()
+    }
+    return Result(
+        tables=tables,
+        conclusions=[sentence for table in tables for sentence in _conclusions(table)],
+        figures={
+            "gradient-at-the-input": visualizer.plot_lines(
+                lines("gradient norm at the input"),
+                "layers",
+                "gradient norm at the input",
+                log="xy",
+                threshold=VANISHING,
+            ),
+            "peak-memory": visualizer.plot_lines(memory, "layers", "peak of a step (MB)", log="xy"),
+        },
+        notes=[
+            "Untrained weights, mean cross-entropy of one batch of training images, float32. "
+            "A stack's layers are its blocks' convolutions. Peak: allocated by a forward and "
+            "backward beyond parameters and gradients. eager: the same net child by child; "
+            "recompute and segment: the library's memory modes.",
+        ],
+    )
+
+
+def _conclusions(table: Table) -> list[str]:
+    layers, norms = table.column("layers"), table.column("gradient norm at the input")
+    lost = [d for d, gone in zip(layers, table.column("vanishes")) if gone]
+    what = table.title.partition(":")[0]
+    lowest = f"the least gradient norm at the input is {min(norms):.3g}"
+    sentences = [
+        f"{what}: the gradient falls below {VANISHING:g} at {', '.join(map(str, lost))} layers."
+        if lost
+        else f"{what}: no gradient vanishes between {layers[0]} and {layers[-1]} layers; {lowest}, "
+        f"the threshold {VANISHING:g}."
+    ]
+    if len(layers) > 1:
+        ratio = norms[-1] / norms[0]
+        sentences.append(
+            f"{what}: from {layers[0]} to {layers[-1]} layers the gradient norm at the input "
+            f"changes by a factor of {ratio:.2f}."
+        )
+    eager, segment = table.column("peak MB, eager")[-1], table.column("peak MB, segment")[-1]
+    sentences.append(
+        f"{what}: a step of {layers[-1]:,} layers peaks at {eager:.1f} MB eagerly and at "
+        f"{segment:.1f} MB in segments, {eager / segment:.1f} times less."
+        if segment < eager
+        else f"{what}: at {layers[-1]:,} layers segments save no memory ({segment:.1f} MB against "
+        f"{eager:.1f} MB)."
+    )
+    return sentences
