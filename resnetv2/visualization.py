@@ -146,6 +146,38 @@ class ResNetV2Visualizer:
         }
         return self._finish(self._bars(as_lists, ylabel, title), "values")
 
+    def plot_groups(
+        self,
+        values: Mapping[str, Mapping[str, Sequence[float]]],
+        ylabel: str,
+        title: str = "",
+    ) -> Picture:
+        """A line a name through its groups: mean with standard deviation, a dot a value.
+
+        Args:
+            values: by line, then by group; every line has the same groups.
+        """
+        picture, (axes,) = self._panels(1, title, scale=1.4)
+        groups = list(next(iter(values.values())))
+        for number, (name, of_group) in enumerate(values.items()):
+            look = _look(number) | {"markersize": 5}
+            # Side by side, so that whiskers of one group do not cover each other.
+            shift = 0.12 * (number - (len(values) - 1) / 2)
+            x = [index + shift for index in range(len(groups))]
+            means = [statistics.fmean(of_group[group]) for group in groups]
+            spreads = [
+                statistics.stdev(of_group[group]) if len(of_group[group]) > 1 else 0.0
+                for group in groups
+            ]
+            axes.errorbar(x, means, yerr=spreads, capsize=4, label=name, **look)
+            for place, group in zip(x, groups):
+                dots = of_group[group]
+                axes.plot([place] * len(dots), dots, ".", color="black", markersize=3)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(ylabel)
+        _legend(picture, axes)
+        return self._finish(picture, "groups")
+
     def _bars(self, values_of: Mapping[str, list[float]], label: str, title: str) -> Picture:
         # Horizontal: names of variants are words, and words are read from left to right.
         picture = Picture(figsize=(6.4, 1.2 + 0.5 * len(values_of)), layout="constrained")

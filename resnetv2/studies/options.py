@@ -26,7 +26,9 @@ class StudyOptions:
             labels: what can be learned is their noise), or an `ImageData`.
         root, image_size: see `load_data`.
         depth: layers of the nets, or several numbers where a study compares depths.
-        width: channels of the blocks.
+        width: channels of the blocks, or of the first stage's.
+        stages: 3 is the paper's CIFAR net, whose width doubles twice; 1 is a stack of equal blocks,
+            two layers each ("25 blocks of 64" is depth 50 in one stage).
         epochs, batch_size, lr, momentum, weight_decay: of SGD.
         schedule: "constant"; "step": a tenth every `step_epochs` epochs; "paper": warm-up at lr/10,
             then a tenth at a half and at three quarters of the run.
@@ -46,6 +48,7 @@ class StudyOptions:
     image_size: int | None = None
     depth: int | Sequence[int] = 20
     width: int = 64
+    stages: int = 3
     epochs: int = 5
     batch_size: int = 128
     lr: float = 0.1

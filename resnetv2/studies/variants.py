@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resnetv2.data import InputError
 from resnetv2.run import activation
 
 
@@ -309,15 +310,22 @@ def initialise(model: nn.Module) -> None:
             nn.init.constant_(module.gate.bias, module.bias)  # type: ignore[arg-type]
 
 
-def layout(depth: int, width: int = 16) -> tuple[list[int], list[int]]:
-    """Units and widths of the paper's three-stage CIFAR net of ``depth`` = 6n+2 layers.
+def layout(depth: int, width: int = 16, stages: int = 3) -> tuple[list[int], list[int]]:
+    """Units and widths per stage of a net of ``depth`` layers.
+
+    With three stages the paper's CIFAR net, ``depth`` = 6n+2, stem and classifier counted. With
+    one stage a stack of depth/2 units of one width, the count that "25 blocks of 64" = 50 takes.
 
     Raises:
-        ValueError: any other depth; it names the nearest valid ones.
+        InputError: any other depth; it names the nearest valid ones.
     """
-    units, rest = divmod(depth - 2, 6)
+    if stages not in (1, 3):
+        raise InputError(f"stages must be 1 or 3, got {stages}")
+    layers_a_unit, ends = (2, 0) if stages == 1 else (6, 2)
+    units, rest = divmod(depth - ends, layers_a_unit)
     if rest or units < 1:
-        below = max(units, 1) * 6 + 2
-        near = f"{below} or {below + 6}" if below < depth else f"{below}"
-        raise ValueError(f"depth must be 6n+2, got {depth}; nearest: {near}")
-    return [units] * 3, [width, 2 * width, 4 * width]
+        below = max(units, 1) * layers_a_unit + ends
+        near = f"{below} or {below + layers_a_unit}" if below < depth else f"{below}"
+        shape = "2n" if stages == 1 else "6n+2"
+        raise InputError(f"depth must be {shape} with {stages} stage(s), got {depth}; try {near}")
+    return [units] * stages, [width * 2**stage for stage in range(stages)]

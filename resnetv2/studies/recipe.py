@@ -1,0 +1,170 @@
+"""What the training recipe gives against what the architecture gives."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+from resnetv2.data import ImageData
+from resnetv2.studies.comparing import (
+    PAPER,
+    TRAINING,
+    UNFUSED,
+    Factory,
+    network,
+    percent,
+    shape_of,
+)
+from resnetv2.studies.harness import (
+    Comparison,
+    History,
+    Result,
+    StudyOptions,
+    Table,
+    compare,
+    study,
+)
+from resnetv2.studies.variants import FULL_PREACTIVATION, ORIGINAL, ConstantScaling
+from resnetv2.visualization import ResNetV2Visualizer
+
+PLAIN, V1, V2 = "plain net", "original ResNet", "ResNet V2"
+NOTHING, ALL = "none of them", "all three"
+
+
+def architectures(options: StudyOptions, data: ImageData) -> dict[str, Factory]:
+    """The original unit without and with its shortcut, and the pre-activation unit."""
+    return {
+        PLAIN: network(
+            options, data, ordering=ORIGINAL, join=lambda channels: ConstantScaling(0.0, 1.0)
+        ),
+        V1: network(options, data, ordering=ORIGINAL),
+        V2: network(options, data, ordering=FULL_PREACTIVATION),
+    }
+
+
+def recipes(options: StudyOptions, data: ImageData) -> dict[str, tuple[StudyOptions, ImageData]]:
+    """Options and data of each recipe; the schedule after the warm-up is the same in all.
+
+    The warm-up lasts `options.warmup_steps`, or one epoch: the paper's 400 steps of 128 images are
+    one epoch of CIFAR-10.
+    """
+    steps = max(1, len(data.train) // options.batch_size)
+    warmup = steps if options.warmup_steps is None else options.warmup_steps
+    bare = replace(options, schedule="paper", warmup_steps=0, weight_decay=0.0)
+    still = replace(data, crop_padding=0, flip=False)
+    decay = options.weight_decay
+    return {
+        NOTHING: (bare, still),
+        "warm-up": (replace(bare, warmup_steps=warmup), still),
+        "augmentation": (bare, data),
+        "weight decay": (replace(bare, weight_decay=decay), still),
+        ALL: (replace(bare, warmup_steps=warmup, weight_decay=decay), data),
+    }
+
+
+def label(architecture: str, recipe_name: str) -> str:
+    """The name of a run in the joint comparison."""
+    return f"{architecture}, {recipe_name}"
+
+
+def train(options: StudyOptions, data: ImageData) -> Comparison:
+    """Every architecture under every recipe, in one comparison."""
+    histories: dict[str, list[History]] = {}
+    for name, (settings, images) in recipes(options, data).items():
+        factories = architectures(settings, images)
+        runs = compare({label(a, name): make for a, make in factories.items()}, images, settings)
+        histories |= runs.histories
+    return Comparison(histories, options.target)
+
+
+def effects(comparison: Comparison, names: tuple[str, ...] = (PLAIN, V1, V2)) -> list[str]:
+    """What all three ingredients give each architecture, and what V2 gives with and without."""
+
+    def gain(better: str, worse: str) -> tuple[float, str]:
+        difference = comparison.difference(better, worse)
+        spread = f" ± {100 * difference.std:.1f}" if len(difference.values) > 1 else ""
+        return 100 * difference.mean, f"{100 * difference.mean:+.1f}{spread} points"
+
+    sentences = []
+    of_recipe = {name: gain(label(name, ALL), label(name, NOTHING)) for name in names}
+    listed = ", ".join(f"{name} {words}" for name, (_, words) in of_recipe.items())
+    sentences.append(f"The whole recipe against none of it: {listed}.")
+    of_v2 = {name: gain(label(V2, name), label(V1, name)) for name in (NOTHING, ALL)}
+    sentences.append(
+        f"{V2} against the {V1}: {of_v2[NOTHING][1]} without the recipe, {of_v2[ALL][1]} with it."
+    )
+    recipe_points = statistics.fmean([of_recipe[V1][0], of_recipe[V2][0]])
+    architecture_points = statistics.fmean([of_v2[NOTHING][0], of_v2[ALL][0]])
+    larger = (
+        "the recipe makes the larger difference"
+        if abs(recipe_points) > abs(architecture_points)
+        else "the architecture makes the larger difference"
+    )
+    sentences.append(
+        f"Over these two the recipe gives {recipe_points:+.1f} points on average, V2 instead of "
+        f"the original unit {architecture_points:+.1f}: here {larger}."
+    )
+    return sentences
+
+
+def grid(comparison: Comparison, recipe_names: list[str], architecture_names: list[str]) -> Table:
+    """Test accuracy, a row a recipe, a column an architecture."""
+    rows = [
+        [r, *(percent(comparison, label(a, r)) for a in architecture_names)] for r in recipe_names
+    ]
+    return Table("Test accuracy under each recipe", ["recipe", *architecture_names], rows)
+
+
+def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) -> Result:
+    """Tables, conclusions and figures from the histories."""
+    names = list(recipes(options, data))
+    nets = list(architectures(options, data))
+    where = f"{shape_of(options)}, {data.name}, {options.epochs} epochs, {options.seeds} seed(s)"
+    values = {
+        net: {
+            name: [
+                100 * run.final("test_accuracy") for run in comparison.histories[label(net, name)]
+            ]
+            for name in names
+        }
+        for net in nets
+    }
+    ends = {key: runs for key, runs in comparison.histories.items() if not _single(key)}
+    visualizer = ResNetV2Visualizer()
+    return Result(
+        tables=[
+            grid(comparison, names, nets),
+            comparison.table(f"Training, {where}"),
+        ],
+        conclusions=effects(comparison),
+        figures={
+            "recipes": visualizer.plot_groups(values, "test accuracy (%)", where),
+            "curves": visualizer.plot_curves(ends, title=where),
+        },
+        series=comparison.series(),
+        notes=[
+            "One schedule for all: the learning rate falls to a tenth at a half and at three "
+            "quarters of the run. Warm-up is one epoch at a tenth, unless told otherwise.",
+            UNFUSED,
+        ],
+    )
+
+
+def _single(key: str) -> bool:
+    return not key.endswith((NOTHING, ALL))
+
+
+@study(
+    "recipe",
+    title="The recipe and the architecture",
+    question=(
+        "How much of the result comes from warm-up, augmentation and weight decay, and how much "
+        "from the shortcut and the order of the unit?"
+    ),
+    defaults={**TRAINING, "depth": 32, "epochs": 5, "weight_decay": 5e-4},
+    presets={"paper": {**PAPER, "weight_decay": 1e-4}},
+)
+def recipe(options: StudyOptions) -> Result:
+    """Train every architecture under every recipe and weigh both."""
+    data = options.load()
+    return summarise(train(options, data), options, data)
