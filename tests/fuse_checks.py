@@ -37,11 +37,16 @@ def chain_calls(model: nn.Module, x: Tensor) -> int:
     return calls.count
 
 
-def fused_copy(model: nn.Module, backend: str = "aten", **options: Any) -> nn.Module:
-    """A fused deep copy of ``model``, whether or not there was anything to fuse."""
+def fuse_if_any(model: nn.Module, backend: str = "aten", **options: Any) -> nn.Module:
+    """``fuse``, whether or not there is anything to fuse."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pre-activation")
-        return fuse(copy.deepcopy(model), backend=backend, **options)
+        return fuse(model, backend=backend, **options)
+
+
+def fused_copy(model: nn.Module, backend: str = "aten", **options: Any) -> nn.Module:
+    """A fused deep copy of ``model``, if there is anything to fuse."""
+    return fuse_if_any(copy.deepcopy(model), backend, **options)
 
 
 def fused_units(model: nn.Module) -> int:

@@ -98,7 +98,8 @@ def test_recognised(name, training):
     for row in rows:
         assert row.fused
         assert row.reason == ""
-        assert type(model.get_submodule(row.path)).__mro__[1].__name__ == row.class_name
+        classes = [kind.__name__ for kind in type(model.get_submodule(row.path)).__mro__]
+        assert row.class_name in classes
         for word in case.kind:
             assert word in row.kind, row.kind
     for mode in (True, False):
