@@ -1,6 +1,7 @@
 """Fused pre-activation residual blocks (ResNet V2) for PyTorch."""
 
 from .blocks import BottleneckPreActBlock, PreActBlock
+from .fuse import BlockReport, Report, explain, fuse, unfuse
 from .memory import BudgetError, Plan, plan
 from .models import (
     PreActResNet,
@@ -24,11 +25,15 @@ from .models import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockReport",
     "BottleneckPreActBlock",
     "BudgetError",
     "Plan",
     "PreActBlock",
     "PreActResNet",
+    "Report",
+    "explain",
+    "fuse",
     "plan",
     "preact_resnet18",
     "preact_resnet20",
@@ -42,6 +47,7 @@ __all__ = [
     "preact_resnet200",
     "preact_resnet1001",
     "preact_resnet1202",
+    "unfuse",
     "wide_resnet16_8",
     "wide_resnet28_10",
     "wide_resnet40_2",

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from .run import (
     AUTO,
     EAGER,
+    ChainUnit,
     Recipe,
     activation,
     check_input,
     hooked,
     must_run_eagerly,
+    run_blocks,
     run_chain,
     why_not,
 )
@@ -39,7 +41,7 @@ def _norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Mo
     return nn.BatchNorm2d
 
 
-class PreActUnit(nn.Module):
+class PreActUnit(ChainUnit, nn.Module):
     """What the two blocks share: reading the children, running fused or child by child.
 
     Subclasses create ``bn1``, ``conv1``, ... , ``act`` and ``shortcut`` and name the repetitions
@@ -116,6 +118,14 @@ class PreActUnit(nn.Module):
             projection,
         )
         return why_not(recipe) or recipe
+
+    def chain_unit(self) -> Recipe | str:
+        """``recipe``, or why the block must be called: it is unfused or a subclass's forward."""
+        if self.backend == EAGER:
+            return 'backend is "eager"'
+        if type(self).forward is not PreActUnit.forward:
+            return f"{type(self).__name__} has a forward of its own"
+        return self.recipe()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in_channels, H, W) to (N, out_channels, ceil(H/stride), ceil(W/stride)).
@@ -275,21 +285,7 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x through every block; see ``PreActUnit.forward``."""
-        eager = self.backend == EAGER or must_run_eagerly(x)
-        recipes: list[Recipe] = []
-        for block in self:
-            recipe = None
-            if not eager and isinstance(block, PreActUnit) and not hooked(block):
-                own_forward = type(block).forward is not PreActUnit.forward
-                recipe = None if own_forward or block.backend == EAGER else block.recipe()
-            if isinstance(recipe, Recipe):
-                recipes.append(recipe)
-                continue
-            if recipes:
-                x = self._run(recipes, x)
-                recipes = []
-            x = block(x)
-        return self._run(recipes, x) if recipes else x
+        return run_blocks(self, x, backend=self.backend, memory=self.memory, segment=self.segment)
 
     def __getitem__(self, idx: Any) -> Any:
         """A block, or a Stage of a slice of them that runs as this one does."""
@@ -298,6 +294,3 @@ class Stage(nn.Sequential):
             for name in ("backend", "memory", "segment"):
                 setattr(part, name, getattr(self, name))
         return part
-
-    def _run(self, recipes: list[Recipe], x: Tensor) -> Tensor:
-        return run_chain(recipes, x, backend=self.backend, memory=self.memory, segment=self.segment)

@@ -1,14 +1,14 @@
 """From modules to chains: reads blocks' children afresh, runs the operator, updates the buffers.
 
-A module that can be a unit offers ``fusable_unit() -> Recipe | str``: its children in the order of
+A module that can be a unit offers ``chain_unit() -> Recipe | str``: its children in the order of
 the computation, or the reason why its children must run one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,23 @@ AUTO = "auto"
 EAGER = "eager"
 
 
+class ChainUnit:
+    """A module that can be a unit of a chain."""
+
+    def chain_unit(self) -> Recipe | str:
+        """The module's children as a unit, or why the module must be called."""
+        raise NotImplementedError
+
+
 class Recipe(NamedTuple):
-    """One unit's children: norms[i] -> act -> convs[i], a projection or None, and what it reads."""
+    """One unit's children: norms[i] -> act -> convs[i], a projection or None, and what it reads.
+
+    act: the activation's module, or its record where it is a function.
+    """
 
     norms: tuple[nn.BatchNorm2d, ...]
     convs: tuple[nn.Conv2d, ...]
-    act: nn.Module
+    act: nn.Module | Act
     shortcut: int
     projection: nn.Conv2d | None = None
     add_in_place: bool = False
@@ -67,8 +78,10 @@ _ACTS: dict[type, Act] = {
 }
 
 
-def act_of(module: nn.Module) -> Act | None:
+def act_of(module: nn.Module | Act) -> Act | None:
     """The kernels' record of an activation module, or None for one they do not know."""
+    if isinstance(module, Act):
+        return module
     if type(module) is nn.LeakyReLU:
         return (
             Act("leaky_relu", float(module.negative_slope)) if module.negative_slope >= 0 else None
@@ -102,24 +115,45 @@ def _globally_hooked() -> bool:
     )
 
 
-def why_not(recipe: Recipe) -> str | None:
-    """The reason why a recipe's children must run one by one, or None."""
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what ``kind`` does: of that class, or a subclass without a forward
+    of its own. A parametrized child does not: it computes its parameters."""
+    own = type(module)
+    if own is kind:
+        return True
+    inner = "_conv_forward" if kind is nn.Conv2d else "_check_input_dim"
+    return (
+        isinstance(module, kind)
+        and own.forward is kind.forward
+        and own.__call__ is kind.__call__
+        and getattr(own, inner) is getattr(kind, inner)
+        and not hasattr(module, "parametrizations")
+    )
+
+
+def why_not(recipe: Recipe, norm_types: Sequence[type | None] = ()) -> str | None:
+    """The reason why a recipe's children must run one by one, or None.
+
+    norm_types: per norm a class that is known to compute BatchNorm2d's function, or None.
+    """
     if act_of(recipe.act) is None:
         return f"activation {type(recipe.act).__name__} is not one of {', '.join(ACTS)}"
-    if hooked(recipe.act):
+    if isinstance(recipe.act, nn.Module) and hooked(recipe.act):
         return f"a hook on {type(recipe.act).__name__}"
-    for norm in recipe.norms:
-        if type(norm) is not nn.BatchNorm2d:
-            return f"a norm is {type(norm).__name__}, not BatchNorm2d"
+    for i, norm in enumerate(recipe.norms):
+        known = norm_types[i] if norm_types else None
+        # A class with a forward of its own is of use only where just that class is expected.
+        if type(norm) is not known if known else not is_plain(norm, nn.BatchNorm2d):
+            return f"a norm is {type(norm).__name__}, not {(known or nn.BatchNorm2d).__name__}"
         if hooked(norm):
             return "a hook on a norm"
     convs = recipe.convs if recipe.projection is None else (*recipe.convs, recipe.projection)
     for conv in convs:
-        if type(conv) is not nn.Conv2d:
+        if not is_plain(conv, nn.Conv2d):
             return f"a convolution is {type(conv).__name__}, not Conv2d"
         if hooked(conv):
             return "a hook on a convolution"
-        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        if _padding(conv) is None or conv.padding_mode != "zeros":
             return f"padding {conv.padding!r} in mode {conv.padding_mode!r}"
     return None
 
@@ -139,6 +173,18 @@ def must_run_eagerly(x: Tensor) -> bool:
         or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def accepts(recipe: Recipe, x: Any) -> bool:
+    """Whether a chain that begins with ``recipe`` can take x; if not, the module itself is called,
+    which may raise."""
+    return (
+        isinstance(x, Tensor)
+        and x.dim() == 4
+        and x.shape[1] == recipe.norms[0].num_features
+        and x.is_floating_point()
+        and not must_run_eagerly(x)
     )
 
 
@@ -176,8 +222,19 @@ def _batch_statistics(norm: nn.BatchNorm2d) -> bool:
 
 
 def _geometry(conv: nn.Conv2d) -> Geometry:
-    # Conv2d keeps pairs; why_not refuses paddings that are names.
-    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+    padding = _padding(conv)
+    assert padding is not None  # why_not refuses the others
+    return Geometry(conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Padding of height and width, or None where the two sides differ ("same", even kernels)."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)]
+        return None if totals[0] % 2 or totals[1] % 2 else (totals[0] // 2, totals[1] // 2)
+    return conv.padding  # type: ignore[return-value]  # Conv2d keeps pairs
 
 
 def _conv(conv: nn.Conv2d) -> Conv:
@@ -259,6 +316,35 @@ def run_chain(
     out = result[0]
     _update_buffers(recipes, result[1], rows)
     return out.contiguous() if like_nchw else out
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Any,
+    *,
+    backend: str = AUTO,
+    memory: str = "recompute",
+    segment: int = 0,
+) -> Any:
+    """x through modules in order: consecutive units as one chain, all others by a call each.
+
+    A unit with a hook on its own call is called too, and so is one whose input a chain cannot take
+    (``accepts``).
+    """
+    recipes: list[Recipe] = []
+    for block in blocks:
+        if isinstance(block, ChainUnit) and backend != EAGER and not hooked(block):
+            recipe = block.chain_unit()
+            if isinstance(recipe, Recipe) and (recipes or accepts(recipe, x)):
+                recipes.append(recipe)
+                continue
+        if recipes:
+            x = run_chain(recipes, x, backend=backend, memory=memory, segment=segment)
+            recipes = []
+        x = block(x)
+    if recipes:
+        x = run_chain(recipes, x, backend=backend, memory=memory, segment=segment)
+    return x
 
 
 def compute_dtype(recipe: Recipe, device: str) -> torch.dtype:

@@ -61,7 +61,7 @@ class Unit(NamedTuple):
 
         A single repetition has no h between x and the output from which F could be recomputed.
         """
-        return self.shortcut == IDENTITY_RAW and len(self.convs) > 1 and not self.add_in_place
+        return self.shortcut == IDENTITY_RAW and len(self.convs) > 1
 
 
 class UnitParams(NamedTuple):
