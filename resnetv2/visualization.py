@@ -32,6 +32,7 @@ __all__ = ["Picture", "ResNetV2Visualizer"]
 # vision; line styles and markers tell the same apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 STYLES = ("-", "--", "-.", ":")
+HISTOGRAM_BINS = 30
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 METRICS = {
@@ -237,6 +238,10 @@ class ResNetV2Visualizer:
             )
         if "x" in log:
             axes.set_xscale("log")
+            ticks = _apart({value for x, _ in lines.values() for value in x})
+            if len(ticks) <= 10:
+                axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+                axes.set_xticks([], minor=True)
         if "y" in log:
             axes.set_yscale("log")
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -297,6 +302,69 @@ class ResNetV2Visualizer:
             axes.grid(axis="x", visible=False)
             axes.set_axisbelow(True)
         return self._finish(picture, "steps")
+
+    def plot_distributions(self, values: Mapping[str, Sequence[float]], label: str) -> Picture:
+        """Histogram and box plot of samples by name, over one range of values."""
+        picture, (histogram, boxes) = self._panels(2, "")
+        everything = [value for sample in values.values() for value in sample]
+        low, high = min(everything), max(everything)
+        margin = 0.02 * (high - low) or 0.5
+        edges = [
+            low - margin + (high - low + 2 * margin) * i / HISTOGRAM_BINS
+            for i in range(HISTOGRAM_BINS + 1)
+        ]
+        for number, (name, sample) in enumerate(values.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            histogram.hist(sample, edges, color=colour, alpha=0.6, label=name)
+        histogram.set(xlabel=label, ylabel="inputs")
+        drawn = boxes.boxplot(
+            list(values.values()), patch_artist=True, widths=0.5, medianprops={"color": "black"}
+        )
+        for number, box in enumerate(drawn["boxes"]):
+            box.set(facecolor=COLOURS[number % len(COLOURS)], alpha=0.6)
+        names = [name.replace(" (", "\n(") for name in values]
+        boxes.set_xticks(range(1, len(names) + 1), names)
+        boxes.set_ylabel(label)
+        _legend(picture, histogram)
+        return self._finish(picture, "distributions")
+
+    def plot_block_norms(self, nets: Mapping[str, Mapping[str, Sequence[float]]]) -> Picture:
+        """Norms along a net: |x| and |out - x| of every block, and their ratio.
+
+        Args:
+            nets: by name, "identity", "residual" and "ratio", a value a block.
+        """
+        picture, panels = self._panels(3, "")
+        labels = ("|x|", "|out - x|", "|out - x| / |x|")
+        for axes, part, label in zip(panels, ("identity", "residual", "ratio"), labels):
+            for number, (name, norms) in enumerate(nets.items()):
+                look = _look(number) | {"markersize": 4 if len(norms[part]) <= 30 else 0}
+                axes.plot(range(len(norms[part])), norms[part], label=name, **look)
+            axes.set(xlabel="block", ylabel=label, ylim=(0, None))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(picture, panels[0])
+        return self._finish(picture, "block_norms")
+
+    def plot_gradients(
+        self, norms: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, ylabel: str
+    ) -> Picture:
+        """A panel a depth: a gradient norm for each layer, a curve a net, on a logarithmic scale.
+
+        Args:
+            norms: by the panel's title and the net's name, from the first layer to the last.
+        """
+        picture, panels = self._panels(len(norms), "")
+        values = [v for nets in norms.values() for curve in nets.values() for v in curve if v > 0]
+        for axes, (title, nets) in zip(panels, norms.items()):
+            for number, (name, curve) in enumerate(nets.items()):
+                look = _look(number) | {"markersize": 4 if len(curve) <= 30 else 0}
+                axes.plot(range(len(curve)), curve, label=name, **look)
+            axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log", title=title)
+            if values:
+                axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(picture, panels[0])
+        return self._finish(picture, "gradients")
 
     def _panels(
         self, count: int, title: str, scale: float = 1.0, columns: int = 3
@@ -387,6 +455,15 @@ def _histories(
     given: Comparison | Mapping[str, Sequence[History]],
 ) -> Mapping[str, Sequence[History]]:
     return given if isinstance(given, Mapping) else given.histories
+
+
+def _apart(values: set[float]) -> list[float]:
+    """Positive values in order, without those less than a quarter above the one before."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value > 1.25 * kept[-1]:
+            kept.append(value)
+    return kept
 
 
 def _reach(values: Sequence[float]) -> float:

@@ -114,8 +114,8 @@ def block(options: StudyOptions) -> Result:
         series={"input_gradient": gradients[0], "gradient_through_F": residual_gradient},
         notes=[
             "The gradient that arrives at the output is random with norm 1. Activations are those "
-            "of real images after a random 3x3 stem, scaled to std 1; the block is untrained and in "
-            "training mode."
+            "of real images after a random 3x3 stem, scaled to std 1; the block is untrained and "
+            "in training mode."
         ],
     )
 

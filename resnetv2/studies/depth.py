@@ -114,7 +114,7 @@ def measure(make: Callable[[str], PreActResNet], images: Tensor, labels: Tensor)
 @study(
     "depth",
     title="Depth: 20 to 1000 layers",
-    question="Does the gradient reach the input of a very deep net, and does the net fit into memory?",
+    question="Does the gradient reach the input of a very deep net, and what memory does it take?",
     defaults={
         "data": "digits",
         "root": "data",
@@ -135,15 +135,15 @@ def depth(options: StudyOptions) -> Result:
     batches = Batches(data, options.batch_size, generator, options.place)
     images, labels = next(batches.training())
     hide = None if options.progress is None else not options.progress
-    nets: list[tuple[str, int, Callable[[str], PreActResNet]]] = []
-    for d in sorted(options.depths):
-        if d >= 8 and (d - 2) % 6 == 0:
-            nets.append(("CIFAR nets", d, lambda mode, d=d: cifar_net(d, data, mode)))
-    width = options.width
-    for d in sorted(options.depths):
-        nets.append(("Stacks", d, lambda mode, d=d: stack(d, width, data, mode)))
+    depths, width = sorted(options.depths), options.width
+    nets = [("CIFAR nets", d) for d in depths if d >= 8 and (d - 2) % 6 == 0]
+    nets += [("Stacks", d) for d in depths]
     rows: dict[str, list[list[object]]] = {}
-    for family, d, make in tqdm(nets, desc="depths", unit="net", leave=False, disable=hide):
+    for family, d in tqdm(nets, desc="depths", unit="net", leave=False, disable=hide):
+
+        def make(mode: str, family: str = family, d: int = d) -> PreActResNet:
+            return cifar_net(d, data, mode) if family != "Stacks" else stack(d, width, data, mode)
+
         rows.setdefault(family, []).append([d, *measure(make, images, labels)])
     titles = {
         "CIFAR nets": "CIFAR nets: three stages of 16, 32 and 64 channels",
@@ -158,8 +158,9 @@ def depth(options: StudyOptions) -> Result:
 
     memory = {
         f"{name.partition(':')[0].partition(' of ')[0]}, {mode}": values
+        for name in names
         for mode in MODES
-        for name, values in lines(f"peak MB, {mode}").items()
+        for values in [lines(f"peak MB, {mode}")[name]]
     }
     return Result(
         tables=tables,
