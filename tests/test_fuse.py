@@ -378,7 +378,7 @@ def test_options_of_a_forward(options):
 
 def test_checks_of_a_forward_are_made():
     fused = fused_copy(Checking(4).to(DEVICE))
-    with pytest.raises(ValueError, match="expected .*4 channels, got 3"):
+    with pytest.raises(ValueError, match=r"expected .*4 channels, got 3"):
         fused(images((2, 3, 5, 6)))
     with pytest.raises((AssertionError, ValueError)):
         fused(images((4, 5, 6)))
