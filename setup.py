@@ -40,7 +40,7 @@ setup(
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
     ],
     package_dir={KERNELS: "kernels"},
-    package_data={"resnetv2": ["py.typed"]},
+    package_data={"resnetv2": ["py.typed"], "resnetv2.studies": ["page.html"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
@@ -48,6 +48,7 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",
         "numpy",
         "click>=8.1",
+        "jinja2>=3.1",
         "matplotlib>=3.7",
         "scikit-learn>=1.3",
         "tqdm>=4.65",

@@ -16,6 +16,7 @@ import click
 COMMANDS = {
     "train": "resnetv2.cli:train",
     "plan": "resnetv2.plan_cli:plan",
+    "study": "resnetv2.study_cli:study",
 }
 
 

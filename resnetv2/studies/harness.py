@@ -96,7 +96,10 @@ class Study:
             if name not in self.defaults and name not in common:
                 takes = ", ".join([*self.defaults, *common])
                 raise InputError(f"{self.name} has no option {name!r}; it takes {takes}")
-        return StudyOptions(**{**self.defaults, **self.presets.get(preset or "", {}), **changes})
+        options = StudyOptions(**{**self.defaults, **self.presets.get(preset or "", {}), **changes})
+        if isinstance(self.defaults.get("depth"), int) and len(options.depths) != 1:
+            raise InputError(f"{self.name} takes one depth, got {listed(options.depths)}")
+        return options
 
     def __call__(self, preset: str | None = None, **changes: Any) -> Result:
         """Run it. The global random state is left as it was; weights come from the seeds."""

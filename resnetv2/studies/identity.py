@@ -8,7 +8,7 @@ not: what is negative in x + F(x) is cut off.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -72,7 +72,7 @@ def _mean_norm(x: Tensor) -> float:
         "image_size": None,
         "depth": 20,
         "width": 32,
-        "epochs": 4,
+        "epochs": 8,
         "batch_size": 64,
         "lr": 0.05,
         "samples": 100,
@@ -112,10 +112,13 @@ def identity(options: StudyOptions) -> Result:
         )
     columns = ["block", "inputs", "mean |out - in|", "std", "min", "max", "|out - in| / |in|"]
     alone = Table("One untrained block on random inputs", [*columns, "zeros in out %"], rows)
-    in_nets, series = _in_nets(options)
+    series = _in_nets(options)
     return Result(
-        tables=[alone, in_nets],
-        conclusions=[*_alone(alone), *_within(in_nets)],
+        tables=[alone, *_tables(series, options.one_depth)],
+        conclusions=[
+            *_alone(alone),
+            *(_trend(name, each["ratio"]) for name, each in series.items()),
+        ],
         figures={
             "change-of-random-inputs": ResNetV2Visualizer().plot_distributions(
                 changes, "|F(x)| = |out - in|"
@@ -132,8 +135,8 @@ def identity(options: StudyOptions) -> Result:
     )
 
 
-def _in_nets(options: StudyOptions) -> tuple[Table, dict[str, dict[str, list[float]]]]:
-    """Table and curves of |x_l|, |F(x_l)| per block of both nets, before and after training."""
+def _in_nets(options: StudyOptions) -> dict[str, dict[str, list[float]]]:
+    """|x_l|, |F(x_l)| and their ratio per block of both nets, before and after training."""
     data = options.load()
     if options.one_depth < 2 or options.one_depth % 2:
         raise InputError(f"depth must be even, two layers a block, got {options.one_depth}")
@@ -142,24 +145,33 @@ def _in_nets(options: StudyOptions) -> tuple[Table, dict[str, dict[str, list[flo
     )
     images, _ = next(batches.training())
     series: dict[str, dict[str, list[float]]] = {}
-    rows: list[list[Any]] = []
     for name, ordering in ((POST, ORIGINAL), (PRE, FULL_PREACTIVATION)):
         torch.manual_seed(0)
         net = _net(options, data, ordering).to(options.place)
-        for when in ("untrained", f"after {options.epochs} epochs"):
-            if when != "untrained":
+        for when in ("untrained", "trained"):
+            if when == "trained":
                 train_variant(partial(_itself, net), data, replace(options, seeds=1), 0, name)
             net.train()
             norms = block_norms(net, images)
             sizes, changes = ([pair[i] for pair in norms] for i in (0, 1))
             ratios = [change / size if size else 0.0 for size, change in norms]
             series[f"{name}, {when}"] = {"identity": sizes, "residual": changes, "ratio": ratios}
-            rows += [
-                [name, when, i, size, change, ratio]
-                for i, (size, change, ratio) in enumerate(zip(sizes, changes, ratios))
-            ]
-    columns = ["net", "when", "block", "|x|", "|out - x|", "|out - x| / |x|"]
-    return Table(f"Blocks of a net of {options.one_depth} layers", columns, rows), series
+    return series
+
+
+def _tables(series: Mapping[str, Mapping[str, Sequence[float]]], depth: int) -> list[Table]:
+    """A table a moment, a row a block, the nets side by side."""
+    tables = []
+    for when in dict.fromkeys(name.partition(", ")[2] for name in series):
+        nets = {n.partition(" ")[0]: each for n, each in series.items() if n.endswith(f", {when}")}
+        columns = ["block"]
+        columns += [
+            f"{net}: {part}" for net in nets for part in ("|x|", "|out - x|", "|out - x| / |x|")
+        ]
+        parts = [net[part] for net in nets.values() for part in ("identity", "residual", "ratio")]
+        rows = [[i, *values] for i, values in enumerate(zip(*parts))]
+        tables.append(Table(f"Blocks of nets of {depth} layers, {when}", columns, rows))
+    return tables
 
 
 def _itself(net: ResidualNetwork) -> ResidualNetwork:
@@ -188,14 +200,6 @@ def _alone(table: Table) -> list[str]:
         f"{zeros[POST]:.1f} % of the {POST} block's output are cut to 0 and {zeros[PRE]:.1f} % of "
         f"the {PRE} block's.",
     ]
-
-
-def _within(table: Table) -> list[str]:
-    """First against last block, per net and moment."""
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for name, when, _, _, _, ratio in table.rows:
-        ratios.setdefault((name, when), []).append(ratio)
-    return [_trend(f"{name}, {when}", values) for (name, when), values in ratios.items()]
 
 
 def _trend(name: str, ratios: Sequence[float]) -> str:

@@ -1,0 +1,95 @@
+"""All results as one HTML page that needs nothing else: pictures and style are inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from resnetv2.data import InputError
+from resnetv2.studies.results import Result, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 130
+# A picture broader than this in inches is scrolled on a phone rather than shrunk to illegibility.
+WIDE = 8.0
+
+
+def render(results: Sequence[Result]) -> str:
+    """The page: contents, then each study with question, conclusions, figures, tables, settings.
+
+    Raises:
+        ValueError: no result.
+    """
+    if not results:
+        raise ValueError("a page needs at least one result")
+    source = resources.files("resnetv2.studies").joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    seconds = sum(result.seconds for result in results)
+    return environment.from_string(source).render(
+        results=results,
+        figures={result.name: list(map(_picture, result.figures.items())) for result in results},
+        device=results[0].settings["device"],
+        threads=results[0].settings["threads"],
+        versions=results[0].settings["versions"],
+        minutes=f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds",
+        text_class=_text_class,
+        setting=_setting,
+    )
+
+
+def write_page(results: Sequence[Result], path: str | Path) -> Path:
+    """Write the page to `path`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render(results), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error}") from error
+    return path
+
+
+def _picture(named: tuple[str, Figure]) -> dict[str, Any]:
+    name, figure = named
+    file = io.BytesIO()
+    figure.savefig(file, dpi=DPI, format="png")
+    width, height = figure.get_size_inches()
+    caption = name.replace("-", " ")
+    return {
+        "data": base64.b64encode(file.getvalue()).decode("ascii"),
+        # CSS pixels are 96 to an inch: the picture at its own size, sharp on a dense screen.
+        "width": round(96 * width),
+        "height": round(96 * height),
+        "wide": width > WIDE,
+        "caption": caption[:1].upper() + caption[1:],
+    }
+
+
+def _text_class(table: Table, index: int) -> Markup:
+    """The attribute of a cell in a column of words, which is set from the left."""
+    words = any(isinstance(row[index], str) for row in table.rows)
+    return Markup(' class="text"') if words else Markup("")
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    if value is None:
+        return "all or default"
+    return str(value)
