@@ -408,10 +408,16 @@ class _Graph:
         return node.op == "get_attr" or (node.op == "call_function" and node.target in _NO_EFFECT)
 
     def _add(self, node: fx.Node | None, kind: str, inputs: tuple[int, ...], **rest: Any) -> int:
-        self.ops.append(_Op(len(self.ops), kind, inputs, **rest))
+        op = _Op(len(self.ops), kind, inputs, **rest)
+        self.ops.append(op)
         if node is not None:
-            self._number[node] = len(self.ops) - 1
-        return len(self.ops) - 1
+            self._number[node] = op.number
+        if op.in_place:
+            # What is read of the changed tensor from here on is the result, under any name.
+            for name, number in self._number.items():
+                if number == inputs[0]:
+                    self._number[name] = op.number
+        return op.number
 
     def _read(self, node: fx.Node) -> None:
         inputs = tuple(self._number[n] for n in node.all_input_nodes)
@@ -495,6 +501,9 @@ class _Graph:
         if node.target in ("relu", "relu_") and plain:
             in_place = node.target == "relu_"
             self._add(node, "act", inputs, act=Act("relu"), in_place=in_place)
+        elif node.target in ("clone", "contiguous") and plain:
+            # A copy of what nobody writes to: ``_match`` refuses what writes into its input.
+            self._number[node] = inputs[0]
         elif node.target in ("add", "add_") and self._is_addition(node):
             self._add(node, "add", self._operands(node), in_place=node.target == "add_")
         else:
@@ -721,14 +730,15 @@ def _trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.
     root.forward = forward  # type: ignore[method-assign]  # one argument, the others' defaults
 
     before = _contents(module)
-    states = (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002
+    as_tensor = torch.as_tensor
+    states = _random_states()
     try:
+        # No torch function to a tracer, but of no effect on a tensor.
+        torch.as_tensor = lambda data, *a, **k: (  # type: ignore[assignment]
+            data if type(data) is _Value and not a and not k else as_tensor(data, *a, **k)
+        )
         graph = _Tracer(channels).trace(module)
-        if not (
-            torch.equal(states[0], torch.get_rng_state())
-            and states[1] == random.getstate()
-            and np.array_equal(states[2][1], np.random.get_state()[1])  # noqa: NPY002
-        ):
+        if _random_states() != states:
             raise NotAUnitError("draws random numbers")
         if _contents(module) != before:
             raise NotAUnitError("its forward changes attributes")
@@ -738,10 +748,19 @@ def _trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotAUnitError(f"cannot be traced: {line}") from error
     finally:
-        torch.set_rng_state(states[0])
+        torch.as_tensor = as_tensor
+        torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
         random.setstate(states[1])
         np.random.set_state(states[2])  # noqa: NPY002
     return graph, log
+
+
+def _random_states() -> tuple[Any, Any, Any]:
+    """Of torch, Python and NumPy, comparable."""
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = legacy
+    state = (name, tuple(keys.tolist()), *rest)
+    return tuple(torch.get_rng_state().tolist()), random.getstate(), state
 
 
 def _contents(module: nn.Module) -> list[Any]:

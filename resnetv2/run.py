@@ -94,10 +94,12 @@ def act_of(module: nn.Module | Act) -> Act | None:
 def hooked(module: nn.Module) -> bool:
     """Whether anything is hooked on a module's call, so that it must really be called.
 
-    A ``forward`` put on the instance counts too: how adapters and offloading libraries hook.
+    A ``forward`` put on the instance counts too: how adapters and offloading libraries hook. So
+    does ``module.compile()``.
     """
     return bool(
         "forward" in module.__dict__
+        or module._compiled_call_impl is not None
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
