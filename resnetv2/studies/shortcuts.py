@@ -82,11 +82,11 @@ def agreement(comparison: Comparison) -> str:
     sides = {name: standing(comparison, name, IDENTITY) for name in others}
     worse = sum(side < 0 for side in sides.values())
     better = [name for name, side in sides.items() if side > 0]
-    sentence = (
-        f"In the paper all {len(others)} are worse than the identity; here {worse} are, by more "
-        "than the spread over seeds"
+    return (
+        f"Worse than the identity by more than the spread over seeds: {worse} of {len(others)} "
+        f"here, all {len(others)} in the paper"
+        + (f"; better: {', '.join(better)}." if better else ".")
     )
-    return f"{sentence}, and {', '.join(better)} better." if better else f"{sentence}."
 
 
 @study(
