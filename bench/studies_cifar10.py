@@ -38,16 +38,18 @@ COMMON = {
     "depth": 110,
     "width": 16,
     "batch_size": 32,
+    "train_images": 2500,
     "test_images": 1000,
+    "epochs": 4,
     "target": 0.3,
     "device": "cpu",
     "progress": False,
 }
 SETTINGS = {
-    # 468 steps: 78 at lr/10, for the paper warms ResNet-110 up, then lr up to a half of them.
-    "versions": {**COMMON, "train_images": 5000, "epochs": 3, "lr": 0.1, "warmup_steps": 78},
-    # A rate at which the original units start without a warm-up.
-    "shortcuts": {**COMMON, "train_images": 2500, "epochs": 4, "lr": 0.02, "warmup_steps": 0},
+    # One epoch of warm-up, as the paper's 400 steps of 128 images for ResNet-110.
+    "versions": {**COMMON, "lr": 0.1, "warmup_steps": 78},
+    # A rate at which the original units start without one.
+    "shortcuts": {**COMMON, "lr": 0.02, "warmup_steps": 0},
 }
 
 
@@ -61,7 +63,7 @@ def command(name: str) -> str:
     flags = {**SETTINGS[name], "seeds": SEEDS[name]}
     words = [f"--{key.replace('_', '-')} {value}" for key, value in flags.items()]
     words = [word for word in words if not word.startswith("--progress")]
-    return f"resnetv2 study {name} {' '.join(words)}"
+    return f"resnetv2 study {name} {' '.join(words)} --threads 1"
 
 
 def path_of(name: str, variant: str, seed: int) -> Path:
