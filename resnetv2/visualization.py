@@ -474,10 +474,11 @@ def _reach(values: Sequence[float]) -> float:
 
 
 def _look(number: int) -> dict[str, Any]:
+    again = number // len(COLOURS)  # a colour's second line has another style and marker
     return {
         "color": COLOURS[number % len(COLOURS)],
-        "linestyle": STYLES[number % len(STYLES)],
-        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": STYLES[(number + again) % len(STYLES)],
+        "marker": MARKERS[(number + 3 * again) % len(MARKERS)],
     }
 
 

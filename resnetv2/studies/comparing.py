@@ -147,7 +147,7 @@ def against(comparison: Comparison, reference: str) -> list[str]:
 
     def listed(names: list[str]) -> str:
         return ", ".join(
-            f"{name} ({100 * comparison.difference(name, reference).mean:+.1f} points"
+            f"{name} ({points(comparison.difference(name, reference).mean)}"
             f"{_lost(comparison, name)})"
             for name in names
         )
@@ -170,6 +170,11 @@ def against(comparison: Comparison, reference: str) -> list[str]:
             f"or changes its sign): {listed(groups[0])}."
         )
     return sentences
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in percentage points, with its sign, "+1.2 points"."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f} points"  # + 0.0: no minus before a zero
 
 
 def percent(comparison: Comparison, variant: str) -> str:

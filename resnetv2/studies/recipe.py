@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 
 from resnetv2.data import ImageData
@@ -13,12 +12,14 @@ from resnetv2.studies.comparing import (
     Factory,
     network,
     percent,
+    points,
     shape_of,
 )
 from resnetv2.studies.harness import (
     Comparison,
     History,
     Result,
+    Spread,
     StudyOptions,
     Table,
     compare,
@@ -80,31 +81,35 @@ def train(options: StudyOptions, data: ImageData) -> Comparison:
 def effects(comparison: Comparison, names: tuple[str, ...] = (PLAIN, V1, V2)) -> list[str]:
     """What all three ingredients give each architecture, and what V2 gives with and without."""
 
-    def gain(better: str, worse: str) -> tuple[float, str]:
+    def gain(better: str, worse: str) -> tuple[Spread, str]:
         difference = comparison.difference(better, worse)
-        spread = f" ± {100 * difference.std:.1f}" if len(difference.values) > 1 else ""
-        return 100 * difference.mean, f"{100 * difference.mean:+.1f}{spread} points"
+        around = f" ± {100 * difference.std:.1f}" if len(difference.values) > 1 else ""
+        return difference, points(difference.mean).replace(" ", f"{around} ")
 
-    sentences = []
     of_recipe = {name: gain(label(name, ALL), label(name, NOTHING)) for name in names}
-    listed = ", ".join(f"{name} {words}" for name, (_, words) in of_recipe.items())
-    sentences.append(f"The whole recipe against none of it: {listed}.")
     of_v2 = {name: gain(label(V2, name), label(V1, name)) for name in (NOTHING, ALL)}
-    sentences.append(
-        f"{V2} against the {V1}: {of_v2[NOTHING][1]} without the recipe, {of_v2[ALL][1]} with it."
+    # A seed's mean over both nets, or both recipes: what each choice gives, other things equal.
+    by_recipe = _means(of_recipe[V1][0], of_recipe[V2][0])
+    by_architecture = _means(of_v2[NOTHING][0], of_v2[ALL][0])
+    sizes = [abs(spread.mean) for spread in (by_recipe, by_architecture)]
+    larger = "recipe" if sizes[0] > sizes[1] else "architecture"
+    agree = sum(
+        (abs(a) > abs(b)) == (sizes[0] > sizes[1])
+        for a, b in zip(by_recipe.values, by_architecture.values)
     )
-    recipe_points = statistics.fmean([of_recipe[V1][0], of_recipe[V2][0]])
-    architecture_points = statistics.fmean([of_v2[NOTHING][0], of_v2[ALL][0]])
-    larger = (
-        "the recipe makes the larger difference"
-        if abs(recipe_points) > abs(architecture_points)
-        else "the architecture makes the larger difference"
-    )
-    sentences.append(
-        f"Over these two the recipe gives {recipe_points:+.1f} points on average, V2 instead of "
-        f"the original unit {architecture_points:+.1f}: here {larger}."
-    )
-    return sentences
+    return [
+        "The whole recipe against none of it: "
+        + ", ".join(f"{name} {words}" for name, (_, words) in of_recipe.items())
+        + ".",
+        f"{V2} against the {V1}: {of_v2[NOTHING][1]} without the recipe, {of_v2[ALL][1]} with it.",
+        f"Over these two nets the recipe gives {points(by_recipe.mean)} on average, V2 instead of "
+        f"the original unit {points(by_architecture.mean)}: the {larger} makes the larger "
+        f"difference here, in {agree} of {len(by_recipe.values)} seed(s).",
+    ]
+
+
+def _means(first: Spread, second: Spread) -> Spread:
+    return Spread(tuple((a + b) / 2 for a, b in zip(first.values, second.values)))
 
 
 def grid(comparison: Comparison, recipe_names: list[str], architecture_names: list[str]) -> Table:
