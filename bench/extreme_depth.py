@@ -3,17 +3,21 @@
     python -m bench.extreme_depth DATA [--layers 10001] [--batch-size 4] [--steps 20]
 
 DATA is what ``resnetv2 train --data`` takes. The steps go over two
-batches of randomly drawn images in turn; the
-losses and the peak of a step's allocations beyond parameters, gradients and momentum go to a CSV.
+batches of randomly drawn images in turn; the losses and the peak of a step's allocations beyond
+parameters, gradients and momentum become the suite "extreme depth" of the device's report.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import shlex
+import sys
 import time
 
-from bench.memory_modes import REPORTS, device_name, peak_bytes
+from bench.measure import peak_bytes
+from bench.report import render
+from bench.schema import CSV_NAME, REPORTS, Row, device_name, merge, read, versions, write
+from bench.suites import SUITES, describe
 
 
 def main() -> None:
@@ -53,29 +57,33 @@ def main() -> None:
         optimizer.step()
         return loss.item()
 
+    case = f"bottleneck ResNet-{args.layers}, batch {args.batch_size}"
     rows = []
     for number in range(args.steps):
         start = time.perf_counter()
         loss = step(number)
-        rows.append({"step": number, "loss": round(loss, 4)})
+        rows.append(
+            Row("extreme depth", case, "segment", f"step {number}", "loss", "", loss, trials=1)
+        )
         print(f"step {number:2}: loss {loss:.4f}, {time.perf_counter() - start:.1f} s", flush=True)
     optimizer.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = peak_bytes(lambda: step(args.steps), cuda) - gradients
-    print(f"{args.layers} layers: {peak / 1e6:.0f} MB beyond parameters, gradients and momentum")
-    folder = REPORTS / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"extreme-depth-{args.layers}.csv").open("w", newline="") as file:
-        common = {
-            "layers": args.layers,
-            "batch": args.batch_size,
-            "peak_mb": round(peak / 1e6, 1),
-            "device": device_name(),
-            "torch": torch.__version__,
-        }
-        writer = csv.DictWriter(file, [*rows[0], *common])
-        writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
+    peak = (peak_bytes(lambda: step(args.steps), cuda) - gradients) / 1e6
+    print(f"{args.layers} layers: {peak:.1f} MB beyond parameters, gradients and momentum")
+    rows.append(
+        Row("extreme depth", case, "segment", "forward+backward", "peak", "MB", peak, trials=1)
+    )
+    common = {
+        "device": device_name(),
+        "versions": versions(torch.get_num_threads()),
+        "dtype": "fp32",
+        "layout": "channels_last",
+        "command": shlex.join(["python", "-m", "bench.extreme_depth", *sys.argv[1:]]),
+    }
+    path = REPORTS / device_name() / CSV_NAME
+    old = read(path) if path.exists() else []
+    write(path, merge(old, describe(rows, common), SUITES))
+    render(path.parent)
 
 
 if __name__ == "__main__":

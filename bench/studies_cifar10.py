@@ -111,7 +111,12 @@ def report(name: str) -> None:
     for variant in module_of(name).variants(options, data):
         runs = []
         for seed in range(SEEDS[name]):
-            record = json.loads(path_of(name, variant, seed).read_text())
+            path = path_of(name, variant, seed)
+            if not path.exists():
+                raise SystemExit(
+                    f"{path} is missing: python -m bench.studies_cifar10 {name} --seed {seed}"
+                )
+            record = json.loads(path.read_text())
             record["epochs"] = [EpochMetrics(**epoch) for epoch in record["epochs"]]
             runs.append(History(**record))
         histories[variant] = runs

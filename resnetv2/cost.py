@@ -94,12 +94,14 @@ def measure_rates(device: torch.device | str, dtype: torch.dtype = torch.float32
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
-    for _ in range(10):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
+    end = time.perf_counter() + 0.3  # at least: clocks and threads take a while to wake up
+    while time.perf_counter() < end:
+        for _ in range(3):
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
     return best
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.memory_modes import peak_bytes
+from bench.measure import peak_bytes
 from resnetv2 import BottleneckPreActBlock, BudgetError, PreActResNet, plan
 from resnetv2.memory import parse_bytes
 from tests.support import DEVICE, eager_twin, images, randomise

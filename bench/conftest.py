@@ -1,0 +1,237 @@
+"""Options, progress and the report of `python -m pytest bench/`; see README, "Benchmarks"."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import cases, schema
+from bench.measure import Bench, Outcome, Settings
+from bench.providers import all_providers
+from bench.schema import Row
+from bench.suites import SUITES, describe, timed_rows
+
+FILES = {f"bench_{name}.py": name for name in SUITES[:5]}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench", "throughput and memory of residual networks")
+    size = group.addoption
+    size("--quick", action="store_true", help="few cases; the default without a GPU")
+    size("--full", action="store_true", help="all cases; with --suite part by part")
+    size("--suite", choices=SUITES[:5], action="append", help="this suite only (repeatable)")
+    size("--graphs", action="store_true", help="each provider in a CUDA graph as well")
+    size("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    size("--out", type=Path, help="the report's folder (default: bench/reports/<device>)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick") and config.getoption("--full"):
+        raise pytest.UsageError("expected one of --quick and --full, got both")
+    # Providers in processes of their own inherit these.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # compile times as on a first run
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.pop("TRITON_INTERPRET", None)
+    if threads := config.getoption("--threads"):
+        torch.set_num_threads(threads)
+    config.stash[_SESSION] = Session(config)
+
+
+_SESSION = pytest.StashKey["Session"]()
+
+
+class Session:
+    """One run: its providers' processes, its rows, and what it says meanwhile."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.full = bool(config.getoption("--full"))
+        self.cuda = torch.cuda.is_available()
+        self.threads = torch.get_num_threads()
+        self.rows: dict[tuple[str, str, int], list[Row]] = {}
+        self.outcomes: dict[tuple[str, str], dict[str, Outcome]] = {}
+        self.start = time.monotonic()
+        self.suite = ""
+        self.doing = ""
+        self._bench: Bench | None = None
+
+    @property
+    def settings(self) -> Settings:
+        long = 1800.0 if self.full else 180.0 if self.cuda else 60.0
+        return Settings(
+            seconds=4.0 if self.full else 1.2,
+            compile_limit=long,
+            patience=max(300.0, long),
+            threads=self.threads,
+        )
+
+    @property
+    def bench(self) -> Bench:
+        """Started when it is first needed."""
+        if self._bench is None:
+            providers = all_providers(bool(self.config.getoption("--graphs")))
+            self._bench = Bench(providers, self.settings, say=self.say)
+        return self._bench
+
+    def enter(self, suite: str) -> None:
+        """A case of ``suite`` follows: what compiling may take is a suite's."""
+        if suite != self.suite:
+            self.suite = suite
+            self.bench.compiled.clear()
+
+    def say(self, what: str) -> None:
+        """The progress line: minutes and seconds, suite, case, what is going on."""
+        seconds = int(time.monotonic() - self.start)
+        text = f"{seconds // 60:3}:{seconds % 60:02} {self.suite}: {self.doing}: {what}"
+        stream = sys.__stderr__
+        capture: Any = self.config.pluginmanager.getplugin("capturemanager")
+        if stream is None:
+            return
+        with capture.global_and_fixture_disabled():
+            if stream.isatty():
+                stream.write(f"\r\x1b[K{text[:110]}")
+            elif "round" not in what or what.split("round ")[1].startswith("1 "):
+                stream.write(text + "\n")
+            stream.flush()
+
+    def timed(self, suite: str, case: cases.Case) -> dict[str, Outcome]:
+        """The case's outcomes, measured when they are first asked for."""
+        key = (suite, case.name)
+        if key not in self.outcomes:
+            self.enter(suite)
+            self.doing = case.name
+            self.outcomes[key] = self.bench.run(case)
+            self.record(suite, list(timed_rows(suite, case, self.outcomes[key])))
+        return self.outcomes[key]
+
+    def record(self, suite: str, rows: list[Row]) -> None:
+        """Keep rows for the report."""
+        self.rows.setdefault((suite, "", 0), []).extend(rows)
+
+    def finish(self) -> Path | None:
+        """End the processes and write the report; its folder, or None where nothing was run."""
+        if self._bench is not None:
+            self._bench.close()
+        rows = [row for part in self.rows.values() for row in part]
+        if not rows:
+            return None
+        from bench import report
+
+        folder = self.config.getoption("--out") or schema.REPORTS / schema.device_name()
+        arguments = [str(a) for a in self.config.invocation_params.args]
+        kept = [a for a in arguments if not a.startswith(("--out", "-q", "-v", "-p"))]
+        rows = describe(
+            rows,
+            {
+                "device": schema.device_name(),
+                "versions": schema.versions(self.threads),
+                "layout": "channels_last",
+                "command": shlex.join(["python", "-m", "pytest", *kept]),
+            },
+        )
+        path = folder / schema.CSV_NAME
+        old = schema.read(path) if path.exists() else []
+        schema.write(path, schema.merge(old, rows, SUITES))
+        report.render(folder)
+        return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Suites in their order, and only those that were asked for."""
+    wanted = config.getoption("--suite") or SUITES
+    suite = {item: FILES.get(item.path.name, "") for item in items}
+    dropped = [item for item in items if suite[item] not in wanted]
+    items[:] = [item for item in items if suite[item] in wanted]
+    items.sort(key=lambda item: SUITES.index(suite[item]))
+    config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each case and provider of the module's suite, and each mode of the case."""
+    if "case" not in metafunc.fixturenames:
+        return
+    session = metafunc.config.stash[_SESSION]
+    suite = FILES[metafunc.definition.path.name]
+    chosen = getattr(cases, f"{'depth' if suite == 'limits' else suite}_cases")
+    all_cases = chosen(session.full, session.cuda)
+    names = [p.name for p in all_providers(bool(metafunc.config.getoption("--graphs")))]
+    if "mode" in metafunc.fixturenames:
+        values = [(c, m, n) for c in all_cases for m in c.modes for n in names]
+        ids = [f"{c.name}-{m}-{n}" for c, m, n in values]
+        metafunc.parametrize(("case", "mode", "provider"), values, ids=ids)
+    elif "provider" in metafunc.fixturenames:
+        pairs = [(c, n) for c in all_cases for n in names]
+        metafunc.parametrize(("case", "provider"), pairs, ids=[f"{c.name}-{n}" for c, n in pairs])
+    else:
+        metafunc.parametrize("case", all_cases, ids=[c.name for c in all_cases])
+
+
+@pytest.fixture(scope="session")
+def session(request: pytest.FixtureRequest) -> Session:
+    """The run's session."""
+    return request.config.stash[_SESSION]
+
+
+class Replay:
+    """A clock for pytest-benchmark that goes by what was measured.
+
+    Samples are taken in turns by all providers, in processes of their own; pytest-benchmark, which
+    would measure one test after the other, is given them afterwards for its table and JSON.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, benchmark: Any, seconds: list[float]) -> None:
+        """Let ``benchmark`` see one round for each sample."""
+        samples = iter(seconds)
+
+        def tick() -> None:
+            self.now += next(samples, 0.0)
+
+        benchmark.pedantic(tick, rounds=len(seconds), iterations=1)
+
+
+CLOCK = Replay()
+
+
+@pytest.fixture
+def replay(benchmark: Any) -> Callable[[str, list[float], dict[str, Any]], None]:
+    """Hand samples in seconds to pytest-benchmark, under a group and with further figures."""
+
+    def play(group: str, seconds: list[float], info: dict[str, Any]) -> None:
+        benchmark.group = group
+        benchmark.extra_info.update(info)
+        CLOCK.play(benchmark, seconds)
+
+    return play
+
+
+def settle(outcome_problem: str, ours: bool, benchmark: Any) -> None:
+    """End a test whose provider has no figures: a failure where this project is at fault."""
+    if not outcome_problem:
+        return
+    benchmark.skipped = True  # pytest-benchmark complains about a fixture that was not used
+    if ours and outcome_problem.startswith(("failed", "refused")):
+        pytest.fail(outcome_problem, pytrace=False)
+    pytest.skip(outcome_problem)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _written(session: Session) -> Iterator[None]:
+    yield
+    folder = session.finish()
+    if folder is not None:
+        session.doing, session.suite = "", "report"
+        session.say(f"wrote {folder}")

@@ -1,0 +1,149 @@
+"""A unit's kernels one by one: the calls that its chain makes of an engine, made again and timed.
+
+The calls are captured while the chain really runs, with their arguments, so what is timed is what
+a training step does. Each is repeated with cold caches (a buffer larger than they are is written
+in between) and with warm ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from resnetv2.chain import Chain
+from resnetv2.cost import Cost, CostEngine, Rates, copy_rate, floor_seconds, multiply_rate
+from resnetv2.kernels.dispatch import AtenEngine, engine
+from resnetv2.run import describe
+from resnetv2.spec import decode
+
+from .cases import DTYPES, Case, device
+
+CALLS = ("moments", "norm_stats", "conv_forward", "conv_backward", "norm_conv_backward")
+COLD_BYTES = 2**26  # written between samples; L2 caches are smaller
+WARM_BYTES = 2**20  # copied for the rate of a warm cache
+
+
+class KernelTime(NamedTuple):
+    """One call: its name, seconds of each sample, and what it launches by the cost model."""
+
+    name: str
+    cold: list[float]
+    warm: list[float]
+    costs: list[Cost]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cost.nbytes for cost in self.costs)
+
+    @property
+    def flops(self) -> int:
+        return sum(cost.flops for cost in self.costs)
+
+    def floor(self, rates: dict[str, float]) -> float:
+        """Seconds: each launch's bytes at the faster of the copy rates, or its FLOPs, added up.
+
+        What one operator of a call writes, the next finds in the cache, cold arguments or not.
+        """
+        copy = max(rates["copy cold"], rates["copy warm"])
+        return floor_seconds(self.costs, Rates(copy, rates["multiply"], torch.float32, ""))
+
+
+class _Capture:
+    """An engine that does what ``real`` does and remembers each call."""
+
+    def __init__(self, real: AtenEngine) -> None:
+        self.real = real
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in CALLS:
+            raise AttributeError(name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, args, kwargs))
+            return getattr(self.real, name)(*args, **kwargs)
+
+        return call
+
+
+def device_rates(dtype: str) -> dict[str, float]:
+    """Copy rates with cold and warm caches (bytes/s) and the rate of matrix products (FLOP/s)."""
+    return {
+        "copy cold": copy_rate(device(), 2 * COLD_BYTES),
+        "copy warm": copy_rate(device(), WARM_BYTES),
+        "multiply": multiply_rate(device(), DTYPES[dtype]),
+    }
+
+
+def measure(
+    case: Case, samples: int, seconds: float, say: Callable[[str], None]
+) -> list[KernelTime]:
+    """Time the calls of one unit's forward and backward, those that compute something.
+
+    samples: of each call and kind, fewer where they would take longer than ``seconds`` in all.
+    """
+    cuda = device().type == "cuda"
+    dtype = DTYPES[case.dtype]
+    module = case.build(backend="triton" if cuda else "aten")
+    x, g = case.inputs(dtype)
+    x = x.detach()
+    params, layout, constants = describe(
+        [module[0].recipe()], dtype, need_x=True, backend=module.backend, memory="recompute",
+        segment=0,
+    )  # fmt: skip
+    spec = decode(layout, constants)
+    params = [p.detach() for p in params]
+    capture = _Capture(engine(module.backend, x.device, (dtype,)))
+    with torch.no_grad():
+        forward = Chain(spec, params, capture)  # type: ignore[arg-type]
+        out, kept = forward.forward(x, 0, 1, spec.kept())
+        assert out is not None
+        backward = Chain(spec, params, capture, forward.stats)  # type: ignore[arg-type]
+        backward.backward(g.to(out.dtype), x, out, kept, [None] * len(params))
+        flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device=x.device)
+        times = []
+        for name, args, kwargs in capture.calls:
+            if name == "norm_stats":
+                continue  # values per channel only
+            model = CostEngine(triton=cuda)
+            getattr(model, name)(*args, **kwargs)
+            label = "moments" if name == "moments" else model.costs[-1].step
+            if kwargs.get("residual") is not None or kwargs.get("final"):
+                label += " + shortcut"
+            say(label)
+
+            def call(name: str = name, args: Any = args, kwargs: Any = kwargs) -> object:
+                return getattr(capture.real, name)(*args, **kwargs)
+
+            times.append(KernelTime(label, *_samples(call, flush, samples, seconds), model.costs))
+    return times
+
+
+def _samples(
+    call: Callable[[], object], flush: torch.Tensor, samples: int, seconds: float
+) -> tuple[list[float], list[float]]:
+    cuda = flush.is_cuda
+
+    def timed() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        call()
+    cold: list[float] = []
+    warm: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(warm) < samples and (len(warm) < 5 or time.perf_counter() < end):
+        flush.add_(1)
+        cold.append(timed())
+        call()
+        warm.append(timed())
+    return cold, warm

@@ -1,0 +1,136 @@
+"""Who computes a case: PyTorch in its ways, this project in each memory mode, and peers."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from .cases import Case, device
+
+EAGER = "eager"
+COMPILE = "compile"
+
+
+class Provider(NamedTuple):
+    """prepare: a case to the module that computes it. ours: this project's. compiles: by
+    torch.compile, which takes its time. graph: the whole step in a CUDA graph. missing: why it
+    cannot run here, or "".
+    """
+
+    name: str
+    prepare: Callable[[Case], Any]
+    ours: bool = False
+    compiles: bool = False
+    graph: bool = False
+    missing: str = ""
+
+
+def _eager(case: Case) -> nn.Module:
+    return case.build(backend="eager")
+
+
+def _compiled(case: Case, mode: str | None = None) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(_eager(case), mode=mode, dynamic=False)
+
+
+class _Checkpointed(nn.Sequential):
+    """A stage in about as many segments as a segment has blocks, by torch.utils.checkpoint."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        segments = max(1, round(len(self) ** 0.5))
+        if len(self) == 1:
+            return checkpoint(self[0], x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint_sequential(
+            self, segments, x, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def _checkpointed(case: Case) -> nn.Module:
+    module = _eager(case)
+    if not case.depth:
+        return _Checkpointed(*module)
+    for number in range(1, module.num_stages + 1):
+        name = f"stage{number}"
+        setattr(module, name, _Checkpointed(*getattr(module, name)))
+    return module
+
+
+def _memory_mode(case: Case, memory: str) -> nn.Module:
+    backend = "triton" if device().type == "cuda" else "aten"
+    return case.build(memory=memory, backend=backend)
+
+
+def _inplace_abn(case: Case) -> nn.Module:
+    """Eager with each norm and activation replaced by In-Place ABN's, which is not batch norm.
+
+    Its activation must be invertible, so it is leaky ReLU and not ReLU: the gate decides.
+    """
+    from inplace_abn import InPlaceABN
+
+    module = _eager(case)
+    for unit in [m for m in module.modules() if hasattr(m, "bn1")]:
+        for name, norm in list(unit.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                fused = InPlaceABN(norm.num_features, activation="leaky_relu").to(device())
+                setattr(unit, name, fused)
+        unit.act = nn.Identity()
+    return module
+
+
+def _attorch(case: Case) -> nn.Module:
+    """Eager with attorch's batch norm and activation in one kernel."""
+    import attorch
+
+    module = _eager(case)
+    for unit in [m for m in module.modules() if hasattr(m, "bn1")]:
+        for name, child in list(unit.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                norm = attorch.BatchNorm2d(child.num_features, act_func="relu").to(device())
+                setattr(unit, name, norm)
+        unit.act = nn.Identity()
+    return module
+
+
+def _peer(name: str, package: str, prepare: Callable[[Case], Any]) -> Provider:
+    missing = "" if importlib.util.find_spec(package) else "not installed"
+    if not missing and device().type != "cuda":
+        missing = "needs a GPU"
+    return Provider(name, prepare, missing=missing)
+
+
+def all_providers(graphs: bool = False) -> list[Provider]:
+    """Every provider, eager first, then torch.compile; ratios are to these two.
+
+    graphs: also each in a whole-step CUDA graph.
+    """
+    result = [
+        Provider(EAGER, _eager),
+        Provider(COMPILE, _compiled, compiles=True),
+        Provider(
+            "compile max-autotune",
+            # The same kernels as "max-autotune"; CUDA graphs are a column of their own.
+            functools.partial(
+                _compiled,
+                mode="max-autotune-no-cudagraphs" if device().type == "cuda" else "max-autotune",
+            ),
+            compiles=True,
+        ),
+        Provider("checkpoint", _checkpointed),
+    ]
+    for memory in ("recompute", "invert_h1", "invert", "segment"):
+        result.append(Provider(memory, functools.partial(_memory_mode, memory=memory), ours=True))
+    if graphs:
+        missing = "" if device().type == "cuda" else "CUDA graphs need a GPU"
+        result += [
+            p._replace(name=f"{p.name} + graph", graph=True, missing=missing) for p in result
+        ]
+    result.append(_peer("inplace_abn", "inplace_abn", _inplace_abn))
+    result.append(_peer("attorch", "attorch", _attorch))
+    return result
