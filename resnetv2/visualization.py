@@ -30,10 +30,13 @@ __all__ = ["Picture", "ResNetV2Visualizer"]
 
 # Okabe and Ito's palette without its yellow, which is pale on white: told apart with any colour
 # vision; line styles and markers tell the same apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999"),
+    *("#882255", "#117733"),  # Tol's, for the ninth and tenth curve
+)
 STYLES = ("-", "--", "-.", ":")
 HISTOGRAM_BINS = 30
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h")
 
 METRICS = {
     "train_loss": "training loss (cross-entropy)",
@@ -68,7 +71,7 @@ class ResNetV2Visualizer:
     """
 
     def __init__(
-        self, out: str | Path | None = None, panel: tuple[float, float] = (4.5, 3.4)
+        self, out: str | Path | None = None, panel: tuple[float, float] = (4.0, 3.2)
     ) -> None:
         self.out = None if out is None else Path(out)
         self.panel = panel

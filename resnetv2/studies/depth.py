@@ -113,7 +113,7 @@ def measure(make: Callable[[str], PreActResNet], images: Tensor, labels: Tensor)
 
 @study(
     "depth",
-    title="Depth: 20 to 1000 layers",
+    title="Depth: how far the gradient reaches",
     question="Does the gradient reach the input of a very deep net, and what memory does it take?",
     defaults={
         "data": "digits",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DPI = 130
 # A picture broader than this in inches is scrolled on a phone rather than shrunk to illegibility.
-WIDE = 8.0
+WIDE = 9.0
 
 
 def render(results: Sequence[Result]) -> str:
