@@ -157,7 +157,7 @@ def implementation(op: str, kernel_size: tuple[int, int], geometry: Geometry) ->
     A prologue at each tap of a 3x3 costs 2-3x its memory time in instructions, against 0.7x
     without one: its operands are written once. A 1x1 is at the memory floor with all fused.
     """
-    if geometry.dilation != (1, 1) or geometry.groups != 1:
+    if geometry.dilation != (1, 1) or geometry.groups != 1 or geometry.extra != (0, 0):
         return ATEN
     return FUSED if kernel_size == (1, 1) else WRITTEN
 

@@ -30,23 +30,28 @@ IDENTITY = Act("identity")
 
 
 class Geometry(NamedTuple):
-    """How a convolution walks over its input, as in ``torch.nn.functional.conv2d``."""
+    """How a convolution walks over its input, as in ``torch.nn.functional.conv2d``.
+
+    extra: rows and columns of zeros at the bottom and on the right beyond ``padding``, negative
+    for fewer, as where a model pads asymmetrically itself.
+    """
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    extra: tuple[int, int] = (0, 0)
 
     def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the output for an input of ``size`` and a kernel of ``kernel``."""
         return (
-            (size[0] + 2 * self.padding[0] - self.dilation[0] * (kernel[0] - 1) - 1)
-            // self.stride[0]
-            + 1,
-            (size[1] + 2 * self.padding[1] - self.dilation[1] * (kernel[1] - 1) - 1)
-            // self.stride[1]
-            + 1,
+            self._output_size(size[0], kernel[0], 0),
+            self._output_size(size[1], kernel[1], 1),
         )
+
+    def _output_size(self, size: int, kernel: int, axis: int) -> int:
+        padded = size + 2 * self.padding[axis] + self.extra[axis]
+        return (padded - self.dilation[axis] * (kernel - 1) - 1) // self.stride[axis] + 1
 
 
 class Grad(NamedTuple):

@@ -255,15 +255,8 @@ def conv_forward(
         with_moments: also return the moments of out as stored, one tile or several.
     """
     z = norm_act(h, stats, act, dtype)
-    out = F.conv2d(
-        z,
-        cast(weight, dtype),
-        None if bias is None else cast(bias, dtype),
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-    )
+    bias = None if bias is None else cast(bias, dtype)
+    out = conv2d(z, cast(weight, dtype), bias, geometry)
     out_dtype = dtype if out_dtype is None else out_dtype
     if residual is not None:
         if residual_stats is not None:
@@ -273,6 +266,20 @@ def conv_forward(
         out = torch.sub(residual, out, out=out) if subtract else out.add_(residual)
     out = cast(out, out_dtype)
     return out, moments(out) if with_moments else None
+
+
+def conv2d(z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """``torch.nn.functional.conv2d`` with a record's geometry."""
+    z, padding = _padded(z, geometry)
+    return F.conv2d(z, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
+
+
+def _padded(z: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int]]:
+    """z with the zeros that ATen's convolution cannot add, and the padding left to it."""
+    if geometry.extra == (0, 0):
+        return z, geometry.padding
+    (top, left), (bottom, right) = geometry.padding, geometry.extra
+    return F.pad(z, (left, left + right, top, top + bottom)), (0, 0)
 
 
 def convolution_backward(
@@ -286,19 +293,25 @@ def convolution_backward(
 
     dweight and dbias come in weight's dtype and layout.
     """
+    size = z.shape[2:]
+    z, padding = _padded(z, geometry)
     dz, dweight, dbias = _aten.convolution_backward(
         g,
         z,
         cast(weight, g.dtype),
         [weight.shape[0]],
         geometry.stride,
-        geometry.padding,
+        padding,
         geometry.dilation,
         False,
         [0, 0],
         geometry.groups,
         mask,
     )
+    if mask[0] and dz.shape[2:] != size:
+        (top, left), (height, width) = geometry.padding, size
+        dz = dz[:, :, top : top + height, left : left + width]
+        dz = dz.contiguous(memory_format=torch.channels_last)
     if mask[1] and (dweight.dtype != weight.dtype or dweight.stride() != weight.stride()):
         dweight = torch.empty_like(weight).copy_(dweight)
     return (

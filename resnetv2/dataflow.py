@@ -27,13 +27,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from .kernels.operands import Act
-from .run import Recipe, act_of, hooked, is_plain, run_chain, why_not
+from .run import NO_PAD, Pad, Recipe, act_of, hooked, is_plain, run_chain, why_not
 from .spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
 
 Path = tuple[str, ...]
 
 # More norms than any unit has: a whole stage or model, whose children are looked at instead.
 MOST_NORMS = 16
+
+# Of images for a trial; some blocks take only even sizes, or squares.
+_TRIAL_SIZES = ((8, 6), (16, 16), (7, 7))
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 # What every nn.Module has, besides ``training``, is no choice of a forward.
@@ -64,7 +67,8 @@ class UnitPlan(NamedTuple):
     norms, convs: one each per repetition. norm_types: None, or the subclass of BatchNorm2d whose
     own forward was found to compute BatchNorm2d's function and the activation. acts: per
     repetition a module's path, or the activation that was called as a function. projection: its
-    path, if any. inert: modules that pass their input on (identity, dropout that is off).
+    path, if any. pads: as in ``Recipe``. inert: modules that pass their input on (identity,
+    dropout that is off).
     containers: the block and the modules between it and these, whose calls are bypassed. others:
     all other descendants (path, type; NoneType for a child that is None). guards: (path,
     attribute, value) of the plain attributes that the forward read. otherwise: why the block is
@@ -78,6 +82,7 @@ class UnitPlan(NamedTuple):
     shortcut: int
     projection: Path | None
     add_in_place: bool
+    pads: tuple[Pad, ...]
     inert: tuple[Path, ...]
     containers: tuple[Container, ...]
     others: tuple[tuple[Path, type], ...]
@@ -141,6 +146,7 @@ def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
         plan.shortcut,
         None if plan.projection is None else child_at(block, plan.projection),
         plan.add_in_place,
+        plan.pads,
     )
     return why_not(recipe, plan.norm_types) or recipe
 
@@ -372,13 +378,14 @@ class _Op(NamedTuple):
     """One step of a graph that has been read. inputs, number: positions in the list of steps."""
 
     number: int
-    kind: str  # input, norm, act, conv, add, other
+    kind: str  # input, norm, act, pad, conv, add, other
     inputs: tuple[int, ...]
     path: Path = ()
     act: Path | Act | None = None
     norm_type: type | None = None
     in_place: bool = False
     what: str = ""
+    pad: Pad = NO_PAD  # before a convolution
 
 
 class _Graph:
@@ -396,10 +403,24 @@ class _Graph:
                 graph.erase_node(node)
         for node in graph.nodes:
             self._read(node)
+        self._fold_pads()
         self.users: list[set[int]] = [set() for _ in self.ops]
         for op in self.ops:
             for number in op.inputs:
                 self.users[number].add(op.number)
+
+    def _fold_pads(self) -> None:
+        """Make padding a matter of the convolutions that read it, where no one else does."""
+        for op in self.ops:
+            if op.kind == "conv" and self.ops[op.inputs[0]].kind == "pad":
+                pad = self.ops[op.inputs[0]]
+                self.ops[op.number] = op._replace(inputs=pad.inputs, pad=pad.pad)
+        read = {number for op in self.ops for number in op.inputs} | {self.result}
+        for op in self.ops:
+            if op.kind == "pad":
+                what = "padding that something else than a convolution reads"
+                kind = "other" if op.number in read else "folded"
+                self.ops[op.number] = op._replace(kind=kind, inputs=(), what=what)
 
     @staticmethod
     def _harmless(node: fx.Node) -> bool:
@@ -471,6 +492,10 @@ class _Graph:
         elif act_of(module) is not None:
             in_place = getattr(module, "inplace", False)
             self._add(node, "act", inputs, act=path, in_place=in_place)
+        elif type(module) is nn.ZeroPad2d and min(module.padding) >= 0:
+            self.guards.append((path, "padding", module.padding))
+            left, right, top, bottom = module.padding
+            self._add(node, "pad", inputs, path=path, pad=(left, right, top, bottom))
         else:
             self._add(node, "other", inputs, what=f"{type(module).__name__} ({name})")
 
@@ -486,6 +511,12 @@ class _Graph:
             in_place = node.target is operator.iadd
             self._add(node, "add", self._operands(node), in_place=in_place)
             return
+        elif node.target is F.pad and len(inputs) == 1:
+            given: Any = node.kwargs
+            pad = _pad(*node.args[1:], **given)
+            if pad is not None:
+                self._add(node, "pad", inputs, pad=pad)
+                return
         elif node.target in _DROPOUTS and len(inputs) == 1:
             # F.dropout(input, p=0.5, training=True, inplace=False)
             p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
@@ -516,6 +547,17 @@ class _Graph:
 
     def _operands(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(self._number[a] for a in node.args if isinstance(a, fx.Node))
+
+
+def _pad(pad: Any, mode: Any = "constant", value: Any = None, **rest: Any) -> Pad | None:
+    """The zeros that ``torch.nn.functional.pad`` adds to height and width, or None."""
+    if mode != "constant" or value not in (None, 0) or (rest and set(rest) != {"input"}):
+        return None
+    given = list(pad) if isinstance(pad, (list, tuple)) else []
+    if not all(isinstance(n, int) and n >= 0 for n in given) or len(given) not in (2, 4, 6, 8):
+        return None
+    given += [0] * (8 - len(given))
+    return None if any(given[4:]) else (given[0], given[1], given[2], given[3])
 
 
 class _Match(NamedTuple):
@@ -603,7 +645,7 @@ def _shortcut(
     part = {op.number for link in links for op in link if op is not None}
     part |= {x, add.number, *([] if projection is None else [projection.number])}
     for op in ops:
-        if op.number not in part:
+        if op.number not in part and op.kind != "folded":
             raise NotAUnitError(f"{op.kind} {_dotted(op.path)} is computed besides")
     if add.in_place and add.inputs[0] in (x, z.number):
         raise NotAUnitError("the addition writes into its input")
@@ -828,18 +870,25 @@ def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
             _unhook(child)
         return twin
 
-    mine, theirs = trial_copy(), trial_copy()
-    recipe = recipe_of(mine, plan)
-    if isinstance(recipe, str):
+    if isinstance(recipe_of(trial_copy(), plan), str):
         return  # nothing would run fused now: there is nothing to compare
-    x = torch.randn(2, recipe.norms[0].num_features, 7, 6, generator=generator, dtype=torch.float64)
-    try:
-        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            expected = theirs(x.clone())
-            found = run_chain([recipe], x, backend="aten")
-    except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NotAUnitError(f"its forward fails on a trial input: {line}") from error
+    failure: Exception | None = None
+    for height, width in _TRIAL_SIZES:
+        mine, theirs = trial_copy(), trial_copy()
+        recipe = recipe_of(mine, plan)
+        assert isinstance(recipe, Recipe)
+        size = (2, recipe.norms[0].num_features, height, width)
+        x = torch.randn(size, generator=generator, dtype=torch.float64)
+        try:
+            with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                expected = theirs(x.clone())
+                found = run_chain([recipe], x, backend="aten")
+            break
+        except Exception as error:
+            failure = failure or error
+    else:
+        line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise NotAUnitError(f"its forward fails on a trial input: {line}") from failure
     pairs = [(found, expected), *zip(mine.buffers(), theirs.buffers())]
     for a, b in pairs:
         same = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
@@ -923,14 +972,18 @@ def _plan(
     ]
     identity = Act("identity")
     acts = [identity if act is None or act.act is None else act.act for _, act, _ in match.links]
+    convs = [conv for _, _, conv in match.links]
+    pads = [conv.pad for conv in (*convs, match.projection) if conv is not None]
+    pads += [NO_PAD] * (match.projection is None)
     plan = UnitPlan(
         norms=tuple(norm.path for norm in norms),
         norm_types=tuple(norm.norm_type for norm in norms),
-        convs=tuple(conv.path for _, _, conv in match.links),
+        convs=tuple(conv.path for conv in convs),
         acts=tuple(acts),
         shortcut=match.shortcut,
         projection=None if match.projection is None else match.projection.path,
         add_in_place=match.add.in_place,
+        pads=tuple(pads) if any(map(any, pads)) else (),
         inert=tuple(dict.fromkeys(graph.inert)),
         containers=(),
         others=(),

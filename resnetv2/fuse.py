@@ -130,7 +130,9 @@ def _fused_class(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
             return existing
     name = "Fused" + original.__name__.replace("Conv", "").replace("BatchNorm", "")
     namespace = {"__module__": original.__module__, "__doc__": original.__doc__}
-    return type(original)(name, (mixin, original), namespace)
+    metaclass: Any = type(original)
+    made: type[nn.Module] = metaclass(name, (mixin, original), namespace)
+    return made
 
 
 def _rebuild(mixin: type, original: type[nn.Module], *args: Any) -> nn.Module:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chain import Chain, stream_dtypes
+from .kernels import reference
 from .kernels.dispatch import AtenEngine, engine
 from .kernels.operands import Act, stats_dtype
 from .spec import IDENTITY_PREACT, PROJECTION_PREACT, Norm, Spec, decode
@@ -35,7 +36,10 @@ def _no_autocast(x: Tensor) -> Any:
 def chain_forward(
     x: Tensor, params: list[Tensor], layout: list[int], constants: list[float]
 ) -> list[Tensor]:
-    """[out, stats, *end, *kept] of a chain (``spec.decode``) on x, (N, C, H, W) in channels_last.
+    """[out, stats, *end, *kept] of a chain (``spec.decode``) on x, (N, C, H, W).
+
+    x is in channels_last memory; ATen's engine takes NCHW too, if the weights are. Results have
+    x's layout.
 
     out: in eager's dtype. stats: flat; norm after norm, (5, C) each: mean, biased var, rstd,
     scale, shift. end: out in float32, where the stream is (``Spec.wide``) and out is not.
@@ -71,10 +75,14 @@ class Shape(NamedTuple):
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    def empty(self, device: torch.device) -> Tensor:
-        return torch.empty(
-            self.size, dtype=self.dtype, device=device, memory_format=torch.channels_last
-        )
+    def empty(self, device: torch.device, memory_format: torch.memory_format) -> Tensor:
+        return torch.empty(self.size, dtype=self.dtype, device=device, memory_format=memory_format)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def chain_shapes(
@@ -107,10 +115,12 @@ def _chain_forward_fake(
     hs = chain_shapes(spec, x.shape, x.dtype, params)
     channels = sum(norm_channels(spec, params))
     stats = torch.empty((5 * channels,), dtype=stats_dtype(x.dtype), device=x.device)
-    end = hs[-1][-1].empty(x.device)
+    memory_format = _memory_format(x)
+    end = hs[-1][-1].empty(x.device, memory_format)
     out = end.to(stream_dtypes(spec, x.dtype)[-1])
     ends = [end] if spec.keep and out is not end else []
-    return [out, stats, *ends, *(hs[u][i].empty(x.device) for u, i in spec.kept())]
+    kept = (hs[u][i].empty(x.device, memory_format) for u, i in spec.kept())
+    return [out, stats, *ends, *kept]
 
 
 @torch.library.custom_op("resnetv2::chain_backward", mutates_args=())
@@ -133,8 +143,9 @@ def chain_backward(
     with _no_autocast(x):
         chain = Chain(spec, params, _engine(spec, x, params), _split_stats(spec, stats, params))
         grads: list[Tensor | None] = [None] * len(params)
-        if not g.is_contiguous(memory_format=torch.channels_last):
-            g = g.contiguous(memory_format=torch.channels_last)
+        memory_format = _memory_format(x)
+        if not g.is_contiguous(memory_format=memory_format):
+            g = g.contiguous(memory_format=memory_format)
         dx = chain.backward(g, _stream(spec, x), out, dict(zip(spec.kept(), kept)), grads)
     result = [None if dx is None else dx.to(x.dtype)] if spec.need_x else []
     result += [grad for grad, need in zip(grads, spec.needs) if need]
@@ -242,21 +253,16 @@ def differentiable_forward(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> T
             u = _batch_norm(h, norm, [param(p[i]) for p in at[:4]])
             z_i = _activate(u, unit.act)
             z = z_i if z is None else z
-            g = conv.geometry
-            h = F.conv2d(
-                z_i.to(spec.dtype),
-                params[at.conv_weight[i]].to(spec.dtype),
-                cast(param(at.conv_bias[i])),
-                *g,
-            )
+            weight = params[at.conv_weight[i]].to(spec.dtype)
+            bias = cast(param(at.conv_bias[i]))
+            h = reference.conv2d(z_i.to(spec.dtype), weight, bias, conv.geometry)
         assert z is not None
         shortcut = z if unit.shortcut in (IDENTITY_PREACT, PROJECTION_PREACT) else x
         if unit.projection is not None:
-            shortcut = F.conv2d(
-                shortcut.to(spec.dtype),
-                params[at.projection_weight].to(spec.dtype),
-                cast(param(at.projection_bias)),
-                *unit.projection.geometry,
+            weight = params[at.projection_weight].to(spec.dtype)
+            bias = cast(param(at.projection_bias))
+            shortcut = reference.conv2d(
+                shortcut.to(spec.dtype), weight, bias, unit.projection.geometry
             )
         out = h + shortcut
         x = out.to(h.dtype) if unit.add_in_place else out

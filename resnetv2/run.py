@@ -7,12 +7,13 @@ the computation, or the reason why its children must run one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .kernels.dispatch import resolve_backend
 from .kernels.operands import ACTS, Act, Geometry
 from .ops import chain_forward
 from .spec import (
@@ -36,10 +37,16 @@ class ChainUnit:
         raise NotImplementedError
 
 
+Pad = tuple[int, int, int, int]  # left, right, top, bottom
+NO_PAD: Pad = (0, 0, 0, 0)
+
+
 class Recipe(NamedTuple):
     """One unit's children: norms[i] -> act -> convs[i], a projection or None, and what it reads.
 
-    act: the activation's module, or its record where it is a function.
+    act: the activation's module, or its record where it is a function. pads: zeros that the model
+    adds itself before each convolution, as in ``torch.nn.functional.pad``, and last before the
+    projection; empty for none at all.
     """
 
     norms: tuple[nn.BatchNorm2d, ...]
@@ -48,6 +55,7 @@ class Recipe(NamedTuple):
     shortcut: int
     projection: nn.Conv2d | None = None
     add_in_place: bool = False
+    pads: tuple[Pad, ...] = ()
 
 
 def activation(act: str | nn.Module) -> nn.Module:
@@ -162,7 +170,7 @@ def why_not(recipe: Recipe, norm_types: Sequence[type | None] = ()) -> str | Non
 
 def must_run_eagerly(x: Tensor) -> bool:
     """Whether x, or what is being done with it, is beyond the operators: children then run."""
-    if x.dtype not in DTYPES or x.numel() == 0:
+    if torch._C._is_tracing() or x.dtype not in DTYPES or x.numel() == 0:
         return True
     if x.dtype == torch.float64 and torch.is_autocast_enabled(x.device.type):
         return True
@@ -172,7 +180,6 @@ def must_run_eagerly(x: Tensor) -> bool:
         type(x) not in (Tensor, nn.Parameter)
         or x.layout != torch.strided
         or _globally_hooked()
-        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -183,6 +190,7 @@ def accepts(recipe: Recipe, x: Any) -> bool:
     which may raise."""
     return (
         isinstance(x, Tensor)
+        and not torch._C._is_tracing()
         and x.dim() == 4
         and x.shape[1] == recipe.norms[0].num_features
         and x.is_floating_point()
@@ -223,10 +231,19 @@ def _batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def _geometry(conv: nn.Conv2d) -> Geometry:
+def _geometry(recipe: Recipe, i: int) -> Geometry:
+    """Of convolution i of a recipe, or of its projection where i = -1."""
+    conv = recipe.projection if i < 0 else recipe.convs[i]
+    assert conv is not None
     padding = _padding(conv)
     assert padding is not None  # why_not refuses the others
-    return Geometry(conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+    extra = (0, 0)
+    if recipe.pads:
+        left, right, top, bottom = recipe.pads[i]
+        padding = (padding[0] + top, padding[1] + left)
+        extra = (bottom - top, right - left)
+    stride, dilation = conv.stride, conv.dilation
+    return Geometry(stride, padding, dilation, conv.groups, extra)  # type: ignore[arg-type]
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
@@ -239,8 +256,9 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     return conv.padding  # type: ignore[return-value]  # Conv2d keeps pairs
 
 
-def _conv(conv: nn.Conv2d) -> Conv:
-    return Conv(_geometry(conv), conv.bias is not None)
+def _conv(recipe: Recipe, i: int) -> Conv:
+    conv = recipe.projection if i < 0 else recipe.convs[i]
+    return Conv(_geometry(recipe, i), conv is not None and conv.bias is not None)
 
 
 def _encode(
@@ -272,10 +290,10 @@ def _encode(
         constants,
         Unit(
             tuple(norms),
-            tuple(_conv(conv) for conv in recipe.convs),
+            tuple(_conv(recipe, i) for i in range(len(recipe.convs))),
             act,
             recipe.shortcut,
-            None if projection is None else _conv(projection),
+            None if projection is None else _conv(recipe, -1),
             recipe.add_in_place,
         ),
     )
@@ -309,15 +327,26 @@ def run_chain(
     )
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     like_nchw = x.is_contiguous() and not (channels_last and x.stride(1) == 1)
-    result = chain_forward(
-        x if channels_last else x.contiguous(memory_format=torch.channels_last),
-        params,
-        layout,
-        constants,
-    )
+    # ATen computes in either layout, with other roundings: eager's, where nothing is converted.
+    as_it_is = like_nchw and resolve_backend(backend, x.device) == "aten"
+    if not (channels_last or (as_it_is and all(map(_nchw, _weights(recipes))))):
+        x = x.contiguous(memory_format=torch.channels_last)
+    result = chain_forward(x, params, layout, constants)
     out = result[0]
     _update_buffers(recipes, result[1], rows)
     return out.contiguous() if like_nchw else out
+
+
+def _weights(recipes: Sequence[Recipe]) -> Iterator[Tensor]:
+    for recipe in recipes:
+        yield from (conv.weight for conv in recipe.convs)
+        if recipe.projection is not None:
+            yield recipe.projection.weight
+
+
+def _nchw(weight: Tensor) -> bool:
+    """Whether a weight is such that ATen convolves an NCHW input in NCHW."""
+    return weight.is_contiguous() and (weight.stride(3) == 1 or weight.stride(1) != 1)
 
 
 def run_blocks(
@@ -407,7 +436,7 @@ def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
             raise ValueError(
                 f"expected a projection of {channels} channels, got {projection.in_channels}"
             )
-        for norm, conv in zip(recipe.norms, recipe.convs):
+        for i, (norm, conv) in enumerate(zip(recipe.norms, recipe.convs)):
             if norm.num_features != channels or conv.in_channels != channels:
                 raise ValueError(
                     f"expected a norm and a convolution of {channels} channels, got "
@@ -420,7 +449,7 @@ def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
                     "expected more than 1 value per channel when training, got input size "
                     f"{(x.shape[0], norm.num_features, *size)}"
                 )
-            geometry = _geometry(conv)
+            geometry = _geometry(recipe, i)
             size = geometry.output_size(size, conv.kernel_size)  # type: ignore[arg-type]
     return rows
 

@@ -145,7 +145,7 @@ def encode_unit(layout: list[int], constants: list[float], unit: Unit) -> None:
 def _encode_conv(layout: list[int], conv: Conv) -> None:
     geometry = conv.geometry
     layout += [*geometry.stride, *geometry.padding, *geometry.dilation]
-    layout += [geometry.groups, int(conv.bias)]
+    layout += [geometry.groups, *geometry.extra, int(conv.bias)]
 
 
 def encode_header(
@@ -178,8 +178,8 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         return position - 1 if present else -1
 
     def conv() -> Conv:
-        a, b, c, d, e, f, groups, bias = (next(numbers) for _ in range(8))
-        return Conv(Geometry((a, b), (c, d), (e, f), groups), bool(bias))
+        a, b, c, d, e, f, groups, g, h, bias = (next(numbers) for _ in range(10))
+        return Conv(Geometry((a, b), (c, d), (e, f), groups, (g, h)), bool(bias))
 
     for _ in range(count):
         k, kind, shortcut, in_place = (next(numbers) for _ in range(4))
