@@ -170,11 +170,14 @@ def why_not(recipe: Recipe, norm_types: Sequence[type | None] = ()) -> str | Non
 
 def must_run_eagerly(x: Tensor) -> bool:
     """Whether x, or what is being done with it, is beyond the operators: children then run."""
-    if torch._C._is_tracing() or x.dtype not in DTYPES or x.numel() == 0:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():
+        return True
+    if x.dtype not in DTYPES or x.numel() == 0:
         return True
     if x.dtype == torch.float64 and torch.is_autocast_enabled(x.device.type):
         return True
-    if torch.compiler.is_compiling():
+    if compiling:
         return False
     return (
         type(x) not in (Tensor, nn.Parameter)
@@ -190,11 +193,9 @@ def accepts(recipe: Recipe, x: Any) -> bool:
     which may raise."""
     return (
         isinstance(x, Tensor)
-        and not torch._C._is_tracing()
+        and not must_run_eagerly(x)
         and x.dim() == 4
         and x.shape[1] == recipe.norms[0].num_features
-        and x.is_floating_point()
-        and not must_run_eagerly(x)
     )
 
 
