@@ -39,11 +39,11 @@ HISTOGRAM_BINS = 30
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h")
 
 METRICS = {
-    "train_loss": "training loss (cross-entropy)",
+    "train_loss": "training loss",
     "train_accuracy": "training accuracy (%)",
-    "test_loss": "test loss (cross-entropy)",
+    "test_loss": "test loss",
     "test_accuracy": "test accuracy (%)",
-    "gradient_norm": "gradient norm (all parameters)",
+    "gradient_norm": "gradient norm",
     "seconds": "seconds of training",
 }
 

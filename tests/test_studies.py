@@ -245,8 +245,8 @@ def test_capture_by_hooks_is_autograds(data):
     y = net.units[1](x).detach().requires_grad_()
     F.cross_entropy(net.fc(net.head(y).mean((2, 3))), labels).backward()
     assert captured.shape["unit"] == (16, 8, 4, 4)
-    assert captured.mean["unit"] == pytest.approx(float(y.mean()), abs=1e-5)
-    assert captured.std["unit"] == pytest.approx(float(y.std(correction=0)), rel=1e-5)
+    assert captured.mean["unit"] == pytest.approx(y.mean().item(), abs=1e-5)
+    assert captured.std["unit"] == pytest.approx(y.std(correction=0).item(), rel=1e-5)
     assert captured.gradient["unit"] == pytest.approx(float(y.grad.norm()), rel=1e-4)
     assert not net.units[1]._forward_hooks
 
