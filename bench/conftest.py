@@ -19,6 +19,9 @@ from bench.providers import all_providers
 from bench.schema import Row
 from bench.suites import SUITES, describe, timed_rows
 
+# What compiling may take in a quick run on a CPU: units are small, and a net of 20 layers is
+# compiled whatever it takes, being the first.
+COMPILE_SECONDS = {"unit": 180.0, "depth": 60.0, "accuracy": 240.0}
 FILES = {f"bench_{name}.py": name for name in SUITES[:5]}
 
 
@@ -65,11 +68,9 @@ class Session:
 
     @property
     def settings(self) -> Settings:
-        long = 1800.0 if self.full else 180.0 if self.cuda else 60.0
         return Settings(
             seconds=4.0 if self.full else 1.2,
-            compile_limit=long,
-            patience=max(300.0, long),
+            patience=1800.0 if self.full else 300.0,
             threads=self.threads,
         )
 
@@ -85,7 +86,8 @@ class Session:
         """A case of ``suite`` follows: what compiling may take is a suite's."""
         if suite != self.suite:
             self.suite = suite
-            self.bench.compiled.clear()
+            limit = COMPILE_SECONDS.get(suite, 60.0)
+            self.bench.new_suite(30 * limit if self.full else 3 * limit if self.cuda else limit)
 
     def say(self, what: str) -> None:
         """The progress line: minutes and seconds, suite, case, what is going on."""

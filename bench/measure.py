@@ -14,8 +14,8 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,11 @@ LEAST_SAMPLE = 0.06  # seconds: shorter steps are repeated within a sample
 class Settings:
     """seconds: of timing a case's mode, per provider. rounds: least and most.
 
-    compile_limit: seconds that a suite may spend on torch.compile. patience: seconds after which a
-    provider's process is given up.
+    patience: seconds after which a provider's process is given up. threads: 0 for torch's own.
     """
 
     seconds: float = 1.5
     rounds: tuple[int, int] = (5, 15)
-    compile_limit: float = 60.0
     patience: float = 240.0
     threads: int = 0
 
@@ -432,6 +430,7 @@ class Bench:
         self.hosts = {p.name: host(settings.threads) for p in providers}
         self.reference = host(settings.threads)
         self.compiled: list[tuple[int, float]] = []  # (layers, seconds), of one suite
+        self.compile_limit = math.inf
         self.checked: dict[Case, dict[str, Outcome]] = {}
 
     def close(self) -> None:
@@ -439,11 +438,10 @@ class Bench:
         for host in (*self.hosts.values(), self.reference):
             host.close()
 
-    @contextmanager
-    def suite(self) -> Iterator[None]:
-        """Cases inside share ``Settings.compile_limit``."""
+    def new_suite(self, compile_limit: float) -> None:
+        """The cases that follow share ``compile_limit`` seconds of compiling."""
+        self.compile_limit = compile_limit
         self.compiled.clear()
-        yield
 
     def _skip(self, case: Case, provider: Provider) -> str:
         """Why a provider is not asked at all, or ""."""
@@ -452,7 +450,7 @@ class Bench:
         if not provider.compiles or not self.compiled:
             return ""
         layers, seconds = self.compiled[-1]
-        limit = self.settings.compile_limit
+        limit = self.compile_limit
         ahead = seconds * case.layers / layers
         if sum(s for _, s in self.compiled) + ahead <= limit:
             return ""

@@ -1,12 +1,14 @@
 """The report of a device: a Markdown page and plots, rendered from its CSV.
 
-    python -m bench.report [FOLDER ...]
+    python -m bench.report [FOLDER ...] [--readme]
 
-FOLDER defaults to every folder under bench/reports/. Pages say only what the CSV says.
+FOLDER defaults to every folder under bench/reports/. Pages say only what the CSV says. --readme
+also renews the tables of the project's README, which stand between comments that name them.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -476,20 +478,42 @@ def render(folder: Path) -> None:
         plot_roofline(rows, folder / "roofline.png")
 
 
-def main(arguments: Sequence[str]) -> int:
+README = Path(__file__).parent.parent / "README.md"
+_BLOCK = re.compile(r"(<!-- bench: (\S+) (\S+) -->\n)(?:.*?\n)?(<!-- end -->)", re.DOTALL)
+BLOCKS: dict[str, Callable[[Rows], str]] = {
+    "opening": opening,
+    "memory": lambda rows: memory_table(rows, 1001),
+}
+
+
+def with_blocks(text: str) -> str:
+    """``text`` with every block ``<!-- bench: NAME DEVICE -->`` filled from DEVICE's CSV."""
+
+    def fill(match: re.Match[str]) -> str:
+        rows = Rows(read(REPORTS / match[3] / CSV_NAME))
+        return f"{match[1]}{BLOCKS[match[2]](rows)}\n{match[4]}"
+
+    return _BLOCK.sub(fill, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Render the folders named, or all; 2 where one has no CSV."""
-    folders = [Path(a) for a in arguments] or sorted(
-        p.parent for p in REPORTS.glob(f"*/{CSV_NAME}")
-    )
-    for folder in folders:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--readme", action="store_true", help="renew the README's tables as well")
+    args = parser.parse_args(arguments)
+    found = sorted(path.parent for path in REPORTS.glob(f"*/{CSV_NAME}"))
+    for folder in args.folders or found:
         try:
             render(folder)
         except (OSError, ValueError) as error:
             print(f"expected a folder with {CSV_NAME}: {error}", file=sys.stderr)
             return 2
         print(folder / PAGE)
+    if args.readme:
+        README.write_text(with_blocks(README.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import cases, report, schema
+from bench import cases, compare, report, schema
 from bench.kernel_steps import measure as measure_kernels
 from bench.measure import Bench, Inline, Process, Settings, disagreement, quantiles, spread
 from bench.providers import EAGER, Provider, all_providers
@@ -125,12 +125,13 @@ def test_providers_in_processes_of_their_own(measured):
 
 def test_compiling_has_a_limit():
     compiled = Provider("compile", plain()[0].prepare, compiles=True)
-    bench = Bench([plain()[0], compiled], replace(SETTINGS, compile_limit=10.0), host=Inline)
+    bench = Bench([plain()[0], compiled], SETTINGS, host=Inline)
+    bench.new_suite(10.0)
     bench.compiled.append((8, 6.0))
     assert "compiling 8 layers took 6 s, 14 layers would pass" in bench._skip(
         TOY._replace(depth=14), compiled
     )
-    bench.compiled.clear()
+    bench.new_suite(10.0)
     assert bench._skip(TOY._replace(depth=14), compiled) == ""
 
 
@@ -326,3 +327,19 @@ def test_modes_cost_what_they_compute_again():
 def test_h100_has_no_float64_rate_here():
     with pytest.raises(ValueError, match="expected float32, float16 or bfloat16"):
         h100_rates(torch.float64)
+
+
+# --- comparing runs -----------------------------------------------------------------------------
+
+
+def test_compare(tmp_path, capsys):
+    def run_of(ratio, name):
+        row = Row("unit", "c", "recompute", "forward", "time", "ms", 1.0, ratio_to_eager=ratio)
+        schema.write(tmp_path / name, [row])
+        return str(tmp_path / name)
+
+    one, near, far = run_of(1.0, "a"), run_of(1.1, "b"), run_of(1.3, "c")
+    assert compare.main([one, near]) == 0
+    assert compare.main([one, far]) == 1
+    assert "largest 30.0% (c, recompute, forward: 1.000 and 1.300)" in capsys.readouterr().out
+    assert compare.main([one, str(tmp_path / "nowhere")]) == 2
