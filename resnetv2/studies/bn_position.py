@@ -48,6 +48,7 @@ def first_gradients(comparison: Comparison) -> str:
         "stages": 1,
         "width": 16,
         "epochs": 4,
+        "seeds": 3,
         "lr": 0.01,
         "schedule": "constant",
     },
