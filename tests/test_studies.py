@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -346,6 +347,24 @@ def test_depth_study(data):
     assert stacks.column("vanishes") == [
         norm < 1e-3 for norm in stacks.column("gradient norm at the input")
     ]
+
+
+def test_a_depth_that_does_not_fit_eagerly_has_no_peak(data, monkeypatch):
+    def full(model, images, labels):
+        if model.backend == "eager":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measured(model, images, labels)
+
+    module = sys.modules["resnetv2.studies.depth"]  # its name in the package is the study's
+    measured = module._step
+    monkeypatch.setattr(module, "_step", full)
+    result = depth(data=data, depth=(6, 14), width=4, batch_size=4)
+    stacks = result.table("Stacks")
+    assert stacks.column("peak MB, eager") == [None, None]
+    assert stacks.column("eager / segment") == [None, None]
+    segment = stacks.column("peak MB, segment")[-1]
+    expected = f"does not fit this GPU eagerly; in segments it peaks at {segment:.1f} MB."
+    assert result.conclusions[-1].endswith(expected)
 
 
 def test_depth_must_fit_blocks():

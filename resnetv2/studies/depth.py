@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,48 +68,73 @@ def _net(layers: list[int], width: int | None, data: ImageData, memory: str) -> 
     )
 
 
+class Step(NamedTuple):
+    """What one forward and backward of a net gives, and what it takes."""
+
+    blocks: int
+    parameters: int
+    at_input: float
+    of_parameters: float
+    peak: float
+    milliseconds: float
+
+
 def measure(make: Callable[[str], PreActResNet], images: Tensor, labels: Tensor) -> list[object]:
-    """A row of the table: parameters, gradients and peak bytes of one step on a batch.
+    """A row of the table, without its layers; a mode that does not fit the GPU has no peak.
 
     The gradients are those of the mean cross-entropy at the initial weights; peak bytes are what a
     forward and backward allocate beyond the parameters and their gradients.
     """
-    peaks = []
+    peaks: list[float | None] = []
     for mode in MODES:
         torch.manual_seed(0)
-        model = make(mode).to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        parameters = sum(p.numel() for p in model.parameters())
-        x = images.clone(memory_format=torch.channels_last).requires_grad_()
-
-        def step(model: PreActResNet = model, x: Tensor = x) -> None:
-            F.cross_entropy(model(x), labels).backward()
-
-        step()  # the first one faults its pages in
-        assert x.grad is not None
-        at_input, of_parameters = float(x.grad.norm()), float(gradient_norm(model))
-        model.zero_grad(set_to_none=True)
-        x.grad = None
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-        gradients += x.numel() * x.element_size()
-        peaks.append((peak_bytes(step, images.is_cuda) - gradients) / 1e6)
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        step()
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        milliseconds = 1000 * (time.perf_counter() - started)
-    blocks = sum(len(stage) for stage in model.stages)
+        try:
+            step = _step(make(mode), images, labels)
+        except torch.OutOfMemoryError:
+            if mode == MODES[-1]:
+                raise
+            peaks.append(None)
+            continue
+        peaks.append(step.peak)
     return [
-        blocks,
-        parameters,
-        at_input,
-        at_input < VANISHING,
-        of_parameters,
+        step.blocks,
+        step.parameters,
+        step.at_input,
+        step.at_input < VANISHING,
+        step.of_parameters,
         *peaks,
-        peaks[0] / peaks[-1],
-        milliseconds,
+        None if peaks[0] is None else peaks[0] / step.peak,
+        step.milliseconds,
     ]
+
+
+def _step(model: PreActResNet, images: Tensor, labels: Tensor) -> Step:
+    """The second step for memory and the third for time: the first one faults its pages in."""
+    model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = images.clone(memory_format=torch.channels_last).requires_grad_()
+
+    def step() -> None:
+        F.cross_entropy(model(x), labels).backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    step()
+    assert x.grad is not None
+    at_input, of_parameters = float(x.grad.norm()), float(gradient_norm(model))
+    model.zero_grad(set_to_none=True)
+    x.grad = None
+    gradients = sum(p.numel() * p.element_size() for p in (x, *model.parameters()))
+    peak = (peak_bytes(step, x.is_cuda) - gradients) / 1e6
+    started = time.perf_counter()
+    step()
+    return Step(
+        blocks=sum(len(stage) for stage in model.stages),
+        parameters=sum(p.numel() for p in model.parameters()),
+        at_input=at_input,
+        of_parameters=of_parameters,
+        peak=peak,
+        milliseconds=1000 * (time.perf_counter() - started),
+    )
 
 
 @study(
@@ -154,7 +180,12 @@ def depth(options: StudyOptions) -> Result:
     visualizer = ResNetV2Visualizer()
 
     def lines(column: str) -> dict[str, tuple[list[float], list[float]]]:
-        return {n: (t.column("layers"), t.column(column)) for n, t in names.items()}
+        found = {}
+        for name, table in names.items():
+            pairs = zip(table.column("layers"), table.column(column))
+            known = [(layers, value) for layers, value in pairs if value is not None]
+            found[name] = ([layers for layers, _ in known], [value for _, value in known])
+        return found
 
     memory = {
         f"{name.partition(':')[0].partition(' of ')[0]}, {mode}": values
@@ -179,7 +210,7 @@ def depth(options: StudyOptions) -> Result:
             "Untrained weights, mean cross-entropy of one batch of training images, float32. "
             "A stack's layers are its blocks' convolutions. Peak: allocated by a forward and "
             "backward beyond parameters and gradients. eager: the same net child by child; "
-            "recompute and segment: the library's memory modes.",
+            "recompute and segment: the library's memory modes. A dash: it did not fit the GPU.",
         ],
     )
 
@@ -202,6 +233,12 @@ def _conclusions(table: Table) -> list[str]:
             f"changes by a factor of {ratio:.2f}."
         )
     eager, segment = table.column("peak MB, eager")[-1], table.column("peak MB, segment")[-1]
+    if eager is None:
+        return [
+            *sentences,
+            f"{what}: a step of {layers[-1]:,} layers does not fit this GPU eagerly; in segments "
+            f"it peaks at {segment:.1f} MB.",
+        ]
     sentences.append(
         f"{what}: a step of {layers[-1]:,} layers peaks at {eager:.1f} MB eagerly and at "
         f"{segment:.1f} MB in segments, {eager / segment:.1f} times less."
