@@ -111,7 +111,7 @@ class ResNetV2Visualizer:
                     if run.diverged is not None and finite:
                         axes.plot(*finite[-1], "x", color=look["color"], markersize=10, mew=2.5)
             axes.set(xlabel="epoch", ylabel=METRICS.get(metric, metric))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             if drawn and scale == 1 and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
                 axes.set_yscale("log")
         _legend(picture, panels[0])
@@ -344,7 +344,7 @@ class ResNetV2Visualizer:
                 look = _look(number) | {"markersize": 4 if len(norms[part]) <= 30 else 0}
                 axes.plot(range(len(norms[part])), norms[part], label=name, **look)
             axes.set(xlabel="block", ylabel=label, ylim=(0, None))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(picture, panels[0])
         return self._finish(picture, "block_norms")
 
@@ -365,7 +365,7 @@ class ResNetV2Visualizer:
             axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log", title=title)
             if values:
                 axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(picture, panels[0])
         return self._finish(picture, "gradients")
 

@@ -121,17 +121,18 @@ def gradients(options: StudyOptions) -> Result:
         tables=[table],
         conclusions=_conclusions(table),
         figures={
-            "at-block-outputs": visualizer.plot_gradients(
+            "gradients-at-block-outputs": visualizer.plot_gradients(
                 stream, "block (0: stem)", "gradient norm at its output"
             ),
-            "of-weights": visualizer.plot_gradients(
+            "gradients-of-weights": visualizer.plot_gradients(
                 weights, "convolution", "gradient norm of its weight"
             ),
         },
         series={"at_outputs": stream, "of_weights": weights},
         notes=[
             f"Untrained nets of one stage of {options.width} channels, mean cross-entropy of one "
-            f"batch of {options.batch_size} training images, mean over {options.seeds} seeds."
+            f"batch of {options.batch_size} training images, mean over {options.seeds} "
+            f"seed{'s' if options.seeds > 1 else ''}."
         ],
     )
 
