@@ -39,6 +39,14 @@ class Case(NamedTuple):
         """Convolutions, and for a network its classifier."""
         return self.depth or (2 if self.block == "basic" else 3)
 
+    @property
+    def narrowest(self) -> int:
+        """Elements of the smallest tensor that is activated."""
+        if self.depth:
+            return self.batch * 64 * (self.size // 4) ** 2
+        width = self.out_channels // (1 if self.block == "basic" else 4)
+        return self.batch * width * (self.size // self.stride) ** 2
+
     def build(self, *, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
         """The module with the same weights every time, in channels_last. options: memory, backend.
 

@@ -387,42 +387,48 @@ def extreme_text(rows: Rows) -> str:
     )
 
 
-def _panel(axes: Any, rows: Rows, metric: str, per_image: bool) -> None:
+def _panel(axes: Any, rows: Rows, metric: str, figure_of: Callable[[Row, int], float]) -> None:
+    """A line for each provider: ``figure_of(row, batch)`` of a metric against depth."""
+    from matplotlib.ticker import NullLocator
+
     for provider in rows.names("provider", suite="depth"):
         points = []
         for case in depth_cases(rows):
             row = rows.one(suite="depth", case=case, provider=provider, metric=metric, mode=STEP)
             if row is not None and row.value:
                 _, depth, batch = _network(case)
-                points.append((depth, row.value / (batch if per_image else 1)))
+                points.append((depth, figure_of(row, batch)))
         if points:
             colour, marker, line = _STYLES.get(provider, _OTHER)
             axes.plot(
                 *zip(*sorted(points)), color=colour, marker=marker, linestyle=line, label=provider,
                 markersize=6, linewidth=1.4,
             )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="layers")
+    axes.set(xscale="log", xlabel="layers")
     depths = sorted(_network(case)[1] for case in depth_cases(rows))
     axes.set_xticks(depths, [str(d) for d in depths])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
 
 
 def plot_depth(rows: Rows, path: Path) -> None:
-    """Time and peak memory an image against depth, both axes logarithmic."""
+    """Time an image, time over eager's and peak memory an image against depth."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(10, 4.6), layout="constrained")
-    left, right = drawing.subplots(1, 2)
-    _panel(left, rows, "time", per_image=True)
-    left.set_ylabel("ms an image, forward and backward")
-    _panel(right, rows, "peak", per_image=True)
-    right.set_ylabel("peak MB an image")
+    drawing = Figure(figsize=(13, 4.8), layout="constrained")
+    left, middle, right = drawing.subplots(1, 3)
+    _panel(left, rows, "time", lambda row, batch: (row.value or 0.0) / batch)
+    left.set(yscale="log", title="ms an image, forward and backward")
+    _panel(middle, rows, "time", lambda row, batch: row.ratio_to_eager or float("nan"))
+    middle.set(ylim=(0, None), title="time over eager's")
+    _panel(right, rows, "peak", lambda row, batch: (row.value or 0.0) / batch)
+    right.set(yscale="log", title="peak MB an image")
     handles, labels = left.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    drawing.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
     first = rows.where(suite="depth")[0]
-    drawing.suptitle(f"A training step, {first.device}, {first.dtype}", fontsize=11)
-    drawing.savefig(path, dpi=130, format="png")
+    name = first.device or "this device"
+    drawing.suptitle(f"A training step, {name}, {first.dtype}", fontsize=11)
+    drawing.savefig(path, dpi=110, format="png")
 
 
 def plot_roofline(rows: Rows, path: Path) -> None:

@@ -146,10 +146,23 @@ def test_peers_that_are_not_there_are_rows():
 
 
 def test_yardstick():
+    case = cases.unit("a unit", "basic", 64, 32, 64, "fp32")
     eager = {"out": 1e-3, "gradients": 1e-3}
-    assert not disagreement({"out": 1.9e-3, "gradients": 1e-3}, eager, "fp32")
-    assert "gradients" in disagreement({"out": 1e-3, "gradients": 2.1e-3}, eager, "fp32")
-    assert "out" in disagreement({"out": float("nan"), "gradients": 1e-3}, eager, "fp32")
+    assert not disagreement({"out": 1.9e-3, "gradients": 1e-3}, eager, case)
+    assert "out" in disagreement({"out": 2.1e-3, "gradients": 1e-3}, eager, case)
+    assert "out" in disagreement({"out": float("nan"), "gradients": 1e-3}, eager, case)
+    assert "gradients" in disagreement({"out": 1e-3, "gradients": 4e-3}, eager, case)
+
+
+def test_a_flipped_sign_is_no_error():
+    """Where eager has rounding alone, a provider may have the other sign of a few values near 0."""
+    case = cases.unit("a unit", "basic", 16, 32, 64, "fp32")
+    assert case.narrowest == 16 * 32 * 32 * 64
+    eager = {"out": 1e-6, "dx": 1e-6, "gradients": 1e-6}
+    one = case.narrowest**-0.5
+    assert not disagreement({"out": 1e-6, "dx": one, "gradients": one}, eager, case)
+    assert "dx" in disagreement({"out": 1e-6, "dx": 3 * one, "gradients": one}, eager, case)
+    assert "out" in disagreement({"out": one, "dx": one, "gradients": one}, eager, case)
 
 
 def test_accuracy_rows(measured):
