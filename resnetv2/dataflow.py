@@ -53,11 +53,11 @@ class NotAUnitError(Exception):
 
 
 class Container(NamedTuple):
-    """A module that holds others: its class, its children's names and its own parameters'."""
+    """A module that holds others: its class, its children's paths and its own parameters' names."""
 
     path: Path
     kind: type
-    children: tuple[str, ...]
+    children: tuple[Path, ...]
     parameters: tuple[str, ...]
 
 
@@ -99,26 +99,33 @@ def child_at(module: nn.Module, path: Path) -> Any:
 
 def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
     """The block's children as they are now, or why they must run one by one."""
+    # Every child once, container by container: a call of ``child_at`` for each costs as much again.
+    at: dict[Path, Any] = {(): block}
+    for path, kind, children, parameters in plan.containers:
+        module = at[path]
+        if path and type(module) is not kind:
+            return f"{_dotted(path)} was replaced by {type(module).__name__}"
+        inner = module._modules
+        if len(inner) != len(children) or tuple(module._parameters) != parameters:
+            return f"{_dotted(path)} has other children than when the block was fused"
+        if path and hooked(module):
+            return f"a hook on {_dotted(path)}"
+        for child in children:
+            if child[-1] not in inner:
+                return f"{_dotted(child)} is gone"
+            at[child] = inner[child[-1]]
     for path, name, value in plan.guards:
-        now = getattr(child_at(block, path), name, NotAUnitError)
+        module = at[path] if path in at else child_at(block, path)
+        now = getattr(module, name, NotAUnitError)
         if now is not value and not (isinstance(value, _SIMPLE) and now == value):
             if name == "training" and plan.otherwise:
                 return plan.otherwise
             return f"{_dotted((*path, name))} is {now!r}, was {value!r} when the block was fused"
-    for path, kind, children, parameters in plan.containers:
-        module = child_at(block, path)
-        if path and type(module) is not kind:
-            return f"{_dotted(path)} was replaced by {type(module).__name__}"
-        if tuple(module._modules) != children or tuple(module._parameters) != parameters:
-            return f"{_dotted(path)} has other children than when the block was fused"
-        if path and hooked(module):
-            return f"a hook on {_dotted(path)}"
     for path, kind in plan.others:
-        module = child_at(block, path)
-        if type(module) is not kind:
-            return f"{_dotted(path)} was replaced by {type(module).__name__}"
+        if type(at[path]) is not kind:
+            return f"{_dotted(path)} was replaced by {type(at[path]).__name__}"
     for path in plan.inert:
-        module = child_at(block, path)
+        module = at[path] if path in at else child_at(block, path)
         reason = _why_active(module)
         if reason is not None:
             return f"{_dotted(path)}: {reason}"
@@ -126,7 +133,7 @@ def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
     for where in plan.acts:
         here = where
         if not isinstance(here, Act):
-            module = child_at(block, here)
+            module = at[here] if here in at else child_at(block, here)
             if not isinstance(module, nn.Module):
                 return f"{_dotted(here)} is gone"
             if hooked(module):
@@ -140,11 +147,11 @@ def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
         act = here
     assert act is not None
     recipe = Recipe(
-        tuple(child_at(block, path) for path in plan.norms),
-        tuple(child_at(block, path) for path in plan.convs),
+        tuple([at[path] for path in plan.norms]),
+        tuple([at[path] for path in plan.convs]),
         act,
         plan.shortcut,
-        None if plan.projection is None else child_at(block, plan.projection),
+        None if plan.projection is None else at[plan.projection],
         plan.add_in_place,
         plan.pads,
     )
@@ -1004,8 +1011,8 @@ def _structure(module: nn.Module, plan: UnitPlan) -> dict[str, Any]:
                 others.append((path, type(child)))
             return
         assert child is not None
-        names = (tuple(child._modules), tuple(child._parameters))
-        containers.append(Container(path, type(child), *names))
+        children = tuple((*path, name) for name in child._modules)
+        containers.append(Container(path, type(child), children, tuple(child._parameters)))
         for name, grandchild in child._modules.items():
             visit(grandchild, (*path, name))
 
