@@ -315,7 +315,7 @@ def test_block_steps_are_separate_tensors():
     module = PreActBlock(3, 3)
     steps = trace_block(module, torch.randn(2, 3, 4, 4))
     assert torch.equal(steps[-1].output, steps[0].output + steps[-2].output)
-    assert float(steps[2].output.min()) == 0
+    assert steps[2].output.min().item() == 0
 
 
 def test_depth_study(data):
