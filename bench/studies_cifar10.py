@@ -49,7 +49,7 @@ SETTINGS = {
     # One epoch of warm-up, as the paper's 400 steps of 128 images for ResNet-110.
     "versions": {**COMMON, "lr": 0.1, "warmup_steps": 78},
     # A rate at which the original units start without one.
-    "shortcuts": {**COMMON, "epochs": 3, "lr": 0.02, "warmup_steps": 0},
+    "shortcuts": {**COMMON, "depth": 56, "epochs": 3, "lr": 0.02, "warmup_steps": 0},
 }
 
 
