@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,7 @@ def study(
                 click.echo(_describe(each))
             return
         chosen = _choose(names, STUDIES)
+        _check_out(out)
         if threads is not None:
             torch.set_num_threads(threads)
         changes = {name: value for name, value in given.items() if value is not None}
@@ -141,6 +143,13 @@ def _choose(names: tuple[str, ...], studies: dict[str, Study]) -> list[Study]:
     if "all" in names:
         return list(studies.values())
     return [studies[name] for name in dict.fromkeys(names)]
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that cannot be made before a study takes its minutes, not after."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise WrongInput(f"cannot write to {out}: {existing} is not a folder that takes files")
 
 
 def _settings(

@@ -544,6 +544,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("resnetv2.studies.harness.Study.__call__", lambda *_, **__: pytest.fail())
+    (tmp_path / "file").write_text("")
+    result = run("architecture", "--out", str(tmp_path / "file" / "results"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: cannot write to {tmp_path / 'file' / 'results'}: ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_command_prints_and_writes(tmp_path):
     result = run("architecture", "--width", "8", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
