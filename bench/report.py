@@ -45,7 +45,9 @@ def figure(value: float) -> str:
 
 def ratio(value: float | None) -> str:
     """A ratio as tables print it."""
-    return "" if value is None else f"{value:.2f}x"
+    if value is None:
+        return ""
+    return f"{value:.3f}x" if value < 0.1 else f"{value:.2f}x"
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -123,7 +125,11 @@ def opening(rows: Rows) -> str:
                 missing.setdefault(f"`{provider}`: {note}", []).append(str(_network(case)[1]))
         if any(cell != "-" for cell in cells):
             lines.append([f"`{provider}`", *cells])
-    text = [table(header, lines), "", _conditions(rows, "depth")]
+    under = (
+        "In brackets: of eager. `checkpoint`: `torch.utils.checkpoint`, about as many segments a "
+        "stage as blocks a segment. "
+    )
+    text = [table(header, lines), "", under + _conditions(rows, "depth")]
     unmeasured = [
         f"{note} ({', '.join(depths)} layers)" if len(depths) < len(chosen) else note
         for note, depths in missing.items()
@@ -146,10 +152,8 @@ def _conditions(rows: Rows, suite: str) -> str:
     return (
         f"{first.device}, {first.versions}, {first.dtype}, {first.layout}, images of 32x32. Time: "
         f"median of {many} rounds in which every provider takes its turn, each in a process of its "
-        f"own; in brackets the median of the ratios to eager within a round{worst}{typical}. "
-        f"Memory: peak of a step's allocations beyond parameters and gradients. `checkpoint` is "
-        f"`torch.utils.checkpoint` with about as many segments a stage as blocks a segment. "
-        f"Every provider's results were first held against float64. `{first.command}`"
+        f"own; of eager: the median of the ratios within a round{worst}{typical}. Memory: peak of "
+        f"a step's allocations beyond parameters and gradients. `{first.command}`"
     )
 
 
@@ -485,7 +489,7 @@ def render(folder: Path) -> None:
 
 
 README = Path(__file__).parent.parent / "README.md"
-_BLOCK = re.compile(r"(<!-- bench: (\S+) (\S+) -->\n)(?:.*?\n)?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- bench: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "opening": opening,
     "memory": lambda rows: memory_table(rows, 1001),

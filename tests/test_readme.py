@@ -1,32 +1,92 @@
 """Measured figures in the README are those of committed reports."""
 
-import csv
+import re
 from pathlib import Path
 
 import pytest
 
-from bench.memory_modes import REPORTS, table
+from bench import report
+from bench.schema import CSV_NAME, REPORTS, read
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-TABLES = sorted(REPORTS.glob("*/memory-modes-*.csv"))
+DEVICES = sorted(path.parent for path in REPORTS.glob(f"*/{CSV_NAME}"))
+
+# A figure with a unit of measurement, as tables print it.
+MEASURED = re.compile(r"(\d+(?:\.\d+)?)\s?(ms|MB|GB|images/s|GB/s|GFLOP/s|x)(?![\w/])")
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_memory_table_is_the_reports(path):
-    assert table(path) in README
+def rows_of(device):
+    return report.Rows(read(device / CSV_NAME))
+
+
+def printed(device):
+    """Every figure that a table could print of a device's report, with its unit."""
+    result = set()
+    for row in rows_of(device).rows:
+        if row.value is not None:
+            result.add((report.figure(row.value), row.unit))
+        for value in (row.ratio_to_eager, row.ratio_to_compile):
+            result.add((report.ratio(value).rstrip("x"), "x"))
+    return result
+
+
+def tables(text):
+    """Runs of lines that begin with a bar."""
+    return re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
 
 
 def test_there_is_a_report():
-    assert TABLES
+    assert DEVICES
 
 
-@pytest.mark.parametrize(
-    "path", sorted(REPORTS.glob("*/extreme-depth-*.csv")), ids=lambda p: p.stem
-)
-def test_extreme_depth_is_the_reports(path):
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert f"with {rows[0]['peak_mb']} MB beyond" in README
-    losses = [float(row["loss"]) for row in rows]
+def test_every_measured_number_in_a_table_is_in_a_report():
+    known = set().union(*(printed(device) for device in DEVICES))
+    found = [
+        match.groups()
+        for lines in tables(README)
+        for match in MEASURED.finditer("\n".join(lines.splitlines()[2:]))
+    ]
+    assert len(found) > 40, "the README has lost its tables of measurements"
+    assert not [number for number in found if number not in known]
+
+
+def test_an_invented_number_would_be_noticed():
+    known = set().union(*(printed(device) for device in DEVICES))
+    assert MEASURED.findall("| `x` | 12.34 ms (0.98x), 7 MB |") == [
+        ("12.34", "ms"), ("0.98", "x"), ("7", "MB"),
+    ]  # fmt: skip
+    assert ("12.345", "ms") not in known
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_benchmark_table_is_the_reports(device):
+    assert report.opening(rows_of(device)) in README
+
+
+def test_blocks_are_filled_between_their_comments():
+    device = DEVICES[0].name
+    text = f"a\n<!-- bench: memory {device} -->\n<!-- end -->\nb\n<!-- end -->\n"
+    filled = report.with_blocks(text)
+    assert filled.endswith("\n<!-- end -->\nb\n<!-- end -->\n")
+    assert report.memory_table(rows_of(DEVICES[0]), 1001) in filled
+    assert report.with_blocks(filled) == filled
+    assert report.with_blocks(README) == README
+
+
+def test_memory_table_is_a_reports():
+    assert any(report.memory_table(rows_of(device), 1001) in README for device in DEVICES)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_page_is_what_the_csv_says(device):
+    page = (device / report.PAGE).read_text(encoding="utf-8")
+    assert page == report.page(rows_of(device), device.name)
+
+
+def test_extreme_depth_is_a_reports():
+    rows = next(r for r in map(rows_of, DEVICES) if r.where(suite="extreme depth"))
+    peak = rows.one(suite="extreme depth", metric="peak")
+    assert f"with {report.figure(peak.value)} MB beyond" in README
+    losses = [row.value for row in rows.where(suite="extreme depth", metric="loss")]
     half = len(losses) // 2
     assert sum(losses[half:]) < sum(losses[:half]), "the README says that the loss falls"
