@@ -545,7 +545,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("resnetv2.studies.harness.Study.__call__", lambda *_, **__: pytest.fail())
+    def ran(*_, **__):
+        pytest.fail("the study ran")
+
+    monkeypatch.setattr("resnetv2.studies.harness.Study.__call__", ran)
     (tmp_path / "file").write_text("")
     result = run("architecture", "--out", str(tmp_path / "file" / "results"))
     assert result.exit_code == 2
