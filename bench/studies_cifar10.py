@@ -24,7 +24,7 @@ from types import ModuleType
 
 import torch
 
-from bench.memory_modes import REPORTS, device_name
+from bench.schema import REPORTS, device_name
 from resnetv2.data import ImageData
 from resnetv2.studies import STUDIES, StudyOptions
 from resnetv2.studies.harness import Comparison, History, train_variant
