@@ -11,7 +11,7 @@ def test_accuracy(case, session):
     session.enter("accuracy")
     session.doing = case.name
     outcomes = session.bench.check_only(case)
-    session.record("accuracy", list(accuracy_rows(case, outcomes)))
+    session.rows += accuracy_rows(case, outcomes)
     wrong = [
         f"{name}: {outcome.problem}"
         for name, outcome in outcomes.items()

@@ -8,10 +8,10 @@ from bench.suites import kernel_rows, rate_rows
 
 def test_kernels(case, session):
     session.suite, session.doing = "kernel", case.name
-    if not hasattr(session, "rates"):
+    if not session.rates:
         session.say("the device's rates")
         session.rates = kernel_steps.device_rates(case.dtype)
-        session.record("kernel", list(rate_rows(session.rates, case.dtype)))
+        session.rows += rate_rows(session.rates, case.dtype)
     times = kernel_steps.measure(case, 100 if session.full else 30, 1.0, session.say)
-    session.record("kernel", list(kernel_rows(case, times, session.rates)))
+    session.rows += kernel_rows(case, times, session.rates)
     assert all(kernel.nbytes > 0 for kernel in times)

@@ -59,7 +59,8 @@ class Session:
         self.full = bool(config.getoption("--full"))
         self.cuda = torch.cuda.is_available()
         self.threads = torch.get_num_threads()
-        self.rows: dict[tuple[str, str, int], list[Row]] = {}
+        self.rows: list[Row] = []
+        self.rates: dict[str, float] = {}
         self.outcomes: dict[tuple[str, str], dict[str, Outcome]] = {}
         self.start = time.monotonic()
         self.suite = ""
@@ -111,19 +112,14 @@ class Session:
             self.enter(suite)
             self.doing = case.name
             self.outcomes[key] = self.bench.run(case)
-            self.record(suite, list(timed_rows(suite, case, self.outcomes[key])))
+            self.rows += timed_rows(suite, case, self.outcomes[key])
         return self.outcomes[key]
-
-    def record(self, suite: str, rows: list[Row]) -> None:
-        """Keep rows for the report."""
-        self.rows.setdefault((suite, "", 0), []).extend(rows)
 
     def finish(self) -> Path | None:
         """End the processes and write the report; its folder, or None where nothing was run."""
         if self._bench is not None:
             self._bench.close()
-        rows = [row for part in self.rows.values() for row in part]
-        if not rows:
+        if not self.rows:
             return None
         from bench import report
 
@@ -131,7 +127,7 @@ class Session:
         arguments = [str(a) for a in self.config.invocation_params.args]
         kept = [a for a in arguments if not a.startswith(("--out", "-q", "-v", "-p"))]
         rows = describe(
-            rows,
+            self.rows,
             {
                 "device": schema.device_name(),
                 "versions": schema.versions(self.threads),

@@ -104,6 +104,7 @@ class Worker:
     def __init__(self) -> None:
         self.case: Case | None = None
         self.graphs: dict[str, Any] = {}
+        self.graph_outs: dict[str, Tensor] = {}
         self.graph_bytes: dict[str, int] = {}
 
     def build(self, case: Case, provider: Provider) -> None:
@@ -117,6 +118,7 @@ class Worker:
         """Forget the case."""
         self.case = self.module = self.x = self.target = None
         self.graphs.clear()
+        self.graph_outs.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -163,15 +165,19 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             with torch.cuda.graph(graph):
-                self._step(mode)
+                self.graph_outs[mode] = self._step(mode)
             self.graph_bytes[mode] = torch.cuda.max_memory_allocated() - before
             self.graphs[mode] = graph
         return self.graphs[mode].replay
 
     def results(self) -> dict[str, Tensor]:
         """One forward and backward: "out", "dx", "grad NAME" and "buffer NAME", in float64."""
-        self._clear()
-        out = self._step("forward+backward")
+        if self.provider.graph:
+            self._runner("forward+backward")()
+            out = self.graph_outs["forward+backward"]
+        else:
+            self._clear()
+            out = self._step("forward+backward")
         result = {"out": out}
         if self.x.grad is not None:
             result["dx"] = self.x.grad
@@ -187,15 +193,16 @@ class Worker:
     def reference(self, case: Case, path: str) -> None:
         """The case in float64 by eager PyTorch, saved to ``path``; unlike the rest, no provider."""
         plain = case._replace(dtype="fp32")
-        self.case = plain
+        self.case, self.provider = plain, Provider("float64", lambda case: None)
         self.module = plain.build(backend="eager", dtype=torch.float64)
         self.x, self.target = plain.inputs()
         self.x = self.x.detach().double().requires_grad_(self.x.requires_grad)
         torch.save(self.results(), path)
         self.drop()
 
-    def errors(self, path: str) -> dict[str, float]:
-        """Relative distance to ``reference``'s results of "out", "dx", "gradients", "buffers".
+    def errors(self, path: str) -> tuple[dict[str, float], float]:
+        """Relative distance to ``reference``'s results of "out", "dx", "gradients", "buffers";
+        and the seconds that the first step took, compiling included.
 
         The Euclidean norm over all elements of all tensors of a kind, over the same of the
         reference.
@@ -206,7 +213,9 @@ class Worker:
             # All providers do this at once, and threads that wait for a taken core are slow. What
             # is compiled here has the number of threads that it will be timed with.
             torch.set_num_threads(1)
+        start = time.perf_counter()
         mine = self.results()
+        seconds = time.perf_counter() - start
         torch.set_num_threads(threads)
         if mine.keys() != exact.keys():
             differing = sorted(mine.keys() ^ exact.keys())
@@ -219,7 +228,7 @@ class Worker:
                 raise Failure(f"{name} has shape {tuple(mine[name].shape)}")
             total[0] += float((mine[name] - value).square().sum())
             total[1] += float(value.square().sum())
-        return {kind: math.sqrt(error / size) for kind, (error, size) in sums.items()}
+        return {kind: math.sqrt(error / size) for kind, (error, size) in sums.items()}, seconds
 
     def sample(self, mode: str, repeats: int) -> float:
         """Seconds for ``repeats`` runs."""
@@ -347,7 +356,12 @@ class Process:
     def send(self, order: str, *arguments: Any) -> None:
         if self.process is None:
             self._start()
-        self.pipe.send((order, *arguments))
+        try:
+            self.pipe.send((order, *arguments))
+        except OSError:  # it died since it last answered
+            self._kill()
+            self._start()
+            self.pipe.send((order, *arguments))
 
     def receive(self, patience: float) -> Any:
         if not self.pipe.poll(patience):
@@ -476,16 +490,18 @@ class Bench:
             self.reference.send("reference", case, path)
             self.reference.receive(self.settings.patience)
             self.say("building and checking")
-            self._all(asked, "build", lambda o: (case, o.provider))
-            start = time.perf_counter()
+            for outcome in asked:
+                self.hosts[outcome.provider.name].send("build", case, outcome.provider)
+            for outcome in asked:
+                self._receive(outcome)
             asked = [o for o in asked if not o.problem]
-            patience = self.settings.patience
             for outcome in asked:
                 self.hosts[outcome.provider.name].send("errors", path)
             for outcome in asked:
-                self._receive(outcome, "errors", patience)
-                if outcome.provider.compiles:
-                    outcome.compile_seconds = time.perf_counter() - start
+                answer = self._receive(outcome)
+                if answer is not None:
+                    outcome.errors, seconds = answer
+                    outcome.compile_seconds = seconds if outcome.provider.compiles else 0.0
         spent = [o.compile_seconds for o in asked if o.provider.compiles]
         if spent:
             self.compiled.append((case.layers, max(spent)))
@@ -496,36 +512,19 @@ class Bench:
         self.checked[case] = outcomes
         return outcomes
 
-    def _receive(self, outcome: Outcome, store: str | None, patience: float) -> None:
+    def _receive(self, outcome: Outcome) -> Any:
+        """A host's answer; None, and ``outcome.problem`` says why, if it failed."""
         try:
-            answer = self.hosts[outcome.provider.name].receive(patience)
-        except Failure as failure:
-            outcome.problem = f"failed: {failure}"
-            if str(failure) == "out of memory":
-                outcome.problem = str(failure)
-            return
-        if store is not None:
-            setattr(outcome, store, answer)
-
-    def _all(
-        self, outcomes: list[Outcome], order: str, arguments: Callable[[Outcome], tuple[Any, ...]]
-    ) -> None:
-        """Give one order to all hosts at once and wait for all."""
-        for outcome in outcomes:
-            self.hosts[outcome.provider.name].send(order, *arguments(outcome))
-        for outcome in outcomes:
-            self._receive(outcome, None, self.settings.patience)
-
-    def ask(self, outcome: Outcome, order: str, *arguments: Any) -> Any:
-        """One order to one host; None, and ``outcome.problem`` says why, if it fails."""
-        host = self.hosts[outcome.provider.name]
-        host.send(order, *arguments)
-        try:
-            return host.receive(self.settings.patience)
+            return self.hosts[outcome.provider.name].receive(self.settings.patience)
         except Failure as failure:
             text = str(failure)
             outcome.problem = text if text == "out of memory" else f"failed: {text}"
             return None
+
+    def ask(self, outcome: Outcome, order: str, *arguments: Any) -> Any:
+        """One order to one host, and its answer as ``_receive`` gives it."""
+        self.hosts[outcome.provider.name].send(order, *arguments)
+        return self._receive(outcome)
 
     def run(self, case: Case) -> dict[str, Outcome]:
         """Check a case, and time what is right: provider's name to what came out."""
@@ -579,6 +578,8 @@ class Bench:
         for number in range(rounds):
             self.say(f"{mode}, round {number + 1} of {rounds}")
             order = self._right(outcomes)
+            if not order:
+                return
             turn = number % len(order)
             for outcome in order[turn:] + order[:turn]:
                 taken = self.ask(outcome, "sample", mode, repeats)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from bench import cases, compare, report, schema
 from bench.kernel_steps import measure as measure_kernels
@@ -14,6 +15,7 @@ from bench.schema import Row
 from bench.suites import SUITES, accuracy_rows, kernel_rows, largest, limit_rows, timed_rows
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
 from resnetv2.cost import Rates, chain_costs, floor_seconds, h100_rates, step_costs
+from resnetv2.plan_cli import plan as plan_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -356,3 +358,47 @@ def test_compare(tmp_path, capsys):
     assert compare.main([one, far]) == 1
     assert "largest 30.0% (c, recompute, forward: 1.000 and 1.300)" in capsys.readouterr().out
     assert compare.main([one, str(tmp_path / "nowhere")]) == 2
+
+
+# --- resnetv2 plan --time -----------------------------------------------------------------------
+
+
+def plan(*arguments):
+    return CliRunner().invoke(plan_command, ["--depth", "29", "--block", "bottleneck", *arguments])
+
+
+def test_plan_prints_floors_per_mode():
+    result = plan("--batch-size", "8", "--dtype", "bf16", "--time", "--rates", "h100")
+    assert result.exit_code == 0, result.output
+    floors = result.output[result.output.index("launches") :]
+    with torch.device("meta"):
+        model = PreActResNet.from_depth(29, "bottleneck")
+    for mode in ("recompute", "invert_h1", "invert", "segment"):
+        cost = step_costs(model, 8, 32, torch.bfloat16, mode, triton=True)
+        seconds = floor_seconds(cost.all, h100_rates(torch.bfloat16))
+        line = next(x for x in floors.splitlines() if x.startswith(f"{mode} "))
+        assert line.endswith(f"{1e3 * seconds:.2f} ms")
+        assert f" {len(cost.all)} " in line
+    assert "data sheet of an H100 SXM" in floors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rates", "h100", "--budget", "1GB"], "--rates belongs to --time"),
+        (["--time", "--rates", "a100"], "'a100' is not one of"),
+    ],
+)
+def test_plan_refuses(arguments, message):
+    result = plan(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_plan_measures_only_what_is_here():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU whose rates can be measured")
+    result = plan("--time", "--rates", "measured", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "there is no GPU whose rates could be measured" in result.output
