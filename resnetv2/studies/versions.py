@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,9 +91,17 @@ def speed(comparison: Comparison) -> str:
 
 
 def duration(comparison: Comparison) -> str:
-    """Time of training, as a ratio."""
-    first, second = (comparison.spread(name, "seconds").mean for name in (V1, V2))
-    return f"{V2} takes {second / first:.2f} times the time of {V1} ({second:.3g} s a run)."
+    """Time of an epoch, as a ratio of medians: means would tell of what else the machine did."""
+    first, second = (
+        statistics.median(
+            entry.seconds for run in comparison.histories[name] for entry in run.epochs
+        )
+        for name in (V1, V2)
+    )
+    return (
+        f"An epoch of {V2} takes {second / first:.2f} times that of the {V1} "
+        f"(median {second:.3g} s)."
+    )
 
 
 def epochs_table(comparison: Comparison) -> Table:
