@@ -776,6 +776,19 @@ def test_a_deleted_or_added_child():
     assert chain_calls(fused, images(SHAPE)) == 1
 
 
+def test_a_child_that_was_none():
+    """None is no child, but decides as much as one; and None in a child's place."""
+    torch.manual_seed(0)
+    for start, now in ((None, nn.Conv2d(8, 8, 1)), (nn.Conv2d(8, 8, 1), None)):
+        model = randomise(Bottleneck(8, 2)).to(DEVICE)
+        model.downsample = None if start is None else start.to(DEVICE)
+        fused = fused_copy(model)
+        assert chain_calls(fused, images((3, 8, 5, 6))) == 1
+        for each in (fused, model):
+            each.downsample = copy.deepcopy(now).to(DEVICE) if now is not None else None
+        assert_like(fused, model, images((3, 8, 5, 6)))
+
+
 def test_a_block_replaced_in_a_chain():
     model = stage_of()
     fused = fused_copy(model)
