@@ -2,9 +2,9 @@
 
     python -m bench.extreme_depth DATA [--layers 10001] [--batch-size 4] [--steps 20]
 
-DATA is what ``resnetv2 train --data`` takes. The steps go over two
-batches of randomly drawn images in turn; the losses and the peak of a step's allocations beyond
-parameters, gradients and momentum become the suite "extreme depth" of the device's report.
+DATA is what ``resnetv2 train --data`` takes. The steps go over two batches of randomly drawn images
+in turn; the losses and the peak of a step's allocations beyond parameters, gradients and momentum
+become the suite "extreme depth" of the device's report.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import shlex
 import sys
 import time
+from pathlib import Path
 
 from bench.measure import peak_bytes
 from bench.report import render
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--out", type=Path, default=REPORTS / device_name())
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -80,7 +82,7 @@ def main() -> None:
         "layout": "channels_last",
         "command": shlex.join(["python", "-m", "bench.extreme_depth", *sys.argv[1:]]),
     }
-    path = REPORTS / device_name() / CSV_NAME
+    path = args.out / CSV_NAME
     old = read(path) if path.exists() else []
     write(path, merge(old, describe(rows, common), SUITES))
     render(path.parent)
