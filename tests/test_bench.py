@@ -156,6 +156,12 @@ def test_yardstick():
     assert "gradients" in disagreement({"out": 1e-3, "gradients": 4e-3}, eager, case)
 
 
+def test_half_wrong_is_wrong_whatever_eager_is():
+    case = cases.network("bottleneck", 1001, 8, "fp32")
+    eager = {"out": 1e-3, "gradients": 0.7}
+    assert "gradients" in disagreement({"out": 1e-3, "gradients": 1.0}, eager, case)
+
+
 def test_a_flipped_sign_is_no_error():
     """Where eager has rounding alone, a provider may have the other sign of a few values near 0."""
     case = cases.unit("a unit", "basic", 16, 32, 64, "fp32")
