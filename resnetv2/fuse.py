@@ -18,17 +18,10 @@ import torch
 from torch import nn
 
 from .blocks import BACKENDS, PreActUnit
-from .dataflow import (
-    MOST_NORMS,
-    NotAUnitError,
-    UnitPlan,
-    describe_unit,
-    read_unit,
-    recipe_of,
-    signature,
-)
+from .dataflow import MOST_NORMS, read_unit
 from .run import AUTO, EAGER, ChainUnit, Recipe, accepts, hooked, run_blocks, run_chain
 from .spec import MEMORY
+from .unit_plan import NotAUnitError, UnitPlan, describe_unit, recipe_of, signature
 
 _FUSION = "_resnetv2_fusion"
 # Larger modules are stages or models, whose children are looked at instead.
