@@ -55,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 AUTOCAST = {"float32": None, "bf16-autocast": torch.bfloat16}
 # A ReLU's sign that flips near 0 outweighs all rounding in bf16: it takes draws to tell how often.
-DRAWS = {"float32": {"draws": 2, "eager_draws": 9}, "bf16-autocast": {"draws": 9}}
+DRAWS = {"float32": {"draws": 1, "eager_draws": 5}, "bf16-autocast": {"draws": 9}}
 
 
 def family(name: str) -> nn.Module:
