@@ -103,7 +103,8 @@ def test_readme_has_two_setup_commands() -> None:
         blocks[0],
     )
     assert blocks[1] == (
-        "python -m pip install -c constraints.txt -e '.[test]' && python -m pytest -n 2 --dist loadfile\n"
+        "python -m pip install -c constraints.txt -e '.[test]' && "
+        "python -m pytest -n 2 --dist loadfile\n"
     )
 
 
