@@ -12,6 +12,7 @@ from resnetv2 import PreActBlock, PreActResNet
 from resnetv2.data import ImageData, InputError, Split
 from resnetv2.studies import STUDIES
 from resnetv2.studies import variants as v
+from resnetv2.studies.bn_position import first_gradients
 from resnetv2.studies.comparing import against, best, standing
 from resnetv2.studies.harness import Comparison, History, StudyOptions
 from resnetv2.studies.hybrid import dose, mixes
@@ -342,6 +343,14 @@ def test_shortcuts_count_what_is_worse_both_ways():
     assert agreement(runs) == (
         "Worse than the identity by more than the spread over seeds: 1 of 3 here, all 3 in the "
         "paper; better: scaled."
+    )
+
+
+def test_bn_position_says_when_a_gradient_is_not_finite():
+    runs = comparison(none=[0.1, 0.1], before=[0.9, 0.9])
+    runs.histories["none"][1].gradient_norms[0] = float("nan")
+    assert first_gradients(runs) == (
+        "Gradient norm over the first epoch: none not finite, before 2 ± 0."
     )
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from resnetv2.data import ImageData
 from resnetv2.studies.comparing import STACK, TRAINING, Factory, network, report
-from resnetv2.studies.harness import Comparison, Result, StudyOptions, compare, study
+from resnetv2.studies.harness import (
+    Comparison,
+    Result,
+    Spread,
+    StudyOptions,
+    compare,
+    study,
+)
 from resnetv2.studies.variants import BN_AFTER_CONV, BN_BEFORE_CONV, NO_BN
 
 
@@ -29,11 +36,11 @@ def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) ->
 
 
 def first_gradients(comparison: Comparison) -> str:
-    """Gradient norms of the first epoch, means over seeds."""
-    parts = []
-    for name, runs in comparison.histories.items():
-        mean = sum(run.gradient_norms[0] for run in runs) / len(runs)
-        parts.append(f"{name} {mean:.3g}")
+    """Gradient norms of the first epoch, over seeds."""
+    parts = [
+        f"{name} {Spread(tuple(run.gradient_norms[0] for run in runs))}"
+        for name, runs in comparison.histories.items()
+    ]
     return f"Gradient norm over the first epoch: {', '.join(parts)}."
 
 
@@ -42,16 +49,7 @@ def first_gradients(comparison: Comparison) -> str:
     title="No BN, BN after and BN before the convolution",
     question="What does batch norm do for a deep net, and does its side of the convolution matter?",
     # 25 blocks, of fewer channels than the preset's 64 to end in minutes on a CPU.
-    defaults={
-        **TRAINING,
-        "depth": 50,
-        "stages": 1,
-        "width": 16,
-        "epochs": 4,
-        "seeds": 3,
-        "lr": 0.01,
-        "schedule": "constant",
-    },
+    defaults={**TRAINING, "depth": 50, "stages": 1, "epochs": 5, "seeds": 3},
     presets={"cifar10": STACK},
 )
 def bn_position(options: StudyOptions) -> Result:
