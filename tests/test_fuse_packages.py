@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
+import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +238,16 @@ def test_pytorchcv_1001_layers():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     optimizer.step()
     assert chain_calls(model, images((2, 3, 8, 8))) == 1
+
+
+@needs("timm")
+def test_readme_prints_what_explain_prints():
+    """The README's five lines are run, and the table under them is their output."""
+    import_torchvision()  # as a torch that fits torchvision does by itself
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Fuse a model that somebody else wrote\n")[1].split("\n## ")[0]
+    code, shown = re.findall(r"^```\w*\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue() == shown
