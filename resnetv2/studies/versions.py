@@ -134,7 +134,7 @@ def epochs_table(comparison: Comparison) -> Table:
     ),
     # Deep enough that the order of BN, ReLU and addition matters within minutes. The paper warms
     # ResNet-110 up for one epoch (400 steps of 128 images), which of these images is 22 steps.
-    defaults={**TRAINING, "depth": 110, "epochs": 6, "warmup_steps": 22, "seeds": 3},
+    defaults={**TRAINING, "depth": 110, "epochs": 6, "warmup_steps": 22},
     presets={"noise": NOISE, "cifar10": STACK, "paper": PAPER},
 )
 def versions(options: StudyOptions) -> Result:
