@@ -19,7 +19,17 @@ from torch import nn
 
 from .blocks import BACKENDS, PreActUnit
 from .dataflow import MOST_NORMS, read_unit
-from .run import AUTO, EAGER, ChainUnit, Recipe, accepts, hooked, run_blocks, run_chain
+from .run import (
+    AUTO,
+    EAGER,
+    ChainUnit,
+    Recipe,
+    accepts,
+    globally_hooked,
+    hooked,
+    run_blocks,
+    run_chain,
+)
 from .spec import MEMORY
 from .unit_plan import NotAUnitError, UnitPlan, describe_unit, recipe_of, signature
 
@@ -105,8 +115,9 @@ class FusedSequential(_Fused):
 
 def _flat(sequence: nn.Module) -> Iterator[nn.Module]:
     """A Sequential's children, and in place of a fused Sequential among them its own."""
+    called = not torch.compiler.is_compiling() and globally_hooked()
     for child in sequence.children():
-        if isinstance(child, FusedSequential) and not hooked(child):
+        if isinstance(child, FusedSequential) and not called and not hooked(child):
             yield from _flat(child)
         else:
             yield child

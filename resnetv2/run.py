@@ -115,7 +115,8 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _globally_hooked() -> bool:
+def globally_hooked() -> bool:
+    """Whether something is hooked on the calls of all modules."""
     m = torch.nn.modules.module
     return bool(
         m._global_forward_hooks
@@ -182,7 +183,7 @@ def must_run_eagerly(x: Tensor) -> bool:
     return (
         type(x) not in (Tensor, nn.Parameter)
         or x.layout != torch.strided
-        or _globally_hooked()
+        or globally_hooked()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
