@@ -206,7 +206,7 @@ class ResNetV2Visualizer:
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         if title:
-            axes.set_title(title, fontsize=10)
+            picture.suptitle(title, fontsize=10)  # over the labels too: a wide title fits
         return picture
 
     def plot_lines(
