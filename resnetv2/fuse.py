@@ -267,7 +267,8 @@ def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) ->
 
     A block is a module whose forward computes k times norm -> act -> conv and adds a shortcut
     (He et al. 2016, equation (4)), however it is written; ``explain`` lists them. Consecutive
-    blocks in an ``nn.Sequential`` run as one chain. Parameters, buffers, children and
+    blocks in an ``nn.Sequential`` run as one chain. Blocks and stages of this library are fused
+    already and keep their own settings. Parameters, buffers, children and
     ``state_dict`` stay as they are. Modules keep what they compute: what cannot be fused, at
     recognition or at a call, runs as it did. ``unfuse`` takes it back.
 
