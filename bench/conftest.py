@@ -70,7 +70,7 @@ class Session:
     @property
     def settings(self) -> Settings:
         return Settings(
-            seconds=4.0 if self.full else 1.0,
+            seconds=4.0 if self.full else 1.3,
             patience=1800.0 if self.full else 300.0,
             threads=self.threads,
         )
