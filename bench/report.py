@@ -153,7 +153,8 @@ def _conditions(rows: Rows, suite: str) -> str:
         f"{first.device}, {first.versions}, {first.dtype}, {first.layout}, images of 32x32. Time: "
         f"median of {many} rounds in which every provider takes its turn, each in a process of its "
         f"own, in which glibc keeps freed memory; of eager: the median of the ratios within a "
-        f"round{worst}{typical}. Memory: peak of a step's allocations beyond parameters and gradients. `{first.command}`"
+        f"round{worst}{typical}. Memory: peak of a step's allocations beyond "
+        f"parameters and gradients. `{first.command}`"
     )
 
 
