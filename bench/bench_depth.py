@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.conftest import CLOCK, settle
-from bench.measure import quantiles
+from bench.conftest import CLOCK, replay_step
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_step(case, mode, provider, session, replay, benchmark):
-    outcome = session.timed("depth", case)[provider]
-    settle(outcome.problem, outcome.provider.ours, benchmark)
-    times = outcome.times[mode]
-    info = {"peak_bytes": outcome.peaks[mode], "ratio_to_eager": quantiles(times.to_eager)[1]}
-    replay(f"{case.name}, {mode}", times.seconds, info)
+    replay_step(session.timed("depth", case)[provider], case, mode, replay, benchmark)

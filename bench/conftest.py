@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import cases, schema
-from bench.measure import Bench, Outcome, Settings
+from bench.measure import Bench, Outcome, Settings, quantiles
 from bench.providers import all_providers
 from bench.schema import Row
 from bench.suites import SUITES, describe, timed_rows
@@ -224,6 +224,14 @@ def settle(outcome_problem: str, ours: bool, benchmark: Any) -> None:
     if ours and outcome_problem.startswith(("failed", "refused")):
         pytest.fail(outcome_problem, pytrace=False)
     pytest.skip(outcome_problem)
+
+
+def replay_step(outcome: Outcome, case: cases.Case, mode: str, replay: Any, benchmark: Any) -> None:
+    """A test of one provider's steps: ends it where there are no figures, or replays them."""
+    settle(outcome.problem, outcome.provider.ours, benchmark)
+    times = outcome.times[mode]
+    info = {"peak_bytes": outcome.peaks[mode], "ratio_to_eager": quantiles(times.to_eager)[1]}
+    replay(f"{case.name}, {mode}", times.seconds, info)
 
 
 @pytest.fixture(autouse=True, scope="session")

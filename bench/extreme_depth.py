@@ -15,10 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from bench.measure import peak_bytes
 from bench.report import render
 from bench.schema import CSV_NAME, REPORTS, Row, device_name, merge, read, versions, write
 from bench.suites import SUITES, describe
+from resnetv2.memory import peak_bytes
 
 
 def main() -> None:

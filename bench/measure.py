@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnetv2.memory import peak_bytes
+
 from .cases import DTYPES, Case, device
 from .providers import COMPILE, EAGER, Provider
 
@@ -64,29 +66,6 @@ class Failure(Exception):  # noqa: N818 - an outcome to report, not an error of 
 
 
 # --- in the provider's process ------------------------------------------------------------------
-
-
-def peak_bytes(step: Callable[[], Any], cuda: bool) -> int:
-    """Most bytes allocated at once during ``step()`` beyond those before it.
-
-    CUDA's allocator counts them; on a CPU they are the profiler's memory events.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    allocated = peak = 0
-    for _, change in changes:
-        allocated += change
-        peak = max(peak, allocated)
-    return peak
 
 
 def launched(step: Callable[[], Any]) -> int | None:

@@ -310,8 +310,9 @@ def convolution_backward(
     )
     if mask[0] and dz.shape[2:] != size:
         (top, left), (height, width) = geometry.padding, size
-        dz = dz[:, :, top : top + height, left : left + width]
-        dz = dz.contiguous(memory_format=torch.channels_last)
+        last = z.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        dz = dz[:, :, top : top + height, left : left + width].contiguous(memory_format=layout)
     if mask[1] and (dweight.dtype != weight.dtype or dweight.stride() != weight.stride()):
         dweight = torch.empty_like(weight).copy_(dweight)
     return (

@@ -7,6 +7,7 @@ attributes, which are logged.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import random
@@ -135,10 +136,16 @@ class _Tracer(fx.Tracer):
     def __init__(self, channels: int | None) -> None:
         super().__init__()
         self.channels = channels
+        self.switches = _switches()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # The root too can be of a leaf's class (a norm's own forward is traced like a block's).
         return m is not self.root and is_leaf(m)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _switches() != self.switches:
+            raise NotAUnitError("its forward switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         value = _Value(node, self)
@@ -200,7 +207,8 @@ def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.G
         torch.as_tensor = lambda data, *a, **k: (  # type: ignore[assignment]
             data if type(data) is _Value and not a and not k else as_tensor(data, *a, **k)
         )
-        graph = _Tracer(channels).trace(module)
+        with torch.enable_grad(), _autocast_on():
+            graph = _Tracer(channels).trace(module)
         if _random_states() != states:
             raise NotAUnitError("draws random numbers")
         if _contents(module) != before:
@@ -234,6 +242,30 @@ def _recording(kind: type[nn.Module], path: Path, log: Log) -> type[nn.Module]:
     Recording.__name__ = Recording.__qualname__ = kind.__name__
     Recording.__module__ = kind.__module__
     return Recording
+
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+@contextlib.contextmanager
+def _autocast_on() -> Iterator[None]:
+    """A forward that switches autocast off shows only where it is on (the trial, which is run
+    without, shows one that switches it on). No tensor is computed with meanwhile.
+    """
+    before = [torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES]
+    try:
+        for device in AUTOCAST_DEVICES:
+            torch.set_autocast_enabled(device, True)
+        yield
+    finally:
+        for device, enabled in zip(AUTOCAST_DEVICES, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+
+
+def _switches() -> tuple[bool, ...]:
+    """What a graph does not show and a forward may change: gradients and autocast."""
+    autocast = (torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _random_states() -> tuple[Any, Any, Any]:

@@ -655,6 +655,39 @@ class TwoActivations(nn.Module):
         return x + self.conv2(F.silu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
 
 
+class FrozenShortcut(nn.Module):
+    """Gradients are off for a part of the forward, which no graph shows."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(channels), conv3(channels, out)
+        self.bn2, self.conv2 = nn.BatchNorm2d(out), conv3(out, out)
+        self.projection = conv1(channels, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            shortcut = self.projection(x)
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+
+class PartlyFloat32(TwoActivations):
+    """Autocast is off for a part of the forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.relu(self.bn1(x)))
+        with torch.autocast(x.device.type, enabled=False):
+            h = self.conv2(F.relu(self.bn2(h.float())))
+        return x + h
+
+
+class Float32Convolution(TwoActivations):
+    """The same without a cast in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+
 class NoSecondActivation(TwoActivations):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.bn2(self.conv1(F.relu(self.bn1(x)))))
@@ -1068,6 +1101,9 @@ NEGATIVES: dict[str, Callable[[], nn.Module]] = {
     "group-norm": lambda: GroupNormed(8, nn.Conv2d),
     "weight-standardisation": lambda: GroupNormed(8, norm="bn"),
     "instance-norm": lambda: Basic(8, 8, norm=nn.InstanceNorm2d),
+    "no-grad-shortcut": lambda: FrozenShortcut(8, 12),
+    "autocast-off-for-a-part": lambda: PartlyFloat32(8),
+    "autocast-off": lambda: Float32Convolution(8),
     "tanh": lambda: TanhBlock(8),
     "module-activation": lambda: WithAct(SquarePlus, 8, 8),
     "autograd-function": lambda: WithAct(OwnMish, 8, 8),

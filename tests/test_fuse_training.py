@@ -18,7 +18,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from fuse_checks import ChainCalls, chain_calls, fused_copy, fused_units, training_step
-from fuse_models import Basic, NormAct, OfNormActs, OfTuples, PlainNet, Wide, tuple_block
+from fuse_models import (
+    Basic,
+    NormAct,
+    OfNormActs,
+    OfTuples,
+    PaddedBoth,
+    PlainNet,
+    Wide,
+    tuple_block,
+)
 from support import DEVICE, assert_close_steps, images, randomise, step
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -250,6 +259,20 @@ def test_compile_after_fuse(block, training):
         assert_close_steps(renamed(step(compiled, x, seed=seed)), step(model, x, seed=seed))
     assert compiler.graphs == 1
     assert compiler.chains >= 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(shutil.which("g++") is None and DEVICE.type == "cpu", reason="no C++ compiler")
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels-last", "nchw"])
+def test_inductor_finds_the_layouts_that_it_was_told(channels_last):
+    """Asymmetric padding in ATen, in either layout: inductor asserts every stride."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = randomise(nn.Sequential(PaddedBoth(4, False), PaddedBoth(4, False))).to(DEVICE)
+    model = model.to(memory_format=layout)
+    fused = fused_copy(model)
+    x = images((2, 4, 6, 6), channels_last=channels_last)
+    compiled = torch.compile(fused, fullgraph=True)
+    assert_close_steps(renamed(step(compiled, x)), step(model, x))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.measure import peak_bytes
 from resnetv2 import BottleneckPreActBlock, BudgetError, PreActResNet, plan
-from resnetv2.memory import parse_bytes
+from resnetv2.memory import parse_bytes, peak_bytes
 from tests.support import DEVICE, eager_twin, images, randomise
 
 # Under the interpreter, "auto" would be Triton: slow, and not what allocates on a CPU.
@@ -391,15 +390,18 @@ def test_compiles_whole(mode):
         torch.testing.assert_close(got[name], gradient)
 
 
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels-last", "nchw"])
 @modes
-def test_on_a_cpu_the_bits_are_eagers(mode):
+def test_on_a_cpu_the_bits_are_eagers(mode, channels_last):
     """ATen's path calls the kernels that eager calls, in an order that rounds the same way.
 
     Where the stream is walked back, x returns within a rounding; elsewhere nothing differs.
     """
     if DEVICE.type != "cpu":
         pytest.skip("a GPU runs the fused kernels")
-    model, x = net(), images((4, 3, 12, 12))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = net().to(memory_format=layout)
+    x = images((4, 3, 12, 12), channels_last=channels_last)
     eager, _ = train_step(eager_twin(model), x)
     ours, _ = train_step(set_mode(model, mode), x)
     if mode == "recompute":
