@@ -19,6 +19,7 @@ TEST = [
     "pytest-xdist",
     "pytorchcv",
     "ruff",
+    "tensorboard",
     "timm",
 ]
 BENCH = ["pytest", "pytest-benchmark"]
@@ -40,7 +41,11 @@ setup(
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
     ],
     package_dir={KERNELS: "kernels"},
-    package_data={"resnetv2": ["py.typed"], "resnetv2.studies": ["page.html"]},
+    package_data={
+        "resnetv2": ["py.typed"],
+        "resnetv2.studies": ["page.html"],
+        "resnetv2.training": ["recipes/*.yaml"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
@@ -50,12 +55,15 @@ setup(
         "click>=8.1",
         "jinja2>=3.1",
         "matplotlib>=3.7",
+        "pyyaml>=6",
+        "pyyaml>=6.0",
         "scikit-learn>=1.3",
         "tqdm>=4.65",
     ],
     extras_require={
         "test": TEST,
         "bench": BENCH,
+        "tensorboard": ["tensorboard"],
         "dev": sorted({*TEST, *BENCH}),
     },
     entry_points={"console_scripts": ["resnetv2 = resnetv2.cli:main"]},
