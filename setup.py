@@ -56,7 +56,6 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.7",
         "pyyaml>=6",
-        "pyyaml>=6.0",
         "scikit-learn>=1.3",
         "tqdm>=4.65",
     ],
