@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .operands import Act, Geometry, Grad, running_stats
+from . import ranks, reference
+from .operands import Act, Geometry, Grad, Partials, running_stats
+from .ranks import Gather, Ranks
 from .reference import cast
 
 BACKENDS = ("auto", "triton", "aten")
@@ -54,6 +55,30 @@ class AtenEngine:
         """(5, C) statistics of a batch out of its moments (``operands.running_stats``)."""
         mean, var = moments
         return running_stats(mean, var, weight, bias, eps)
+
+    def _merged_stats(
+        self, partials: Partials, counts: Tensor,
+        weight: Tensor | None, bias: Tensor | None, eps: float,
+    ) -> Tensor:  # fmt: skip
+        return reference.norm_stats(partials, weight, bias, eps, counts)
+
+    def synced_stats(
+        self,
+        moments: Any,
+        rows: int,
+        gather: Gather,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """``norm_stats`` over the rows of all ranks, and their number (1,).
+
+        moments: of this rank's ``rows`` rows.
+        """
+        local = self.norm_stats(moments, None, None, 0.0)
+        partials, counts = ranks.gather_moments(local, rows, gather)
+        stats = self._merged_stats(partials, counts, weight, bias, eps)
+        return stats, counts.sum().view(1)
 
     def conv_forward(
         self,
@@ -112,6 +137,7 @@ class AtenEngine:
         add: Tensor | None = None,
         identity: Tensor | None = None,
         final: bool = False,
+        sync: Ranks | None = None,
     ) -> ConvGrads:
         """Backward of conv(act(norm(h))) for one gradient of its output (design 2, backward).
 
@@ -122,6 +148,8 @@ class AtenEngine:
             add: a further gradient of act(norm(h)), (N, C, H, W).
             identity: added to h's gradient untouched (the identity path), where ``final``.
             final: the gradient of h is returned written, in h's dtype.
+            sync: the other ranks, over whose rows ``stats`` were taken too. dgamma and dbeta stay
+                this rank's own sums, as every other parameter's gradient.
         """
         g = reference.input_grad(grad, None, dtype)
         u = reference.affine(h, stats)
@@ -139,9 +167,13 @@ class AtenEngine:
         q = reference.activation_grad(cast(dz, u.dtype), u, act, in_place=True)
         del dz
         del u
-        g, dgamma, dbeta = reference.norm_backward(
-            q, h, stats, gamma, training, identity if final else None
-        )
+        identity = identity if final else None
+        if sync is None:
+            g, dgamma, dbeta = reference.norm_backward(q, h, stats, gamma, training, identity)
+        else:
+            dbeta, dgamma = reference.gradient_sums(q, h, stats).data[0].unbind(0)
+            sums = ranks.gather_sums(dbeta, dgamma, sync.gather).data.sum(0)
+            g = reference.norm_backward_of(q, h, stats, sums, sync.total, identity)
         g = cast(g, h.dtype if final else dtype)
         return ConvGrads(Grad(g), dweight, dbias, dgamma, dbeta)
 
@@ -184,6 +216,12 @@ class TritonEngine(AtenEngine):
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         return self._moments.norm_stats(moments, weight, bias, eps)
+
+    def _merged_stats(
+        self, partials: Partials, counts: Tensor,
+        weight: Tensor | None, bias: Tensor | None, eps: float,
+    ) -> Tensor:  # fmt: skip
+        return self._moments.norm_stats(partials, weight, bias, eps, counts)
 
     def conv_forward(
         self,
@@ -242,7 +280,7 @@ class TritonEngine(AtenEngine):
 
     def norm_conv_backward(
         self, grad, h, stats, act, weight, geometry, *, training, gamma, dtype,
-        need_input, need_weight, need_bias, add=None, identity=None, final=False,
+        need_input, need_weight, need_bias, add=None, identity=None, final=False, sync=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
         kernel_size = tuple(weight.shape[2:])
@@ -251,7 +289,7 @@ class TritonEngine(AtenEngine):
             return super().norm_conv_backward(
                 grad, h, stats, act, weight, geometry, training=training, gamma=gamma, dtype=dtype,
                 need_input=need_input, need_weight=need_weight, need_bias=need_bias,
-                add=add, identity=identity, final=final,
+                add=add, identity=identity, final=final, sync=sync,
             )  # fmt: skip
         if how == WRITTEN and (grad.coef is not None or grad.q.dtype != dtype):
             grad = Grad(self._norm_backward.input_grad(grad, None, dtype))
@@ -272,6 +310,9 @@ class TritonEngine(AtenEngine):
         )  # fmt: skip
         q, sums = dgrad(write=not twice)
         coef, dgamma, dbeta = self._norm_backward.norm_grad(sums, stats, training)
+        if sync is not None:
+            everywhere = ranks.gather_sums(dbeta, dgamma, sync.gather)
+            coef, _, _ = self._norm_backward.norm_grad(everywhere, stats, training, sync.total)
         if twice:
             dx, _ = dgrad(coef=coef, identity=identity, out_dtype=h.dtype)
             return ConvGrads(Grad(dx), dweight, dbias, dgamma, dbeta)

@@ -13,6 +13,9 @@ so that nothing cancels where |mean| >> std,
     mean = o + sum (n_t/n)*(mean_t - o),      M2 = sum M2_t + n_t*(mean_t - mean)^2
     var = M2/n,  rstd = 1/sqrt(var + eps),  a = weight*rstd,  b = bias - mean*a
 
+The tiles may be those of several processes, whose numbers of rows are then on the device
+(``ranks``).
+
 Bytes: ``moments`` reads x once and writes 8 bytes a tile and channel, ``norm_stats`` reads those
 (the means a second time, from cache).
 
@@ -186,9 +189,19 @@ def _moments_kernel(
     tl.store(data_ptr + C + columns, m2, mask=columns < C)
 
 
+@triton.jit
+def _tile_counts(counts_ptr, tile, tiles, rows, tile_rows):
+    """How many rows each tile has: equally many but for the last one, or what ``counts`` says."""
+    if counts_ptr is not None:
+        return tl.load(counts_ptr + tile, mask=tile < tiles, other=0.0)
+    else:
+        return tl.minimum(rows - tile.to(rows.dtype) * tile_rows, tile_rows).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows", "tile_rows", "tiles"])
 def _norm_stats_kernel(
     data_ptr,
+    counts_ptr,
     weight_ptr,
     bias_ptr,
     stats_ptr,
@@ -203,7 +216,14 @@ def _norm_stats_kernel(
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = columns < C
     first_mean = tl.load(data_ptr + columns, mask=known, other=0.0).to(tl.float32)
-    inverse = 1.0 / rows.to(tl.float32)
+    if counts_ptr is not None:
+        total = tl.zeros((BLOCK_TILES,), tl.float32)
+        for start in range(0, tiles, BLOCK_TILES):
+            tile = start + tl.arange(0, BLOCK_TILES)
+            total += _tile_counts(counts_ptr, tile, tiles, rows, tile_rows)
+        inverse = 1.0 / tl.sum(total, axis=0)
+    else:
+        inverse = 1.0 / rows.to(tl.float32)
 
     offset = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
     for start in range(0, tiles, BLOCK_TILES):
@@ -211,7 +231,7 @@ def _norm_stats_kernel(
         mask = (tile < tiles)[:, None] & known[None, :]
         at = tile[:, None] * (2 * C) + columns[None, :]
         mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(rows - tile.to(rows.dtype) * tile_rows, tile_rows).to(tl.float32)
+        count = _tile_counts(counts_ptr, tile, tiles, rows, tile_rows)
         offset += tl.where(mask, (mean_t - first_mean[None, :]) * (count * inverse)[:, None], 0.0)
     mean = first_mean + tl.sum(offset, axis=0)
 
@@ -222,7 +242,7 @@ def _norm_stats_kernel(
         at = tile[:, None] * (2 * C) + columns[None, :]
         mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
         m2_t = tl.load(data_ptr + C + at, mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(rows - tile.to(rows.dtype) * tile_rows, tile_rows).to(tl.float32)
+        count = _tile_counts(counts_ptr, tile, tiles, rows, tile_rows)
         delta = mean_t - mean[None, :]
         squares += tl.where(mask, m2_t + delta * (delta * count[:, None]), 0.0)
     var = tl.sum(squares, axis=0) * inverse
@@ -275,13 +295,18 @@ def moments(x: Tensor) -> Partials:
 
 
 def norm_stats(
-    partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+    partials: Partials,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Merge the tiles' moments in a fixed order into ``stats`` (5, C) float32, in one launch.
 
     Args:
         partials: of ``moments``, or of a convolution's epilogue.
         weight, bias: (C,), any float dtype, or None.
+        counts: (P,) float32, each tile's number of rows instead of what ``partials`` says.
     """
     check_partials(partials)
     data, rows, tile_rows = partials
@@ -297,6 +322,7 @@ def norm_stats(
         _norm_stats_kernel,
         (triton.cdiv(channels, MERGE_CHANNELS),),
         data,
+        counts,
         weight,
         bias,
         stats,

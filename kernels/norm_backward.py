@@ -82,6 +82,7 @@ def _act_backward_kernel(
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _norm_grad_kernel(
     data_ptr,
+    total_ptr,
     stats_ptr,
     coef_ptr,
     dweight_ptr,
@@ -112,7 +113,10 @@ def _norm_grad_kernel(
     if TRAINING:
         mean = tl.load(stats_ptr + columns, mask=known, other=0.0)
         rstd = tl.load(stats_ptr + 2 * C + columns, mask=known, other=0.0)
-        inverse = -1.0 / rows.to(tl.float32)
+        if total_ptr is not None:
+            inverse = -1.0 / tl.load(total_ptr)
+        else:
+            inverse = -1.0 / rows.to(tl.float32)
         b = s2 * inverse * (scale * rstd)
         c = s1 * inverse * scale - b * mean
     tl.store(coef_ptr + columns, scale, mask=known)
@@ -197,11 +201,14 @@ def act_backward(
     return q, Partials(data, rows, tiling.steps * tiling.block_m)
 
 
-def norm_grad(partials: Partials, stats: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+def norm_grad(
+    partials: Partials, stats: Tensor, training: bool, total: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (3, C) of g = A*q + B*h + C, and dweight = S2, dbias = S1: (C,), all float32.
 
     One launch that merges the tiles in a fixed order. With running statistics
-    (``training=False``) B = C = 0.
+    (``training=False``) B = C = 0. total: (1,) float32, the number of rows M, where only the
+    device knows it (``ranks``); ``partials`` says it otherwise.
     """
     check_partials(partials)
     data, rows, _ = partials
@@ -215,6 +222,7 @@ def norm_grad(partials: Partials, stats: Tensor, training: bool) -> tuple[Tensor
         _norm_grad_kernel,
         (triton.cdiv(channels, MERGE_CHANNELS),),
         data,
+        total,
         stats,
         coef,
         dweight,

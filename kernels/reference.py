@@ -60,20 +60,33 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_stats(
-    partials: Partials, weight: Tensor | None, bias: Tensor | None, eps: float
+    partials: Partials,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Merge the tiles' moments in order (Chan et al. 1979) into a (5, C) ``stats`` tensor."""
+    """Merge the tiles' moments in order (Chan et al. 1979) into a (5, C) ``stats`` tensor.
+
+    counts: (P,), each tile's number of rows instead of what ``partials`` says.
+    """
     data, rows, tile_rows = partials
+    tiles = data.shape[0]
+    sizes: list[int] | tuple[Tensor, ...]
+    if counts is None:
+        sizes = [min(tile_rows, rows - tile * tile_rows) for tile in range(tiles)]
+    else:
+        sizes = counts.unbind(0)
     mean, m2 = data[0].unbind(0)
-    count = min(tile_rows, rows)
-    for tile in range(1, data.shape[0]):
-        tile_count = min(tile_rows, rows - tile * tile_rows)
+    count: int | Tensor = sizes[0]
+    for tile in range(1, tiles):
+        tile_count = sizes[tile]
         delta = data[tile, 0] - mean
         total = count + tile_count
         mean = mean + delta * (tile_count / total)
         m2 = m2 + data[tile, 1] + delta * delta * (count * tile_count / total)
         count = total
-    return running_stats(mean, m2 / rows, weight, bias, eps)
+    return running_stats(mean, m2 / (rows if counts is None else count), weight, bias, eps)
 
 
 # --- elementwise --------------------------------------------------------------------------------
@@ -153,10 +166,13 @@ def gradient_sums(q: Tensor, h: Tensor, stats: Tensor) -> Partials:
     return Partials(torch.stack((s1, s2)).unsqueeze(0), _rows(q), _rows(q))
 
 
-def norm_grad(partials: Partials, stats: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+def norm_grad(
+    partials: Partials, stats: Tensor, training: bool, total: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (3, C) of g = A*q + B*h + C, and the norm's dweight = S2 and dbias = S1.
 
-    With running statistics (``training=False``) B = C = 0.
+    With running statistics (``training=False``) B = C = 0. total: (1,), the number of rows where
+    only the device knows it.
     """
     data = partials.data
     s1, s2 = (data[0] if data.shape[0] == 1 else data.sum(0)).unbind(0)
@@ -165,8 +181,9 @@ def norm_grad(partials: Partials, stats: Tensor, training: bool) -> tuple[Tensor
     a, b, c = coef.unbind(0)
     a.copy_(scale)
     if training:
-        torch.mul(scale, rstd, out=b).mul_(s2).mul_(-1.0 / partials.rows)
-        torch.mul(scale, s1, out=c).mul_(-1.0 / partials.rows).addcmul_(b, mean, value=-1.0)
+        inverse = -1.0 / (partials.rows if total is None else total)
+        torch.mul(scale, rstd, out=b).mul_(s2).mul_(inverse)
+        torch.mul(scale, s1, out=c).mul_(inverse).addcmul_(b, mean, value=-1.0)
     else:
         coef[1:].zero_()
     return coef, s2, s1
@@ -197,6 +214,25 @@ def norm_backward(
         _, s2, s1 = _sums(q, h, mean, rstd)
         g = q.mul_(_per_channel(scale))
     return g if identity is None else g.add_(identity), s2, s1
+
+
+def norm_backward_of(
+    q: Tensor,
+    h: Tensor,
+    stats: Tensor,
+    sums: Tensor,
+    total: Tensor,
+    identity: Tensor | None = None,
+) -> Tensor:
+    """g = a*(q - S1/M - xhat*S2/M) (+ identity) for sums (2, C) over M = ``total`` (1,) rows.
+
+    The sums may be those of more rows than q has: of several processes.
+    """
+    mean, _, rstd, scale, _ = stats.unbind(0)
+    s1, s2 = (sums / total).unbind(0)
+    g = cast(h, stats.dtype).sub(_per_channel(mean)).mul_(_per_channel(rstd * -s2))
+    g.add_(cast(q, stats.dtype)).sub_(_per_channel(s1)).mul_(_per_channel(scale))
+    return g if identity is None else g.add_(identity)
 
 
 def input_grad(

@@ -22,6 +22,7 @@ from .run import (
     check_input,
     hooked,
     must_run_eagerly,
+    refuse_empty_rank,
     run_blocks,
     run_chain,
     why_not,
@@ -139,6 +140,7 @@ class PreActUnit(ChainUnit, nn.Module):
         recipe = self.recipe()
         if isinstance(recipe, str):
             return self.forward_children(x)
+        refuse_empty_rank(recipe, x)
         if self.backend == EAGER or must_run_eagerly(x):
             check_input(x, recipe.convs[0])
             return self.forward_children(x)

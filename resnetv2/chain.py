@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .kernels.dispatch import AtenEngine
 from .kernels.operands import Grad, running_stats
+from .kernels.ranks import Ranks
 from .spec import (
     IDENTITY_PREACT,
     PROJECTION_PREACT,
@@ -25,6 +26,7 @@ from .spec import (
     Unit,
     UnitParams,
 )
+from .sync import gather_over
 
 Kept = dict[tuple[int, int], Tensor]
 
@@ -36,6 +38,7 @@ class Chain:
         spec: the record. params: its tensors, flat, where ``spec.positions`` says.
         engine: the implementation. stats: each norm's (5, C) statistics where they are known
             already (a backward); computed and appended otherwise.
+        totals: with ``stats``, the rows (1,) of each norm that is synchronised over ranks.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class Chain:
         params: Sequence[Tensor],
         engine: AtenEngine,
         stats: list[Tensor] | None = None,
+        totals: list[Tensor] | None = None,
     ) -> None:
         self.spec = spec
         self.params = params
         self.engine = engine
         self.known_stats = stats is not None
         self.stats: list[Tensor] = [] if stats is None else stats
+        self.totals: list[Tensor] = [] if totals is None else totals
 
     def _param(self, position: int) -> Tensor | None:
         return None if position < 0 else self.params[position]
@@ -62,7 +67,14 @@ class Chain:
         weight, bias = self._param(at.norm_weight[i]), self._param(at.norm_bias[i])
         if norm.training:
             partials = self.engine.moments(h) if partials is None else partials
-            stats = self.engine.norm_stats(partials, weight, bias, norm.eps)
+            if norm.sync:
+                rows, gather = h.numel() // h.shape[1], gather_over(norm.sync)
+                stats, total = self.engine.synced_stats(
+                    partials, rows, gather, weight, bias, norm.eps
+                )
+                self.totals.append(total)
+            else:
+                stats = self.engine.norm_stats(partials, weight, bias, norm.eps)
         else:
             mean, var = self.params[at.running_mean[i]], self.params[at.running_var[i]]
             wide = torch.promote_types(mean.dtype, h.dtype)
@@ -237,6 +249,11 @@ class Chain:
                 break
         return grad
 
+    def _ranks(self, unit: Unit, i: int) -> Ranks | None:
+        """What norm i's backward, the next one of a chain from its end, exchanges with others."""
+        number = unit.norms[i].sync
+        return Ranks(gather_over(number), self.totals.pop()) if number else None
+
     def _at(self, number: int, i: int) -> Tensor:
         return self.stats[self.spec.positions[number].first_stats + i]
 
@@ -298,6 +315,7 @@ class Chain:
                 add=add if i == 0 else None,
                 identity=identity if i == 0 else None,
                 final=i == 0,
+                sync=self._ranks(unit, i),
             )
             _store(grads, at.conv_weight[i], result.dweight)
             _store(grads, at.conv_bias[i], result.dbias)

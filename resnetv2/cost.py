@@ -258,6 +258,18 @@ class CostEngine(AtenEngine):
         self._add("norm_stats", 0)
         return torch.empty(5, moments, device="meta")
 
+    def synced_stats(
+        self,
+        moments: int,
+        rows: int,
+        gather: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """``norm_stats``; what is exchanged between ranks is not counted."""
+        return self.norm_stats(moments, weight, bias, eps), torch.empty(1, device="meta")
+
     def conv_forward(  # type: ignore[override]
         self,
         h: Tensor,
@@ -361,6 +373,7 @@ class CostEngine(AtenEngine):
         add: Tensor | None = None,
         identity: Tensor | None = None,
         final: bool = False,
+        sync: Any = None,
     ) -> ConvGrads:
         """``AtenEngine.norm_conv_backward`` without doing it."""
         self._step = self._label(weight, geometry, "backward")

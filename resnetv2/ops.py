@@ -42,7 +42,7 @@ def chain_forward(
     x's layout.
 
     out: in eager's dtype. stats: flat; norm after norm, (5, C) each: mean, biased var, rstd,
-    scale, shift. end: out in float32, where the stream is (``Spec.wide``) and out is not.
+    scale, shift; then the number of rows of each norm that is synchronised over ranks. end: out in float32, where the stream is (``Spec.wide``) and out is not.
     kept: ``Spec.kept()`` in order.
     """
     spec = decode(layout, constants)
@@ -51,7 +51,7 @@ def chain_forward(
         keys = spec.kept()
         end, kept = chain.forward(_stream(spec, x), 0, len(spec.units), keys)
         assert end is not None
-        stats = torch.cat([s.reshape(-1) for s in chain.stats])
+        stats = torch.cat([s.reshape(-1) for s in (*chain.stats, *chain.totals)])
         out = end.to(stream_dtypes(spec, x.dtype)[-1])
         ends = [end] if spec.keep and out is not end else []
         return [out, stats, *ends, *(kept[key] for key in keys)]
@@ -113,8 +113,8 @@ def _chain_forward_fake(
 ) -> list[Tensor]:
     spec = decode(layout, constants)
     hs = chain_shapes(spec, x.shape, x.dtype, params)
-    channels = sum(norm_channels(spec, params))
-    stats = torch.empty((5 * channels,), dtype=stats_dtype(x.dtype), device=x.device)
+    numbers = 5 * sum(norm_channels(spec, params)) + spec.synced
+    stats = torch.empty((numbers,), dtype=stats_dtype(x.dtype), device=x.device)
     memory_format = _memory_format(x)
     end = hs[-1][-1].empty(x.device, memory_format)
     out = end.to(stream_dtypes(spec, x.dtype)[-1])
@@ -141,7 +141,7 @@ def chain_backward(
     """
     spec = decode(layout, constants)
     with _no_autocast(x):
-        chain = Chain(spec, params, _engine(spec, x, params), _split_stats(spec, stats, params))
+        chain = Chain(spec, params, _engine(spec, x, params), *_split_stats(spec, stats, params))
         grads: list[Tensor | None] = [None] * len(params)
         memory_format = _memory_format(x)
         if not g.is_contiguous(memory_format=memory_format):
@@ -178,9 +178,12 @@ def norm_channels(spec: Spec, params: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _split_stats(spec: Spec, stats: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    sizes = norm_channels(spec, params)
-    return [part.view(5, -1) for part in stats.split([5 * c for c in sizes])]
+def _split_stats(
+    spec: Spec, stats: Tensor, params: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    sizes = [5 * c for c in norm_channels(spec, params)]
+    parts = stats.split([*sizes, *[1] * spec.synced])
+    return [part.view(5, -1) for part in parts[: len(sizes)]], list(parts[len(sizes) :])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -212,6 +215,11 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if g is None:
         return None, [None] * len(params), None, None
     if torch.is_grad_enabled():
+        if spec.synced:
+            raise RuntimeError(
+                "the backward of a synchronised norm cannot be differentiated again, in eager "
+                "PyTorch neither: create_graph=True needs BatchNorm2d"
+            )
         flat = _differentiable_backward(spec, g, x, params)
     else:
         flat = chain_backward(g, x, out, stats, kept, params, ctx.layout, ctx.constants)

@@ -24,6 +24,7 @@ from .spec import (
     encode_header,
     encode_unit,
 )
+from .sync import SyncBatchNorm, check_rows, group_number
 
 AUTO = "auto"
 EAGER = "eager"
@@ -49,7 +50,7 @@ class Recipe(NamedTuple):
     projection; empty for none at all.
     """
 
-    norms: tuple[nn.BatchNorm2d, ...]
+    norms: tuple[nn.BatchNorm2d | nn.SyncBatchNorm, ...]
     convs: tuple[nn.Conv2d, ...]
     act: nn.Module | Act
     shortcut: int
@@ -142,6 +143,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module computes what BatchNorm2d or SyncBatchNorm does."""
+    return any(is_plain(module, kind) for kind in (nn.BatchNorm2d, SyncBatchNorm, nn.SyncBatchNorm))
+
+
 def why_not(recipe: Recipe, norm_types: Sequence[type | None] = ()) -> str | None:
     """The reason why a recipe's children must run one by one, or None.
 
@@ -154,10 +160,13 @@ def why_not(recipe: Recipe, norm_types: Sequence[type | None] = ()) -> str | Non
     for i, norm in enumerate(recipe.norms):
         known = norm_types[i] if norm_types else None
         # A class with a forward of its own is of use only where just that class is expected.
-        if type(norm) is not known if known else not is_plain(norm, nn.BatchNorm2d):
+        if type(norm) is not known if known else not is_norm(norm):
             return f"a norm is {type(norm).__name__}, not {(known or nn.BatchNorm2d).__name__}"
         if hooked(norm):
             return "a hook on a norm"
+        synced = isinstance(norm, (SyncBatchNorm, nn.SyncBatchNorm))
+        if synced and torch.compiler.is_compiling():
+            return "torch.compile does not trace a synchronised norm's collectives"
     convs = recipe.convs if recipe.projection is None else (*recipe.convs, recipe.projection)
     for conv in convs:
         if not is_plain(conv, nn.Conv2d):
@@ -192,12 +201,20 @@ def must_run_eagerly(x: Tensor) -> bool:
 def accepts(recipe: Recipe, x: Any) -> bool:
     """Whether a chain that begins with ``recipe`` can take x; if not, the module itself is called,
     which may raise."""
+    refuse_empty_rank(recipe, x)
     return (
         isinstance(x, Tensor)
         and not must_run_eagerly(x)
         and x.dim() == 4
         and x.shape[1] == recipe.norms[0].num_features
     )
+
+
+def refuse_empty_rank(recipe: Recipe, x: Any) -> None:
+    """Raise ValueError for an empty input of synchronised norms: children that ran it one by one
+    would exchange something else than the other ranks' chains."""
+    if isinstance(x, Tensor) and x.numel() == 0 and any(map(group_number, recipe.norms)):
+        check_rows(x)
 
 
 def check_input(x: Tensor, conv: nn.Conv2d) -> None:
@@ -228,7 +245,7 @@ def check_input(x: Tensor, conv: nn.Conv2d) -> None:
         )
 
 
-def _batch_statistics(norm: nn.BatchNorm2d) -> bool:
+def _batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
     # As in torch.nn.BatchNorm2d.forward.
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
@@ -269,7 +286,8 @@ def _encode(
     norms = []
     for norm, conv in zip(recipe.norms, recipe.convs):
         training = _batch_statistics(norm)
-        norms.append(Norm(training, norm.weight is not None, norm.bias is not None, norm.eps))
+        weight, bias = norm.weight is not None, norm.bias is not None
+        norms.append(Norm(training, weight, bias, norm.eps, group_number(norm)))
         for tensor in (norm.weight, norm.bias):
             if tensor is not None:
                 params.append(tensor)
@@ -335,7 +353,7 @@ def run_chain(
         x = x.contiguous(memory_format=torch.channels_last)
     result = chain_forward(x, params, layout, constants)
     out = result[0]
-    _update_buffers(recipes, result[1], rows)
+    update_buffers([norm for recipe in recipes for norm in recipe.norms], result[1], rows)
     return out.contiguous() if like_nchw else out
 
 
@@ -446,7 +464,7 @@ def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
                 )
             channels = conv.out_channels
             rows.append(x.shape[0] * size[0] * size[1])
-            if rows[-1] == 1 and _batch_statistics(norm):
+            if rows[-1] == 1 and _batch_statistics(norm) and not group_number(norm):
                 raise ValueError(
                     "expected more than 1 value per channel when training, got input size "
                     f"{(x.shape[0], norm.num_features, *size)}"
@@ -456,21 +474,35 @@ def _rows(recipes: Sequence[Recipe], x: Tensor) -> list[int]:
     return rows
 
 
-def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[int]) -> None:
-    """Move running statistics as torch.nn.BatchNorm2d does, a whole chain at a time."""
+def update_buffers(
+    norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], stats: Tensor, rows_at: Sequence[int | None]
+) -> None:
+    """Move running statistics as torch.nn.BatchNorm2d does, a whole chain at a time.
+
+    stats: flat, as ``ops.chain_forward`` returns them. rows_at: of this process, per norm.
+    """
     # By momentum, number of rows and time; the rows by their place in ``levels``, since as a key
     # they would fix a dynamic batch size under torch.compile.
     moved: dict[tuple[float, int, int], list[list[Tensor]]] = {}
-    levels: list[int] = []
+    levels: list[int | None] = []
     counters: dict[int, list[Tensor]] = {}
-    cumulative: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
+    cumulative: list[tuple[Any, Tensor, Tensor, int | None]] = []
     # A norm that a chain runs several times moves once after the other.
     times: dict[int, int] = {}
-    norms = [norm for recipe in recipes for norm in recipe.norms]
     sizes: list[int] = []
     for norm in norms:
         sizes += [norm.num_features, norm.num_features, 3 * norm.num_features]
-    parts = stats.detach().split(sizes)
+    synced = [i for i, norm in enumerate(norms) if group_number(norm)]
+    parts = list(stats.detach().split([*sizes, *([len(synced)] if synced else [])]))
+    if synced:
+        # How many rows all ranks have is on the device: the unbiased variance is taken there.
+        totals = parts.pop()
+        unbiased = torch._foreach_mul(
+            [parts[3 * i + 1] for i in synced], list((totals / (totals - 1)).unbind())
+        )
+        for i, var in zip(synced, unbiased):
+            parts[3 * i + 1] = var
+        rows_at = [None if i in synced else rows for i, rows in enumerate(rows_at)]
     for norm, rows, mean, var in zip(norms, rows_at, parts[::3], parts[1::3]):
         if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
             continue
@@ -492,16 +524,18 @@ def _update_buffers(recipes: Sequence[Recipe], stats: Tensor, rows_at: Sequence[
             torch._foreach_add_(tracked, 1)
         for (momentum, level, _), (means, batch_means, variances, batch_vars) in moved.items():
             rows = levels[level]
+            unbiased_momentum = momentum if rows is None else momentum * rows / (rows - 1)
             torch._foreach_mul_(means, 1.0 - momentum)
             torch._foreach_add_(means, batch_means, alpha=momentum)
             torch._foreach_mul_(variances, 1.0 - momentum)
-            torch._foreach_add_(variances, batch_vars, alpha=momentum * rows / (rows - 1))
+            torch._foreach_add_(variances, batch_vars, alpha=unbiased_momentum)
         for norm, mean, var, rows in cumulative:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             if norm.num_batches_tracked is None:
                 continue
             norm.num_batches_tracked.add_(1)
-            factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-            norm.running_var.lerp_((var * (rows / (rows - 1))).to(norm.running_var.dtype), factor)
+            weight = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+            var = var if rows is None else var * (rows / (rows - 1))
+            norm.running_var.lerp_(var.to(norm.running_var.dtype), weight)

@@ -26,12 +26,16 @@ MEMORY = ("recompute", "invert", "invert_h1", "segment")
 
 
 class Norm(NamedTuple):
-    """One normalisation: ``training`` says whether statistics are those of the batch."""
+    """One normalisation: ``training`` says whether statistics are those of the batch.
+
+    sync: the group over whose ranks they are taken (``sync.group_number``), 0 for none.
+    """
 
     training: bool
     weight: bool
     bias: bool
     eps: float
+    sync: int = 0
 
 
 class Conv(NamedTuple):
@@ -100,6 +104,11 @@ class Spec(NamedTuple):
     first_need: int
     positions: tuple[UnitParams, ...]
 
+    @property
+    def synced(self) -> int:
+        """How many norms take their statistics over several ranks."""
+        return sum(norm.sync > 0 for unit in self.units for norm in unit.norms)
+
     def needs_before(self, position: int) -> bool:
         """Whether a gradient is wanted of x or of anything before ``params[position]``."""
         return self.need_x or self.first_need < position
@@ -135,7 +144,7 @@ def encode_unit(layout: list[int], constants: list[float], unit: Unit) -> None:
     layout += [len(unit.convs), ACTS.index(unit.act.kind), unit.shortcut, int(unit.add_in_place)]
     constants.append(unit.act.slope)
     for norm, conv in zip(unit.norms, unit.convs):
-        layout += [int(norm.training), int(norm.weight), int(norm.bias)]
+        layout += [int(norm.training), int(norm.weight), int(norm.bias), norm.sync]
         constants.append(norm.eps)
         _encode_conv(layout, conv)
     if unit.projection is not None:
@@ -189,7 +198,7 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         rows: list[tuple[int, ...]] = []
         for _ in range(k):
             training, weight, bias = (bool(next(numbers)) for _ in range(3))
-            norms.append(Norm(training, weight, bias, next(floats)))
+            norms.append(Norm(training, weight, bias, next(floats), next(numbers)))
             convs.append(conv())
             running = not training
             rows.append(
