@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    data = load_data(args.data)
+    data = load_data(args.data, cache="memory")
     generator = torch.Generator().manual_seed(0)
     picked = torch.randperm(len(data.train), generator=generator)[: 2 * args.batch_size]
     mean, std = data.statistics()

@@ -42,7 +42,8 @@ def chain_forward(
     x's layout.
 
     out: in eager's dtype. stats: flat; norm after norm, (5, C) each: mean, biased var, rstd,
-    scale, shift; then the number of rows of each norm that is synchronised over ranks. end: out in float32, where the stream is (``Spec.wide``) and out is not.
+    scale, shift; then the number of rows of each norm that is synchronised over ranks. end: out in
+    float32, where the stream is (``Spec.wide``) and out is not.
     kept: ``Spec.kept()`` in order.
     """
     spec = decode(layout, constants)

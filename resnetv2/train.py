@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from resnetv2.data import (
     Batches,
+    FolderData,
     ImageData,
     InputError,
     as_image_data,
@@ -196,7 +197,9 @@ def train_resnet_v2(
     place = _device(device)
 
     if isinstance(data, str):
-        images = load_data(data, root=root, image_size=image_size, progress=progress, seed=seed)
+        images: ImageData | FolderData = load_data(
+            data, root=root, image_size=image_size, progress=progress, seed=seed
+        )
     else:
         images = as_image_data(data)
 
@@ -272,7 +275,7 @@ class _Run:
 
     def __init__(
         self,
-        data: ImageData,
+        data: ImageData | FolderData,
         model: nn.Module,
         config: dict[str, Any],
         device: torch.device,
@@ -285,8 +288,7 @@ class _Run:
         self.memory_format = memory_format
         self.config = config
         self.disable_bar = None if progress is None else not progress
-        self.generator = torch.Generator().manual_seed(config["seed"])
-        self.batches = Batches(data, config["batch_size"], self.generator, device)
+        self.batches = Batches(data, config["batch_size"], config["seed"], device)
         self.limit = config["limit_batches"]
         self.steps = min(self.batches.steps, self.limit or self.batches.steps)
         self.optimizer = torch.optim.SGD(
@@ -306,7 +308,7 @@ class _Run:
         losses, correct = [], torch.zeros((), dtype=torch.int64, device=self.device)
         rate = self.config["lr"]
         bar = tqdm(
-            zip(range(self.steps), self.batches.training(), strict=False),
+            zip(range(self.steps), self.batches.training(epoch), strict=False),
             total=self.steps,
             desc=f"epoch {epoch}/{self.config['epochs']}",
             unit="batch",
@@ -376,7 +378,6 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "data_generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),
             "config": self.config,
             "history": [asdict(entry) for entry in self.result.history],
@@ -416,7 +417,6 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["data_generator"])
         torch.set_rng_state(state["torch_generator"])
         self.result.history = [EpochMetrics(**entry) for entry in history]
 
@@ -457,7 +457,7 @@ class _Log:
 
 
 def _build(
-    data: ImageData,
+    data: ImageData | FolderData,
     depth: int,
     block: str,
     stem: str,

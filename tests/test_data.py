@@ -22,10 +22,6 @@ from resnetv2.data import (
 )
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def numbered(count: int = 10, size: int = 6, **options: object) -> ImageData:
     """Images whose every pixel value is unique within the image, labelled by position."""
     pixels = torch.arange(size * size * 3, dtype=torch.float32).reshape(size, size, 3)
@@ -75,7 +71,7 @@ def test_statistics_match_float64() -> None:
 
 def test_batches_are_normalised_channels_last_and_whole() -> None:
     data = as_image_data(create_synthetic_dataset(100, 4, image_size=8))
-    batches = Batches(data, 32, generator())
+    batches = Batches(data, 32)
     epoch = list(batches.training())
     assert batches.steps == len(epoch) == 2
     for images, labels in epoch:
@@ -87,7 +83,7 @@ def test_batches_are_normalised_channels_last_and_whole() -> None:
 
 
 def test_a_batch_larger_than_the_data_set_is_one_step() -> None:
-    batches = Batches(numbered(5), 64, generator())
+    batches = Batches(numbered(5), 64)
     ((images, labels),) = batches.training()
     assert len(images) == 5
     assert sorted(labels.tolist()) == [0, 1, 2, 3, 4]
@@ -95,7 +91,7 @@ def test_a_batch_larger_than_the_data_set_is_one_step() -> None:
 
 def test_every_image_is_a_crop_of_itself_or_of_its_mirror_image() -> None:
     data = numbered(count=40, size=6, crop_padding=2, flip=True)
-    batches = Batches(data, 40, generator())
+    batches = Batches(data, 40)
     mean, std = data.statistics()
     ((images, labels),) = batches.training()
     normalised = (data.train.images - mean) / std
@@ -120,7 +116,7 @@ def test_every_image_is_a_crop_of_itself_or_of_its_mirror_image() -> None:
 def test_test_images_are_in_order_and_untouched() -> None:
     data = numbered(count=7)
     mean, std = data.statistics()
-    batches = list(Batches(data, 4, generator()).testing(batch_size=3))
+    batches = list(Batches(data, 4).testing(batch_size=3))
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
     images = torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1)
     assert torch.equal(images, (data.test.images - mean) / std)
@@ -128,7 +124,7 @@ def test_test_images_are_in_order_and_untouched() -> None:
 
 def test_batches_follow_the_seed() -> None:
     data = numbered(count=20)
-    first, again, other = (list(Batches(data, 5, generator(s)).training()) for s in (1, 1, 2))
+    first, again, other = (list(Batches(data, 5, s).training()) for s in (1, 1, 2))
     assert all(
         torch.equal(a, b) for a, b in zip(first, again, strict=True) for a, b in [(a[0], b[0])]
     )
@@ -179,59 +175,6 @@ def test_wrong_tensors_are_named(tensors: tuple[torch.Tensor, ...], message: str
     dataset = TensorDataset(*tensors)
     with pytest.raises(InputError, match=message):
         as_image_data((dataset, dataset))
-
-
-def test_image_folder(tmp_path: Path) -> None:
-    write_images(tmp_path, {"train": (5, 4), "test": (5, 4)})
-    data = load_data(f"imagefolder:{tmp_path}")
-    assert data.classes == ("cat", "dog")
-    assert data.train.images.shape == (4, 4, 5, 3)
-    assert data.train.images.dtype == torch.uint8
-    assert data.train.images[:, 0, 0, 0].tolist() == [10, 11, 20, 21]
-    assert data.train.labels.tolist() == [0, 0, 1, 1]
-    assert (data.crop_padding, data.flip) == (4, True)
-
-
-def test_image_folder_resizes(tmp_path: Path) -> None:
-    write_images(tmp_path, {"train": (9, 4), "test": (5, 6)})
-    data = load_data(f"imagefolder:{tmp_path}", image_size=8)
-    assert data.train.images.shape == data.test.images.shape == (4, 8, 8, 3)
-    assert data.train.images[:, 4, 4, 1].tolist() == [10, 11, 20, 21]
-
-
-def test_image_folder_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="train is not a folder: imagefolder:PATH needs"):
-        load_data(f"imagefolder:{tmp_path}")
-    (tmp_path / "train").mkdir()
-    (tmp_path / "test").mkdir()
-    with pytest.raises(InputError, match="Couldn't find any class folder"):
-        load_data(f"imagefolder:{tmp_path}")
-    (tmp_path / "train" / "cat").mkdir()
-    with pytest.raises(InputError, match="no valid file for the classes cat"):
-        load_data(f"imagefolder:{tmp_path}")
-
-
-def test_image_folder_needs_one_size(tmp_path: Path) -> None:
-    write_images(tmp_path, {"train": (5, 4), "test": (4, 4)})
-    with pytest.raises(InputError, match=r"training images are 5x4 .*, test images 4x4 "):
-        load_data(f"imagefolder:{tmp_path}")
-    Image.new("RGB", (7, 3)).save(tmp_path / "train" / "dog" / "2.png")
-    with pytest.raises(InputError, match=r"0\.png is 5x4, .*2\.png is 7x3; --image-size"):
-        load_data(f"imagefolder:{tmp_path}")
-
-
-def test_image_folder_needs_the_same_classes(tmp_path: Path) -> None:
-    write_images(tmp_path, {"train": (4, 4)}, classes=("cat", "dog"))
-    write_images(tmp_path, {"test": (4, 4)}, classes=("cat", "cow"))
-    with pytest.raises(InputError, match=r"only one of them has \['cow', 'dog'\]"):
-        load_data(f"imagefolder:{tmp_path}")
-
-
-def test_image_folder_names_a_broken_file(tmp_path: Path) -> None:
-    write_images(tmp_path, {"train": (4, 4), "test": (4, 4)})
-    (tmp_path / "train" / "cat" / "3.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"cannot read the image .*3\.png"):
-        load_data(f"imagefolder:{tmp_path}")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -60,6 +60,7 @@ def test_wheel_holds_one_package(wheel: Path) -> None:
     }
     assert {name for name in names if name.endswith(".py")} >= sources
     assert "resnetv2/py.typed" in names
+    assert {f"resnetv2/training/recipes/{name}.yaml" for name in ("fast", "paper")} < {*names}
 
 
 def test_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

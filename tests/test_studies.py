@@ -171,7 +171,7 @@ def test_gradient_norm_of_the_first_step_is_autograds(data):
     trained = train_variant(tiny_net, data, options, seed=3)
     torch.manual_seed(3)
     net = tiny_net()
-    images, labels = next(Batches(data, 64, torch.Generator().manual_seed(3)).training())
+    images, labels = next(Batches(data, 64, 3).training())
     loss = F.cross_entropy(net(images), labels)
     found = torch.autograd.grad(loss, list(net.parameters()))
     expected = math.sqrt(sum(float(g.double().square().sum()) for g in found))
@@ -239,7 +239,7 @@ def test_a_comparisons_figures_and_words():
 def test_capture_by_hooks_is_autograds(data):
     torch.manual_seed(0)
     net = tiny_net()
-    images, labels = next(Batches(data, 16, torch.Generator().manual_seed(0)).training())
+    images, labels = next(Batches(data, 16, 0).training())
     with Capture({"unit": net.units[1]}) as captured:
         F.cross_entropy(net(images), labels).backward()
     x = net.units[0](net.stem(images)).detach()
@@ -335,7 +335,7 @@ def test_depth_study(data):
 
     torch.manual_seed(0)
     net = stack(60, 4, data, "eager")
-    images, labels = next(Batches(data, 4, torch.Generator().manual_seed(0)).training())
+    images, labels = next(Batches(data, 4, 0).training())
     x = images.clone().requires_grad_()
     F.cross_entropy(net(x), labels).backward()
     assert stacks.column("gradient norm at the input")[-1] == pytest.approx(
@@ -387,7 +387,7 @@ def test_residual_norms_of_known_blocks():
 
 def test_block_norms_of_a_net(data):
     net = ResidualNetwork([2], [4], num_classes=4, in_channels=1)
-    images, _ = next(Batches(data, 16, torch.Generator().manual_seed(0)).training())
+    images, _ = next(Batches(data, 16, 0).training())
     found = block_norms(net, images)
     x = net.stem(images)
     for unit, (size, change) in zip(net.units, found):
@@ -432,7 +432,7 @@ def test_gradients_study(data):
 
     torch.manual_seed(0)
     net = ResidualNetwork([2], [4], ordering=FULL_PREACTIVATION, num_classes=4, in_channels=1)
-    images, labels = next(Batches(data, 16, torch.Generator().manual_seed(0)).training())
+    images, labels = next(Batches(data, 16, 0).training())
     found, weights = layer_gradients(net, images, labels)
     streams = [net.stem(images)]
     for unit in net.units:

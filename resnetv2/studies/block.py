@@ -45,8 +45,7 @@ def trace_block(block: PreActBlock, x: Tensor) -> list[Step]:
 def first_activations(options: StudyOptions) -> Tensor:
     """Real images after a random 3x3 stem of `width` channels, scaled to std 1 (N, width, H, W)."""
     data = options.load()
-    generator = torch.Generator().manual_seed(0)
-    images, _ = next(Batches(data, options.batch_size, generator, options.place).training())
+    images, _ = next(Batches(data, options.batch_size, 0, options.place).training())
     stem = nn.Sequential(nn.Conv2d(data.channels, options.width, 3, padding=1, bias=False))
     initialise(stem)
     with torch.no_grad():

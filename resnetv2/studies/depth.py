@@ -157,8 +157,7 @@ def depth(options: StudyOptions) -> Result:
         if layers % 2:
             raise InputError(f"depth must be even (and 6n+2 for a CIFAR net), got {layers}")
     data = options.load()
-    generator = torch.Generator().manual_seed(0)
-    batches = Batches(data, options.batch_size, generator, options.place)
+    batches = Batches(data, options.batch_size, 0, options.place)
     images, labels = next(batches.training())
     hide = None if options.progress is None else not options.progress
     depths, width = sorted(options.depths), options.width

@@ -81,8 +81,7 @@ def gradients(options: StudyOptions) -> Result:
                 num_classes=len(data.classes),
                 in_channels=data.channels,
             ).to(options.place, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            generator = torch.Generator().manual_seed(seed)
-            batches = Batches(data, options.batch_size, generator, options.place)
+            batches = Batches(data, options.batch_size, seed, options.place)
             runs.append(layer_gradients(net, *next(batches.training())))
         at_outputs, of_weights = (
             [statistics.fmean(values) for values in zip(*(run[i] for run in runs))] for i in (0, 1)

@@ -140,9 +140,7 @@ def _in_nets(options: StudyOptions) -> dict[str, dict[str, list[float]]]:
     data = options.load()
     if options.one_depth < 2 or options.one_depth % 2:
         raise InputError(f"depth must be even, two layers a block, got {options.one_depth}")
-    batches = Batches(
-        data, options.batch_size, torch.Generator().manual_seed(0), device=options.place
-    )
+    batches = Batches(data, options.batch_size, 0, options.place)
     images, _ = next(batches.training())
     series: dict[str, dict[str, list[float]]] = {}
     for name, ordering in ((POST, ORIGINAL), (PRE, FULL_PREACTIVATION)):

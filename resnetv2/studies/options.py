@@ -119,7 +119,11 @@ class StudyOptions:
             data = _noise(self.image_size or 32)
         else:
             data = load_data(
-                self.data, root=self.root, image_size=self.image_size, progress=self.progress
+                self.data,
+                root=self.root,
+                image_size=self.image_size,
+                cache="memory",
+                progress=self.progress,
             )
         if not self.augment:
             data = replace(data, crop_padding=0, flip=False)

@@ -112,7 +112,7 @@ def train_variant(
         )
         # float16 alone underflows: its gradients need scaling, bfloat16's do not.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        batches = Batches(data, options.batch_size, torch.Generator().manual_seed(seed), device)
+        batches = Batches(data, options.batch_size, seed, device)
         history = History(name, seed, sum(p.numel() for p in model.parameters()))
 
         def logits_of(images: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def train_variant(
             correct = torch.zeros((), dtype=torch.int64, device=device)
             seen = 0
             bar = tqdm(
-                batches.training(),
+                batches.training(epoch),
                 total=batches.steps,
                 desc=f"{name}, seed {seed}, epoch {epoch}/{options.epochs}",
                 unit="batch",

@@ -263,7 +263,7 @@ def make_config(recipe: str | Path | None = None, **given: Any) -> TrainConfig:
     try:
         return TrainConfig(**{**preset, **own})
     except InputError as error:
-        raise InputError(f"{error} (options from {source})") from error
+        raise InputError(f"{error} (with the options of {source})") from error
 
 
 def saved_config(saved: Mapping[str, Any], where: str | Path) -> TrainConfig:
@@ -354,33 +354,33 @@ def _read_recipe(recipe: str | Path) -> tuple[dict[Any, Any], str]:
         raise InputError(f"recipe must be a name or a path, got {_show(recipe)}")
     names = recipe_names()
     if str(recipe) in names:
-        file = resources.files(__package__) / "recipes" / f"{recipe}.yaml"
-        return _parse(file.read_text(encoding="utf-8"), f"recipe {recipe}")
+        resource = resources.files(__package__) / "recipes" / f"{recipe}.yaml"
+        return _parse(resource.read_text(encoding="utf-8"), f"recipe {recipe}")
     if not isinstance(recipe, Path) and not recipe.lower().endswith((".yaml", ".yml")):
         raise InputError(
             f"unknown recipe {_show(recipe)}: choose from {', '.join(names)}, or give the path of "
             f"a .yaml file{_nearest(recipe, names)}"
         )
+    name = str(recipe) if str(recipe).isprintable() else repr(str(recipe))
     try:
         path = Path(recipe).expanduser()
         if not path.exists():
-            raise InputError(f"no recipe at {recipe}")
+            raise InputError(f"no recipe at {name}")
         if not path.is_file():
-            raise InputError(f"{recipe} is not a file: a recipe is a YAML file of options")
-        with path.open("rb") as opened:
-            content = opened.read(_LONGEST_RECIPE + 1)
-        if len(content) > _LONGEST_RECIPE:
-            raise InputError(f"{recipe} is longer than 1 MiB: a recipe is a YAML file of options")
+            raise InputError(f"{name} is not a file: a recipe is a YAML file of options")
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_RECIPE + 1)
+    # RuntimeError: the home folder of a user that there is not.
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the recipe {name}: {reason}") from error
+    if len(content) > _LONGEST_RECIPE:
+        raise InputError(f"{name} is longer than 1 MiB: a recipe is a YAML file of options")
+    try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{recipe} is not a text file: a recipe is YAML in UTF-8") from error
-    except InputError:
-        raise
-    # RuntimeError: the home folder of an unknown user; ValueError: a path with a zero in it.
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the recipe {_show(str(recipe))}: {reason}") from error
-    return _parse(text, str(recipe))
+        raise InputError(f"{name} is not a text file: a recipe is YAML in UTF-8") from error
+    return _parse(text, name)
 
 
 def _parse(text: str, source: str) -> tuple[dict[Any, Any], str]:

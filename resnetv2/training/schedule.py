@@ -87,7 +87,7 @@ def learning_rate(
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if step < warmup:
-        return lr * (step + 1) / warmup
+        return lr * ((step + 1) / warmup)
     if schedule == "constant":
         return lr
     return _cosine((step - warmup) / max(1, total_steps - warmup), lr, 0.0)
@@ -95,7 +95,8 @@ def learning_rate(
 
 def _cosine(part: float, start: float, end: float) -> float:
     """Half a cosine from `start` at part 0 to `end` at part 1 and after."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(part, 1.0))) / 2
+    weight = (1 + math.cos(math.pi * min(part, 1.0))) / 2
+    return weight * start + (1 - weight) * end
 
 
 def optimizer_groups(

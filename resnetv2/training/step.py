@@ -86,13 +86,21 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     Raises:
         ValueError: the state of other parameter groups.
     """
-    own = [
-        {name: group[name] for name in _IMPLEMENTATION if name in group}
-        for group in optimizer.param_groups
+    saved, own = state["param_groups"], optimizer.param_groups
+    if len(saved) != len(own):
+        raise ValueError(
+            f"expected the state of {len(own)} parameter groups, got that of {len(saved)}"
+        )
+    groups = [
+        {**theirs, **{name: mine[name] for name in _IMPLEMENTATION if name in mine}}
+        for theirs, mine in zip(saved, own, strict=True)
     ]
-    optimizer.load_state_dict(state)
-    for group, switches in zip(optimizer.param_groups, own, strict=True):
-        group.update(switches)
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    # Fused kernels want momentum to lie as the weights do, which may have another memory format.
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 class Recorder(Protocol):
@@ -141,7 +149,7 @@ class CudaRecorder:
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
             ):
                 result = work()
-        except Exception:
+        except BaseException:
             # A generator whose capture has failed believes for good that it is being captured.
             generator.graphsafe_set_state(random)
             raise
@@ -221,7 +229,7 @@ class Step:
                 self.graph_reason = _why_not(model, optimizer, scaler)
             if self.graph_reason is None:
                 self._recorder = (recorder or CudaRecorder)(self.device)
-                self._rate = torch.zeros((), device=self.device)
+                self._rate = torch.zeros((), dtype=torch.float32, device=self.device)
                 self._warm: Counter[Any] = Counter()
 
     @property
@@ -296,7 +304,10 @@ class Step:
     def _capture(self, key: Any, images: Tensor, labels: Tensor) -> None:
         """Capture the step for batches like this one, or fall back with a reason."""
         assert self._recorder is not None
-        batch = _StaticBatch(key, images, labels, self.device, self.memory_format)
+        reason = _why_not(self.model, self.optimizer, self.scaler)  # a hook may be new
+        if reason is not None:
+            self.graph_reason, self._recorder = reason, None
+            return
         before = _HostState(self.model, self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
         first: list[str] = []
@@ -309,11 +320,15 @@ class Step:
                 raise
 
         try:
+            batch = _StaticBatch(key, images, labels, self.device, self.memory_format)
             batch.loss = self._recorder.capture(work)
-        except Exception as error:  # whatever it is, the step can be run as it is
+        except BaseException as error:
+            before.restore()
+            if not isinstance(error, Exception):
+                raise
+            # Whatever it is, the step can be run as it is.
             self.graph_reason = f"capturing failed: {(first or [_first_line(error)])[0]}"
             self._recorder = None
-            before.restore()
             return
         batch.gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         self._batch = batch
@@ -338,10 +353,14 @@ class _StaticBatch:
             images.shape, dtype=images.dtype, device=device, memory_format=memory_format
         )
         self.labels = torch.empty(labels.shape, dtype=labels.dtype, device=device)
+        self.fill(images, labels)
 
-    def replay(self, images: Tensor, labels: Tensor, recorder: Recorder) -> Tensor:
+    def fill(self, images: Tensor, labels: Tensor) -> None:
         self.images.copy_(images, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
+
+    def replay(self, images: Tensor, labels: Tensor, recorder: Recorder) -> Tensor:
+        self.fill(images, labels)
         recorder.replay()
         # An ungraphed step in between has left gradients of its own.
         if self.gradients and self.gradients[0][0].grad is not self.gradients[0][1]:
@@ -369,7 +388,8 @@ class _HostState:
         self.optimizer.state.clear()
         self.optimizer.state.update(self.state)
         # A scaler keeps in which part of a step it is, and hands its tensors over by attributes.
-        self.scaler._per_optimizer_states.clear()
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()
         for name in ("grad_scale", "found_inf"):
             self.optimizer.__dict__.pop(name, None)
         torch.set_rng_state(self.random)
