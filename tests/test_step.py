@@ -1,0 +1,633 @@
+"""One training step: the bits of the plain loop, its sums and average, and the whole-step graph.
+
+Where there is no GPU, ``Tape`` stands in for the CUDA graph: it records the operators of a step,
+undoes what they did, and replays them on the tensors of then. What a graph would bake in, it bakes
+in; where a graph could not be captured because the host reads a value, it raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from resnetv2 import PreActResNet
+from resnetv2.training import step as step_module
+from resnetv2.training.step import (
+    WARMUP_STEPS,
+    CudaRecorder,
+    Step,
+    averaged_model,
+    load_optimizer_state,
+    optimizer_state,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = 5
+BATCH = 6
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="a CUDA graph is captured on a GPU, there is none"
+)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class HostReads(TorchDispatchMode):
+    """Refuses what makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the host reads a value of the device\nas no graph can")
+        return func(*args, **(kwargs or {}))
+
+
+class Tape(HostReads):
+    """A recorder for tensors on a CPU; see the module's docstring."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.ran = self.replayed = 0
+        self.captures = 0
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        self.ran += 1
+        return work()
+
+    def capture(self, work: Callable[[], Tensor]) -> Tensor:
+        self.captures += 1
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.made: set[int] = set()
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        try:
+            with self:
+                return work()
+        finally:
+            with torch.no_grad():
+                for whole, content in self.before.values():
+                    whole.copy_(content)
+            self.before.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = {storage(tensor) for tensor in tensors((args, kwargs))}
+        named = {**dict(zip([a.name for a in func._schema.arguments], args)), **kwargs}
+        for argument in func._schema.arguments:
+            # native_batch_norm writes these two, and its schema does not say so.
+            silent = argument.name in ("running_mean", "running_var")
+            if silent or (argument.alias_info is not None and argument.alias_info.is_write):
+                for tensor in tensors(named.get(argument.name)):
+                    self.keep(tensor)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.made |= {storage(tensor) for tensor in tensors(result)} - inputs
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    def keep(self, tensor: Tensor) -> None:
+        """Remember all of the memory that a tensor from outside lies in."""
+        where = storage(tensor)
+        if where not in self.made and where not in self.before:
+            memory = tensor.untyped_storage()
+            whole = torch.empty(0, dtype=torch.uint8).set_(memory, 0, (memory.nbytes(),))
+            self.before[where] = (whole, whole.clone())
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replayed += 1
+        for func, args, kwargs, recorded in self.calls:
+            inputs = {storage(tensor) for tensor in tensors((args, kwargs))}
+            result = func(*args, **kwargs)
+            for old, new in zip(tensors(recorded), tensors(result), strict=True):
+                if storage(old) not in inputs:
+                    old.copy_(new)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield torch.device(request.param)
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def new_model(device: torch.device) -> PreActResNet:
+    torch.manual_seed(0)
+    model = PreActResNet("basic", [1, 1], CLASSES, widths=[4, 8], stem_width=4, backend="aten").to(
+        device
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def batches(device: torch.device, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, 3, 8, 8, generator=generator).to(device),
+            torch.randint(CLASSES, (size,), generator=generator).to(device),
+        )
+        for size in sizes
+    ]
+
+
+RATES = [0.1, 0.2, 0.05, 0.3, 0.1, 0.02, 0.4, 0.1, 0.01, 0.2]
+
+
+class Run:
+    """A model and its ``Step``, built from nothing or from another run's checkpoint."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        graph: bool,
+        *,
+        decay: float | None = None,
+        scaler: bool = False,
+        sgd: dict[str, Any] | None = None,
+        checkpoint: bytes | None = None,
+        model: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = new_model(device) if model is None else model
+        self.ema = None if decay is None else averaged_model(self.model, decay)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            **{"lr": 0.1, "momentum": 0.9, "fused": True, **(sgd or {})},
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaler, growth_interval=4)
+        if checkpoint is not None:
+            self.load(checkpoint)
+        recorder = Tape if device.type == "cpu" else CudaRecorder
+        self.step = Step(
+            self.model,
+            self.optimizer,
+            scaler=self.scaler,
+            ema=self.ema,
+            graph=graph,
+            recorder=recorder,
+            **options,
+        )
+        self.losses: list[float] = []
+
+    def train(self, data: list[tuple[Tensor, Tensor]], rates: list[float]) -> Run:
+        for (images, labels), rate in zip(data, rates, strict=True):
+            self.step(images, labels, rate)
+            self.losses.append(float(self.step.loss))
+        return self
+
+    def save(self) -> bytes:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+        file = io.BytesIO()
+        torch.save(state, file)
+        return file.getvalue()
+
+    def load(self, checkpoint: bytes) -> None:
+        state = torch.load(io.BytesIO(checkpoint), weights_only=True)
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name."""
+        state = {f"model {name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            state[f"momentum {name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+            assert parameter.grad is not None
+            state[f"gradient {name}"] = parameter.grad
+        if self.ema is not None:
+            state |= {f"ema {name}": value for name, value in self.ema.state_dict().items()}
+        if self.scaler.is_enabled():
+            saved = self.scaler.state_dict()
+            state["scale"] = torch.tensor([saved["scale"], saved["_growth_tracker"]])
+        state["losses"] = torch.tensor(self.losses)
+        return {name: value.detach().clone() for name, value in state.items()}
+
+
+def assert_same_bits(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    assert not different, different
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["momentum", "nesterov"])
+def test_a_plain_step_has_the_bits_of_the_loop_written_by_hand(
+    device: torch.device, nesterov: bool
+) -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": nesterov}
+    model = new_model(device)
+    optimizer = torch.optim.SGD(model.parameters(), **options)
+    data = batches(device, [BATCH] * 3)
+    losses, correct = [], 0
+    for (images, labels), rate in zip(data, RATES):
+        optimizer.param_groups[0]["lr"] = rate
+        logits = model(images.contiguous(memory_format=torch.channels_last)).float()
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        correct += int((logits.argmax(1) == labels).sum())
+
+    mine = new_model(device)
+    step = Step(mine, torch.optim.SGD(mine.parameters(), **options))
+    kept = []
+    for (images, labels), rate in zip(data, RATES):
+        step(images, labels, rate)
+        kept.append(step.loss)
+    assert_same_bits(mine.state_dict(), model.state_dict())
+    assert [float(loss) for loss in kept] == losses  # each step's loss is a tensor of its own
+    total = sum(loss * BATCH for loss in losses)
+    assert step.sums.tolist() == [pytest.approx(total, rel=1e-12), correct, 3 * BATCH]
+    assert step.graph_reason is None
+    assert not step.graphed
+    step.reset()
+    assert (step.loss_sum, step.correct, step.seen) == (0, 0, 0)
+
+
+def test_the_loss_is_the_smoothed_one_that_is_trained(device: torch.device) -> None:
+    run = Run(device, False, label_smoothing=0.2)
+    images, labels = batches(device, [BATCH])[0]
+    logits = new_model(device)(images.contiguous(memory_format=torch.channels_last))
+    target = F.one_hot(labels, CLASSES) * 0.8 + 0.2 / CLASSES
+    smoothed = -(target * logits.log_softmax(1)).sum(1).mean()
+    run.step(images, labels, 0.1)
+    torch.testing.assert_close(run.step.loss, smoothed.detach())
+    assert abs(smoothed - F.cross_entropy(logits, labels)) > 1e-3  # smoothing matters here
+
+
+def test_the_host_reads_nothing_in_a_step() -> None:
+    device = torch.device("cpu")
+    run = Run(device, False, decay=0.9, label_smoothing=0.1)
+    for images, labels in batches(device, [BATCH] * 3):
+        with HostReads():
+            run.step(images, labels, 0.1)
+
+
+def test_average_is_torchs_with_running_statistics_averaged_and_counters_copied(
+    device: torch.device,
+) -> None:
+    run = Run(device, False, decay=0.7)
+    reference = AveragedModel(
+        new_model(device), multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True
+    )
+    for index, (images, labels) in enumerate(batches(device, [BATCH] * 4), 1):
+        run.step(images, labels, 0.1)
+        reference.update_parameters(run.model)
+        assert run.ema is not None
+        mine, theirs = run.ema.state_dict(), reference.state_dict()
+        counters = [name for name in mine if name.endswith("num_batches_tracked")]
+        assert counters
+        for name in counters:
+            assert mine.pop(name) == index
+            theirs.pop(name)
+        assert_same_bits(mine, theirs)
+
+
+def test_average_needs_a_function_for_lists() -> None:
+    model = new_model(torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="multi_avg_fn"):
+        Step(model, optimizer, ema=AveragedModel(model))
+
+
+COURSES: dict[str, dict[str, Any]] = {
+    "plain": {"sgd": {"momentum": 0.9}},
+    "nesterov with decay": {"sgd": {"nesterov": True, "weight_decay": 1e-2}},
+    "ema and smoothing": {"decay": 0.8, "label_smoothing": 0.1},
+    "scaler": {"scaler": True, "decay": 0.8},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_a_graphed_run_takes_the_ungraphed_ones_course(device: torch.device, course: str) -> None:
+    data = batches(device, [BATCH] * 8)
+    graphed = Run(device, True, **COURSES[course]).train(data, RATES[:8])
+    ungraphed = Run(device, False, **COURSES[course]).train(data, RATES[:8])
+    assert graphed.step.graph_reason is None
+    assert graphed.step.graphed
+    assert_same_bits(graphed.state(), ungraphed.state())
+    assert graphed.step.sums.tolist() == ungraphed.step.sums.tolist()
+    counters = [b for name, b in graphed.model.named_buffers() if name.endswith("tracked")]
+    assert counters
+    assert all(counter == 8 for counter in counters)  # no step of warming up beyond these
+
+
+def test_the_graph_is_captured_once_after_the_warm_up(device: torch.device) -> None:
+    run = Run(device, True)
+    data = batches(device, [BATCH] * 8)
+    graphed = []
+    for (images, labels), rate in zip(data, RATES):
+        run.step(images, labels, rate)
+        graphed.append(run.step.graphed)
+    assert graphed == [False] * WARMUP_STEPS + [True] * (8 - WARMUP_STEPS)
+    if device.type == "cpu":
+        tape = run.step._recorder
+        assert isinstance(tape, Tape)
+        assert (tape.ran, tape.captures, tape.replayed) == (3, 1, 5)
+
+
+def test_a_replay_follows_the_learning_rate_and_moves_nothing(device: torch.device) -> None:
+    run = Run(device, True, sgd={"momentum": 0.0, "weight_decay": 0.0})
+    data = batches(device, [BATCH] * 8)
+    run.train(data[:5], RATES[:5])
+    addresses = [p.data_ptr() for p in run.model.parameters()]
+    gradients = [p.grad.data_ptr() for p in run.model.parameters() if p.grad is not None]
+    before = copy.deepcopy(run.model).requires_grad_(False)
+    images, labels = data[5]
+    run.step(images, labels, 0.0)
+    for mine, theirs in zip(run.model.parameters(), before.parameters()):
+        assert torch.equal(mine, theirs)
+    run.step(images, labels, 0.25)
+    for mine, theirs in zip(run.model.parameters(), before.parameters()):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine, theirs - 0.25 * mine.grad, rtol=1e-6, atol=1e-7)
+    run.train(data[6:], RATES[6:8])
+    assert [p.data_ptr() for p in run.model.parameters()] == addresses
+    assert [p.grad.data_ptr() for p in run.model.parameters() if p.grad is not None] == gradients
+
+
+def test_other_batches_run_ungraphed_in_between(device: torch.device) -> None:
+    data = batches(device, [4, *[BATCH] * 5, 2, BATCH, 1, BATCH])
+    graphed = Run(device, True, decay=0.8).train(data, RATES)
+    ungraphed = Run(device, False, decay=0.8).train(data, RATES)
+    assert graphed.step.graphed
+    assert_same_bits(graphed.state(), ungraphed.state())
+    assert graphed.step.seen == sum(len(labels) for _, labels in data)
+    if device.type == "cpu":
+        tape = graphed.step._recorder
+        assert isinstance(tape, Tape)
+        assert (tape.ran, tape.captures, tape.replayed) == (4 + 2, 1, 4)
+
+
+def test_images_from_elsewhere_and_in_another_layout_are_copied(device: torch.device) -> None:
+    data = batches(torch.device("cpu"), [BATCH] * 6)
+    mixed = [
+        (images.contiguous(memory_format=torch.channels_last) if i % 2 else images, labels)
+        for i, (images, labels) in enumerate(data)
+    ]
+    here = [(images.to(device), labels.to(device)) for images, labels in data]
+    graphed = Run(device, True).train(mixed, RATES[:6])
+    ungraphed = Run(device, False).train(here, RATES[:6])
+    assert_same_bits(graphed.state(), ungraphed.state())
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["to graphed", "to ungraphed"])
+@pytest.mark.parametrize("first", [True, False], ids=["from graphed", "from ungraphed"])
+@pytest.mark.parametrize("steps", [0, 2, 5])
+def test_checkpoints_pass_between_graphed_and_ungraphed_runs(
+    device: torch.device, first: bool, second: bool, steps: int
+) -> None:
+    data = batches(device, [BATCH] * 10)
+    options: dict[str, Any] = {"decay": 0.8, "scaler": True}
+    whole = Run(device, False, **options).train(data, RATES)
+    begun = Run(device, first, **options).train(data[:steps], RATES[:steps])
+    ended = Run(device, second, checkpoint=begun.save(), **options)
+    ended.losses = begun.losses
+    ended.train(data[steps:], RATES[steps:])
+    assert ended.step.graphed == second
+    assert_same_bits(ended.state(), whole.state())
+
+
+def test_a_state_loaded_into_a_graphed_run_is_captured_anew(device: torch.device) -> None:
+    data = batches(device, [BATCH] * 6)
+    run = Run(device, True, decay=0.8).train(data[:2], RATES[:2])
+    checkpoint = run.save()
+    run.train(data[2:], RATES[2:6])
+    assert run.step.graphed
+    expected = run.state()
+    run.load(checkpoint)
+    run.losses = run.losses[:2]
+    run.train(data[2:], RATES[2:6])
+    assert_same_bits(run.state(), expected)
+    assert run.step.graphed
+
+
+def test_an_optimizers_state_holds_numbers_and_no_switches(device: torch.device) -> None:
+    run = Run(device, True).train(batches(device, [BATCH] * 5), RATES[:5])
+    assert isinstance(run.optimizer.param_groups[0]["lr"], Tensor)
+    group = optimizer_state(run.optimizer)["param_groups"][0]
+    assert group["lr"] == pytest.approx(RATES[4], rel=1e-7)
+    assert not any(isinstance(value, Tensor) for value in group.values())
+    assert "fused" not in group
+    assert group["momentum"] == 0.9
+
+
+def test_loaded_momentum_lies_as_the_weights_do() -> None:
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    optimizer = torch.optim.SGD([weight], momentum=0.9)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    moved = nn.Parameter(weight.detach().to(memory_format=torch.channels_last))
+    other = torch.optim.SGD([moved], momentum=0.9, fused=True)
+    load_optimizer_state(other, optimizer_state(optimizer))
+    momentum = other.state[moved]["momentum_buffer"]
+    assert torch.equal(momentum, weight.grad)
+    assert momentum.stride() == moved.stride()
+    assert other.param_groups[0]["fused"]
+    with pytest.raises(ValueError, match="expected the state of 1 parameter groups, got that of 0"):
+        load_optimizer_state(other, {"state": {}, "param_groups": []})
+
+
+def test_a_first_step_that_overflows_leaves_momentum_zero(device: torch.device) -> None:
+    model = new_model(device)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1e38)
+    step = Step(model, optimizer, scaler=scaler)
+    before = copy.deepcopy(model)
+    images, labels = batches(device, [BATCH])[0]
+    step(images * 100, labels, 0.1)
+    assert scaler.get_scale() < 1e38
+    for mine, theirs in zip(model.parameters(), before.parameters()):
+        assert torch.equal(mine, theirs)
+        assert not optimizer.state[mine]["momentum_buffer"].any()
+
+
+def _hooked(model: nn.Module) -> None:
+    model.fc.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+
+
+def _parameter_hooked(model: nn.Module) -> None:
+    next(model.parameters()).register_hook(lambda gradient: None)
+
+
+REASONS: dict[str, tuple[dict[str, Any], Callable[[nn.Module], None] | None, str]] = {
+    "not fused": ({"sgd": {"fused": False}}, None, "SGD reads the learning rate on the host"),
+    "a module's hook": ({}, _hooked, "a hook on fc would not be called"),
+    "a gradient's hook": ({}, _parameter_hooked, "would not be called"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_what_cannot_be_captured_runs_ungraphed_and_says_why(
+    device: torch.device, case: str
+) -> None:
+    options, prepare, reason = REASONS[case]
+    data = batches(device, [BATCH] * 5)
+    runs = []
+    for graph in (True, False):
+        model = new_model(device)
+        if prepare is not None:
+            prepare(model)
+        runs.append(Run(device, graph, model=model, **options))
+    assert runs[0].step.graph_reason is not None
+    assert reason in runs[0].step.graph_reason
+    assert "\n" not in runs[0].step.graph_reason
+    for run in runs:
+        run.train(data, RATES[:5])
+    assert not runs[0].step.graphed
+    assert_same_bits(runs[0].state(), runs[1].state())
+    assert isinstance(runs[0].optimizer.param_groups[0]["lr"], float)
+
+
+def test_without_a_gpu_the_reason_says_so() -> None:
+    model = new_model(torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), fused=True)
+    step = Step(model, optimizer, graph=True)
+    assert step.graph_reason == "a CUDA graph needs a GPU, the model is on cpu"
+
+
+def test_a_hook_that_comes_during_the_warm_up_is_noticed(device: torch.device) -> None:
+    run = Run(device, True)
+    data = batches(device, [BATCH] * 5)
+    run.train(data[:2], RATES[:2])
+    calls: list[int] = []
+    run.model.fc.register_forward_hook(lambda *_: calls.append(1))
+    run.train(data[2:], RATES[2:5])
+    assert len(calls) == 3
+    assert run.step.graph_reason == "a hook on fc would not be called at a replay"
+
+
+def test_gloo_is_a_reason(tmp_path: Any) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = new_model(torch.device("cpu"))
+        wrapped = DistributedDataParallel(model)
+        run = Run(torch.device("cpu"), True, model=wrapped)
+        assert run.step.graph_reason == "gloo reduces gradients on the host: it needs nccl"
+        ungraphed = Run(torch.device("cpu"), False)
+        data = batches(torch.device("cpu"), [BATCH] * 3)
+        run.train(data, RATES[:3])
+        ungraphed.train(data, RATES[:3])
+        assert_same_bits(model.state_dict(), ungraphed.model.state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class HostReader(nn.Module):
+    """Reads a value on the host half-way through the model, draws numbers before it does."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.inner = new_model(device)
+        self.register_buffer("calls", torch.zeros((), device=device))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        noise = torch.randn(images.shape, device=images.device)
+        logits: Tensor = self.inner(images + 0.1 * noise)
+        return logits * (1.0 if logits.sum().item() < 1e30 else 0.0)
+
+
+@pytest.mark.parametrize("scaler", [False, True], ids=["plain", "scaler"])
+def test_a_capture_that_fails_leaves_no_trace(device: torch.device, scaler: bool) -> None:
+    data = batches(device, [BATCH] * 6)
+    states = []
+    for graph in (True, False):
+        run = Run(device, graph, model=HostReader(device), decay=0.8, scaler=scaler)
+        torch.manual_seed(3)
+        run.train(data, RATES[:6])
+        states.append({**run.state(), "random": torch.get_rng_state()})
+        if graph:
+            assert run.step.graph_reason is not None
+            assert run.step.graph_reason.startswith("capturing failed: ")
+            assert "\n" not in run.step.graph_reason
+            assert not run.step.graphed
+            assert isinstance(run.optimizer.param_groups[0]["lr"], float)
+    rates = [state.pop("random") for state in states]
+    assert torch.equal(*rates)
+    assert_same_bits(*states)
+
+
+def test_a_capture_that_fails_late_is_undone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the backward and the optimizer, where a scaler and its optimizer are half-way."""
+    device = torch.device("cpu")
+    data = batches(device, [BATCH] * 6)
+    ungraphed = Run(device, False, scaler=True).train(data, RATES[:6])
+    run = Run(device, True, scaler=True)
+    run.train(data[:WARMUP_STEPS], RATES[:WARMUP_STEPS])
+    update = run.scaler.update
+    faults = [RuntimeError("no update\nwhile capturing")]
+
+    def failing() -> None:
+        if faults:
+            raise faults.pop()
+        update()
+
+    monkeypatch.setattr(run.scaler, "update", failing)
+    run.train(data[WARMUP_STEPS:], RATES[WARMUP_STEPS:6])
+    assert run.step.graph_reason == "capturing failed: RuntimeError: no update"
+    assert_same_bits(run.state(), ungraphed.state())
+
+
+def test_ctrl_c_in_a_capture_is_passed_on_with_the_state_as_it_was() -> None:
+    device = torch.device("cpu")
+    data = batches(device, [BATCH] * 6)
+    run = Run(device, True)
+    run.train(data[:WARMUP_STEPS], RATES[:WARMUP_STEPS])
+    before = copy.deepcopy(run.model.state_dict())
+    forward = run.model.forward
+
+    def interrupted(images: Tensor) -> Tensor:
+        forward(images)
+        raise KeyboardInterrupt
+
+    run.model.forward = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.step(*data[WARMUP_STEPS], 0.1)
+    assert_same_bits(run.model.state_dict(), before)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def test_after_a_fallback_nothing_is_kept(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    class Watched(step_module._StaticBatch):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self.images))
+
+    monkeypatch.setattr(step_module, "_StaticBatch", Watched)
+    run = Run(device, True, model=HostReader(device))
+    made.append(weakref.ref(run.step._recorder))
+    run.train(batches(device, [BATCH] * 5), RATES[:5])
+    gc.collect()
+    assert len(made) == 2
+    assert [reference() for reference in made] == [None, None]
