@@ -233,9 +233,12 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
         raise InputError(f"{path} is not YAML{where}") from error
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+    if not isinstance(config, dict):
         found = "nothing" if config is None else f"a {type(config).__name__}"
         raise InputError(f"{path} must be a mapping of options to values, it holds {found}")
+    for key in config:
+        if not isinstance(key, str):
+            raise InputError(f"{path}: every option must be a name, got {key!r}")
     return config
 
 
