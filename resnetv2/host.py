@@ -1,0 +1,60 @@
+"""What this machine has for a process: memory and cores."""
+
+import contextlib
+import os
+
+from resnetv2.errors import InputError
+
+_GROUP = "/sys/fs/cgroup"
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, None where the system does not tell.
+
+    Of the machine, or of the control group (a container's limit) if that is less, in equal parts
+    for the processes that torchrun started here.
+    """
+    values = []
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+        values.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(f"{_GROUP}/memory.max") as file:
+            limit = int(file.read())
+        with open(f"{_GROUP}/memory.stat") as file:
+            taken = dict(line.split() for line in file)
+        # What files left in the cache is given back when it is needed.
+        values.append(limit - int(taken["anon"]) - int(taken["shmem"]))
+    if not values:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            values.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(0, min(values)) // local_processes() if values else None
+
+
+def check_memory(needed: int, what: str, remedy: str, share: float = 0.9) -> None:
+    """Raise InputError if `what`, of `needed` bytes, takes more than `share` of what there is."""
+    available = available_memory()
+    if available is not None and needed > share * available:
+        raise InputError(
+            f"{what} take {gibibytes(needed)}, more than {share:.0%} of the "
+            f"{gibibytes(available)} of memory that this process can have: {remedy}"
+        )
+
+
+def decoding_threads() -> int:
+    """A few, shared between the processes of this machine."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
+    return max(1, min(8, cores // local_processes()))
+
+
+def local_processes() -> int:
+    """Processes of this job on this machine, as torchrun says."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(given)) if given.isdigit() else 1
+
+
+def gibibytes(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB"
