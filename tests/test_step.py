@@ -12,6 +12,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,12 +185,12 @@ class Run:
             recorder=recorder,
             **options,
         )
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
 
     def train(self, data: list[tuple[Tensor, Tensor]], rates: list[float]) -> Run:
         for (images, labels), rate in zip(data, rates, strict=True):
             self.step(images, labels, rate)
-            self.losses.append(float(self.step.loss))
+            self.losses.append(self.step.loss)
         return self
 
     def save(self) -> bytes:
@@ -223,7 +224,7 @@ class Run:
         if self.scaler.is_enabled():
             saved = self.scaler.state_dict()
             state["scale"] = torch.tensor([saved["scale"], saved["_growth_tracker"]])
-        state["losses"] = torch.tensor(self.losses)
+        state["losses"] = torch.stack(self.losses)
         return {name: value.detach().clone() for name, value in state.items()}
 
 
@@ -279,14 +280,6 @@ def test_the_loss_is_the_smoothed_one_that_is_trained(device: torch.device) -> N
     assert abs(smoothed - F.cross_entropy(logits, labels)) > 1e-3  # smoothing matters here
 
 
-def test_the_host_reads_nothing_in_a_step() -> None:
-    device = torch.device("cpu")
-    run = Run(device, False, decay=0.9, label_smoothing=0.1)
-    for images, labels in batches(device, [BATCH] * 3):
-        with HostReads():
-            run.step(images, labels, 0.1)
-
-
 def test_average_is_torchs_with_running_statistics_averaged_and_counters_copied(
     device: torch.device,
 ) -> None:
@@ -321,6 +314,15 @@ COURSES: dict[str, dict[str, Any]] = {
     "scaler": {"scaler": True, "decay": 0.8},
     "bf16": {"dtype": torch.bfloat16},
 }
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_the_host_reads_nothing_in_a_step(course: str) -> None:
+    device = torch.device("cpu")
+    run = Run(device, False, **COURSES[course])
+    for images, labels in batches(device, [BATCH] * 3):
+        with HostReads():
+            run.step(images, labels, 0.1)
 
 
 @pytest.mark.parametrize("course", COURSES)
@@ -453,7 +455,17 @@ def test_loaded_momentum_lies_as_the_weights_do() -> None:
         load_optimizer_state(other, {"state": {}, "param_groups": []})
 
 
-def test_a_first_step_that_overflows_leaves_momentum_zero(device: torch.device) -> None:
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_first_step_that_overflows_leaves_momentum_zero(
+    device: torch.device, poisoned: None
+) -> None:
     model = new_model(device)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=1e38)
@@ -464,7 +476,8 @@ def test_a_first_step_that_overflows_leaves_momentum_zero(device: torch.device) 
     assert scaler.get_scale() < 1e38
     for mine, theirs in zip(model.parameters(), before.parameters()):
         assert torch.equal(mine, theirs)
-        assert not optimizer.state[mine]["momentum_buffer"].any()
+        momentum = optimizer.state[mine]["momentum_buffer"]
+        assert torch.equal(momentum, torch.zeros_like(mine))
 
 
 def _hooked(model: nn.Module) -> None:
@@ -522,21 +535,46 @@ def test_a_hook_that_comes_during_the_warm_up_is_noticed(device: torch.device) -
     assert run.step.graph_reason == "a hook on fc would not be called at a replay"
 
 
-def test_gloo_is_a_reason(tmp_path: Any) -> None:
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = new_model(torch.device("cpu"))
-        wrapped = DistributedDataParallel(model)
-        run = Run(torch.device("cpu"), True, model=wrapped)
-        assert run.step.graph_reason == "gloo reduces gradients on the host: it needs nccl"
-        ungraphed = Run(torch.device("cpu"), False)
-        data = batches(torch.device("cpu"), [BATCH] * 3)
-        run.train(data, RATES[:3])
-        ungraphed.train(data, RATES[:3])
-        assert_same_bits(model.state_dict(), ungraphed.model.state_dict())
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_gloo_is_a_reason_and_the_wrapped_model_trains_as_the_bare_one() -> None:
+    device = torch.device("cpu")
+    wrapped = DistributedDataParallel(new_model(device))
+    run = Run(device, True, model=wrapped, decay=0.8)
+    assert run.step.graph_reason == "gloo reduces gradients on the host: it needs nccl"
+    bare = Run(device, False, decay=0.8)
+    data = batches(device, [BATCH] * 3)
+    run.train(data, RATES[:3])
+    bare.train(data, RATES[:3])
+    assert_same_bits(wrapped.module.state_dict(), bare.model.state_dict())
+    assert run.ema is not None
+    assert bare.ema is not None
+    assert_same_bits(run.ema.state_dict(), bare.ema.state_dict())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_wrapped_model_is_captured_after_eleven_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    wrapped = DistributedDataParallel(new_model(device))
+    # One process has nothing to reduce: gloo does as well for the tape as NCCL for a graph.
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    run = Run(device, True, model=wrapped, decay=0.8)
+    data = batches(device, [BATCH] * 14)
+    rates = [*RATES, *RATES[:4]]
+    run.train(data, rates)
+    tape = run.step._recorder
+    assert isinstance(tape, Tape)
+    assert (tape.ran, tape.captures, tape.replayed) == (11, 1, 3)
+    bare = Run(device, False, decay=0.8).train(data, rates)
+    assert_same_bits(wrapped.module.state_dict(), bare.model.state_dict())
 
 
 class HostReader(nn.Module):
@@ -574,25 +612,72 @@ def test_a_capture_that_fails_leaves_no_trace(device: torch.device, scaler: bool
     assert_same_bits(*states)
 
 
-def test_a_capture_that_fails_late_is_undone_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the backward and the optimizer, where a scaler and its optimizer are half-way."""
+@pytest.mark.parametrize("part", ["optimizer.step", "scaler.update"])
+def test_a_capture_that_fails_late_is_undone_too(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """In the optimizer or after it, where it and the scaler are half-way."""
     device = torch.device("cpu")
     data = batches(device, [BATCH] * 6)
     ungraphed = Run(device, False, scaler=True).train(data, RATES[:6])
     run = Run(device, True, scaler=True)
     run.train(data[:WARMUP_STEPS], RATES[:WARMUP_STEPS])
-    update = run.scaler.update
-    faults = [RuntimeError("no update\nwhile capturing")]
+    owner, name = part.split(".")
+    right = getattr(getattr(run, owner), name)
+    faults = [RuntimeError("not while capturing\nnor later")]
 
     def failing() -> None:
         if faults:
             raise faults.pop()
-        update()
+        right()
 
-    monkeypatch.setattr(run.scaler, "update", failing)
+    monkeypatch.setattr(getattr(run, owner), name, failing)
     run.train(data[WARMUP_STEPS:], RATES[WARMUP_STEPS:6])
-    assert run.step.graph_reason == "capturing failed: RuntimeError: no update"
+    assert run.step.graph_reason == "capturing failed: RuntimeError: not while capturing"
     assert_same_bits(run.state(), ungraphed.state())
+
+
+class Replacer(nn.Module):
+    """Counts its calls in a buffer that is another tensor each time."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.inner = new_model(device)
+        self.register_buffer("calls", torch.zeros((), device=device))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        logits: Tensor = self.inner(images)
+        return logits
+
+
+class HostDrawer(Replacer):
+    """Draws a number on the host."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images)
+        return logits * (1 + torch.rand(()).numpy().item())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Replacer, "Replacer.calls is replaced, not changed in place"),
+        (HostDrawer, "random numbers are drawn on the host, where a replay draws none"),
+    ],
+    ids=["a buffer replaced", "random on the host"],
+)
+def test_what_no_replay_would_follow_is_a_reason(
+    device: torch.device, kind: type[Replacer], reason: str
+) -> None:
+    data = batches(device, [BATCH] * 6)
+    states = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        run = Run(device, graph, model=kind(device)).train(data, RATES[:6])
+        states.append(run.state())
+        assert run.step.graph_reason == (f"capturing failed: {reason}" if graph else None)
+    assert_same_bits(*states)
 
 
 def test_ctrl_c_in_a_capture_is_passed_on_with_the_state_as_it_was() -> None:

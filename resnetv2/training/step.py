@@ -54,17 +54,19 @@ def compute_logits(
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of ``model`` for ``Step`` to keep as the exponential moving average.
 
-    model: as it lies on the device, without DistributedDataParallel. Batch norm's running
-    statistics are averaged with the weights' decay, not copied: the statistics that belong to
-    averaged weights are, to first order, the average of those that belonged to the weights. What is
-    copied is the last of all weights, whose noise the average is meant to be rid of.
+    model: as it lies on the device; one in DistributedDataParallel is taken out of it. Batch norm's
+    running statistics are averaged with the weights' decay, not copied: the statistics that belong
+    to averaged weights are, to first order, the average of those that belonged to the weights. What
+    copying gives are those of the last weights, whose noise the average is meant to be rid of.
 
     Raises:
         ValueError: a decay outside [0, 1].
     """
     first = next(model.parameters())
     average = get_ema_multi_avg_fn(decay)
-    return AveragedModel(model, device=first.device, multi_avg_fn=average, use_buffers=True)
+    return AveragedModel(
+        _unwrapped(model), device=first.device, multi_avg_fn=average, use_buffers=True
+    )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -322,13 +324,15 @@ class Step:
         try:
             batch = _StaticBatch(key, images, labels, self.device, self.memory_format)
             batch.loss = self._recorder.capture(work)
+            failure = before.beyond_replay()
         except BaseException as error:
-            before.restore()
             if not isinstance(error, Exception):
+                before.restore()
                 raise
-            # Whatever it is, the step can be run as it is.
-            self.graph_reason = f"capturing failed: {(first or [_first_line(error)])[0]}"
-            self._recorder = None
+            failure = (first or [_first_line(error)])[0]
+        if failure is not None:  # whatever it is, the step can be run as it is
+            before.restore()
+            self.graph_reason, self._recorder = f"capturing failed: {failure}", None
             return
         batch.gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         self._batch = batch
@@ -380,6 +384,21 @@ class _HostState:
         self.buffers = [(module, dict(module._buffers)) for module in model.modules()]
         self.state = {key: dict(value) for key, value in optimizer.state.items()}
         self.random = torch.get_rng_state()
+
+    def beyond_replay(self) -> str | None:
+        """What replays could not follow: a tensor that is not changed in place, random numbers
+        that come from the host; or None."""
+        if not torch.equal(self.random, torch.get_rng_state()):
+            return "random numbers are drawn on the host, where a replay draws none"
+        for module, buffers in self.buffers:
+            for name, buffer in module._buffers.items():
+                if buffer is not buffers.get(name):
+                    return f"{type(module).__name__}.{name} is replaced, not changed in place"
+        for key, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value is not self.state.get(key, {}).get(name):
+                    return f"{name} is new to the optimizer"
+        return None
 
     def restore(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
