@@ -10,8 +10,10 @@ nothing out.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +29,7 @@ __all__ = [
     "Recorder",
     "Step",
     "averaged_model",
+    "capture_stream",
     "compute_logits",
     "load_optimizer_state",
     "optimizer_state",
@@ -121,22 +124,41 @@ class Recorder(Protocol):
         """Do what was recorded, on the addresses of then."""
 
 
+@functools.cache
+def _stream(device_index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device_index)
+
+
+@contextlib.contextmanager
+def capture_stream(device: torch.device) -> Iterator[None]:
+    """The stream on which steps warm up and are captured; nothing where ``device`` has no CUDA.
+
+    DistributedDataParallel that is to be captured is made in it: it keeps gradient accumulators,
+    these stay on the stream that they were made on, and the default stream cannot be captured.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    current, side = torch.cuda.current_stream(index), _stream(index)
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:  # whoever handles an exception reads weights, too
+        current.wait_stream(side)
+
+
 class CudaRecorder:
-    """A CUDA graph, its side stream and its memory pool."""
+    """A CUDA graph, captured on ``capture_stream``, and its memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Whatever gradient accumulators were made on the default stream cannot be captured.
-        self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = work()
-        current.wait_stream(self.stream)
-        return result
+        with capture_stream(self.device):
+            return work()
 
     def capture(self, work: Callable[[], Tensor]) -> Tensor:
         graph = torch.cuda.CUDAGraph()
@@ -146,11 +168,10 @@ class CudaRecorder:
         try:
             # The outer context leaves the side stream also where ending a capture raises. Other
             # threads, a loader's that pins memory or NCCL's watchdog, may go on meanwhile.
-            with (
-                torch.cuda.stream(self.stream),
-                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
-            ):
-                result = work()
+            with capture_stream(self.device):
+                side = torch.cuda.current_stream(self.device)
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    result = work()
         except BaseException:
             # A generator whose capture has failed believes for good that it is being captured.
             generator.graphsafe_set_state(random)
@@ -171,7 +192,7 @@ class Step:
 
     Args:
         model: logits (B, classes) from images (B, C, H, W), in training mode; may be wrapped in
-            DistributedDataParallel.
+            DistributedDataParallel, for a graph within ``capture_stream``.
         optimizer: of its parameters. All groups get the same learning rate. A graph needs one that
             reads the learning rate on the device: ``SGD(fused=True)``.
         dtype: float32, or bfloat16 or float16 under autocast.
