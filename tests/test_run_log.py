@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from resnetv2.data import InputError
+from resnetv2.errors import InputError
 from resnetv2.training.checkpoint import Checkpoints
 from resnetv2.training.log import RunLog, holds_a_run, read_config, write_config
 

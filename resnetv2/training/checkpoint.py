@@ -1,22 +1,17 @@
 """Checkpoints of a run: written whole or not at all, verified when read, the last few kept.
 
-A file appears under its name only after its bytes are on the disk: they go to a temporary file in
-the same folder, `fsync`, `os.replace`, `fsync` of the folder. A process killed at any point, or a
-disk that fills up, leaves the older checkpoints as they were. Checkpoints are `torch.save`'s zip
-archives, whose entries carry a CRC-32; reading checks every one before anything is taken from it.
+A file appears under its name only after its bytes are on the disk (`resnetv2.training.files`): a
+process killed at any point, or a disk that fills up, leaves the older checkpoints as they were.
+Checkpoints are `torch.save`'s zip archives, whose entries carry a CRC-32; reading checks every one
+before anything is taken from it.
 """
 
 import contextlib
 import errno
-import io
 import os
 import pickle
 import re
-import secrets
-import shutil
-import socket
 import stat
-import time
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -27,19 +22,22 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from resnetv2.data import InputError
+from resnetv2.errors import InputError
+from resnetv2.training.files import (
+    link_atomically,
+    make_folder,
+    reason_of,
+    remove_leftovers,
+    write_atomically,
+)
 
-__all__ = ["FORMAT", "Checkpoints", "read", "remove_leftovers", "write_atomically"]
+__all__ = ["FORMAT", "Checkpoints", "read", "write_atomically"]
 
 # Raised by one when a file of this version can no longer be read by the version before it.
 FORMAT = 1
 
 _STEP = re.compile(r"step-(\d{8,})\.pt")
 _BEST = "best.pt"
-_TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.partial")
-# A writer adds to its file every few seconds; one that has not for a day is gone.
-_ABANDONED_SECONDS = 24 * 60 * 60
-
 _ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -48,79 +46,6 @@ _ADVICE = {
     errno.EACCES: "make the folder writable",
     errno.EPERM: "make the folder writable",
 }
-
-# Of this process's writers that are at work, in any thread.
-_writing: set[str] = set()
-
-
-class _RecordingFile(io.FileIO):
-    """A file that remembers why it could not be written.
-
-    `torch.save` turns an error of the file into one of its own, about positions in the archive.
-    """
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace `path` by what `write` writes to the file it is given, all of it or nothing.
-
-    The folder must exist. When this returns, the content and the name are on the disk, as far as
-    the system's `fsync` promises. Until then `path` is what it was. Two processes that write one
-    path at once each write a temporary file of their own; the later one's content stays.
-
-    Args:
-        path: the file.
-        write: is called once with a binary file, which need not be closed.
-
-    Raises:
-        InputError: the system refuses (no space, no permission, a read-only disk), in one line.
-    """
-    temporary = _temporary_name(path)
-    _writing.add(temporary.name)
-    raw = None
-    try:
-        raw = _RecordingFile(temporary, "xb")
-        file = io.BufferedWriter(raw, buffer_size=1 << 20)
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        finally:
-            # Closing flushes once more; what that could say has been said.
-            with contextlib.suppress(OSError):
-                file.close()
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        refusal = error if isinstance(error, OSError) else raw and raw.error
-        if refusal:
-            raise InputError(f"cannot write {path}: {_reason(refusal)}") from refusal
-        raise
-    finally:
-        _writing.discard(temporary.name)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in `folder` of writers that were killed.
-
-    Those are the files of processes of this machine that no longer run, and any that nobody has
-    written to for a day. What cannot be removed is left.
-    """
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if _is_abandoned(path):
-                with contextlib.suppress(OSError):
-                    path.unlink()
 
 
 class Checkpoints:
@@ -157,7 +82,7 @@ class Checkpoints:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise InputError(f"cannot look into {self.folder}: {_reason(error)}") from error
+            raise InputError(f"cannot look into {self.folder}: {reason_of(error)}") from error
         return sorted(found, key=_step_of, reverse=True)
 
     def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
@@ -181,21 +106,17 @@ class Checkpoints:
         content = {**_plain(state, "state"), "format": FORMAT, "step": step}
         path = self.folder / f"step-{step:08d}.pt"
         try:
-            _make_folder(self.folder)
+            make_folder(self.folder)
             remove_leftovers(self.folder)
             if best:
                 write_atomically(self.best, lambda file: torch.save(content, file))
-                _link_atomically(self.best, path)
+                link_atomically(self.best, path)
             else:
                 write_atomically(path, lambda file: torch.save(content, file))
         except InputError as error:
             raise InputError(f"{error}; {self._left(error)}") from error
         self._unusable.discard(path)
-        usable = [file for file in self.files() if file not in self._unusable]
-        for file in [file for file in usable if _step_of(file) <= step][self.keep :]:
-            # Another process may have removed it, and a file too many does no harm.
-            with contextlib.suppress(OSError):
-                file.unlink()
+        self._remove_older(step)
         return path
 
     def load(
@@ -224,7 +145,8 @@ class Checkpoints:
         if not os.path.isdir(path):
             return path, read(path)
         for folder in (path / "checkpoints", path):
-            found = Checkpoints(folder, self.keep)._newest(warn)
+            here = self if folder == self.folder else Checkpoints(folder)
+            found = here._newest(warn)
             if found is not None:
                 return found
         raise InputError(f"no checkpoint in {path}: expected step-*.pt there or in checkpoints/")
@@ -240,8 +162,18 @@ class Checkpoints:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                raise InputError(f"cannot remove {path}: {_reason(error)}") from error
+                raise InputError(f"cannot remove {path}: {reason_of(error)}") from error
         self._unusable.clear()
+
+    def _remove_older(self, step: int) -> None:
+        """Leave the last `keep` usable files up to `step`, and none older than those."""
+        files = [file for file in self.files() if _step_of(file) <= step]
+        kept = [file for file in files if file not in self._unusable][: self.keep]
+        for file in files:
+            if len(kept) == self.keep and _step_of(file) < _step_of(kept[-1]):
+                # Another process may have removed it, and a file too many does no harm.
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
     def _newest(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
         candidates = self.files()
@@ -299,7 +231,7 @@ def read(path: Path | str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint at {path}") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+        raise InputError(f"cannot read {path}: {reason_of(error)}") from error
     if not (
         isinstance(state, dict)
         and type(state.get("format")) is int
@@ -398,95 +330,7 @@ def _items(values: dict[Any, Any], where: str) -> list[tuple[Any, Any]]:
     ]
 
 
-def _link_atomically(source: Path, path: Path) -> None:
-    """Make `path` another name of `source`, or a copy where the file system has no links."""
-    temporary = _temporary_name(path)
-    _writing.add(temporary.name)
-    try:
-        os.link(source, temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        with source.open("rb") as original:
-            write_atomically(path, lambda file: shutil.copyfileobj(original, file, 1 << 20))
-    finally:
-        # Replacing a name of a file by another name of it does nothing and leaves both.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        _writing.discard(temporary.name)
-
-
-def _temporary_name(path: Path) -> Path:
-    owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
-    return path.with_name(f".{path.name}.{owner}.partial")
-
-
-def _host() -> str:
-    # No dot, which parts the fields of a name, and no path separator.
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
-
-
-def _is_abandoned(path: Path) -> bool:
-    name = _TEMPORARY.fullmatch(path.name)
-    if name is None or path.name in _writing:
-        return False
-    try:
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            return True
-    except OSError:
-        return False
-    if name["host"] != _host():
-        return False
-    process = int(name["pid"])
-    # Not one of this process's writers: of one with its number before a restart of the container.
-    return process == os.getpid() or not _is_running(process)
-
-
-def _is_running(process: int) -> bool:
-    if os.name != "posix":
-        # os.kill would end the process there.
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _make_folder(folder: Path) -> None:
-    """Create `folder` and those above it, durably. Raises InputError."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in missing:
-            _sync_folder(place.parent)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {_reason(error)}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        # Windows opens no folders; there a rename is as durable as the system makes it.
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems have no such thing for folders.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _step_of(path: Path) -> int:
     match = _STEP.fullmatch(path.name)
     assert match is not None
     return int(match[1])
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).partition("\n")[0]

@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from resnetv2.data import InputError
-from resnetv2.training.checkpoint import (
-    Checkpoints,
-    _make_folder,
-    _reason,
-    remove_leftovers,
-    write_atomically,
-)
+from resnetv2.errors import InputError
+from resnetv2.training.checkpoint import Checkpoints
+from resnetv2.training.files import make_folder, reason_of, remove_leftovers, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -71,7 +66,7 @@ class RunLog:
         self.path = self.folder / _METRICS
         # First, as it alone can fail without a file written.
         writer = _summary_writer() if tensorboard else None
-        _make_folder(self.folder)
+        make_folder(self.folder)
         remove_leftovers(self.folder)
         header = _clean({"event": "config", **config})
         lines = [] if resume_step is None else self._lines_up_to(resume_step)
@@ -90,7 +85,7 @@ class RunLog:
                 self._summary = writer(str(self.folder / "tensorboard"), purge_step=resume_step)
         except OSError as error:
             self.close()
-            raise InputError(f"cannot write to {self.folder}: {_reason(error)}") from error
+            raise InputError(f"cannot write to {self.folder}: {reason_of(error)}") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line; it is in the file, whole, when this returns.
@@ -113,7 +108,7 @@ class RunLog:
                 self._add_scalars(record)
             except OSError as error:
                 where = self.folder / "tensorboard"
-                raise InputError(f"cannot write {where}: {_reason(error)}") from error
+                raise InputError(f"cannot write {where}: {reason_of(error)}") from error
 
     def sync(self) -> None:
         """Have everything written so far on the disk, as before a checkpoint that relies on it.
@@ -127,7 +122,7 @@ class RunLog:
             if self._summary is not None:
                 self._summary.flush()
         except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {_reason(error)}") from error
+            raise InputError(f"cannot write to {self.folder}: {reason_of(error)}") from error
 
     def close(self) -> None:
         """Close the files. What TensorBoard cannot write any more is lost without an error."""
@@ -164,7 +159,7 @@ class RunLog:
                 with contextlib.suppress(OSError):
                     self._file.truncate(start)
             raise InputError(
-                f"cannot write {self.path}: {_reason(error)}; checkpoints are untouched: "
+                f"cannot write {self.path}: {reason_of(error)}; checkpoints are untouched: "
                 "mend that and go on with --resume auto"
             ) from error
 
@@ -175,7 +170,7 @@ class RunLog:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise InputError(f"cannot read {self.path}: {_reason(error)}") from error
+            raise InputError(f"cannot read {self.path}: {reason_of(error)}") from error
         kept = []
         for index, line in enumerate(lines):
             record = _parsed(line)
@@ -210,7 +205,7 @@ def write_config(folder: Path | str, config: dict[str, Any]) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    _make_folder(Path(folder))
+    make_folder(Path(folder))
     text = yaml.safe_dump(_clean(config, finite=False), sort_keys=False, allow_unicode=True)
     content = ("# What this run was started with.\n" + text).encode()
     write_atomically(Path(folder) / _CONFIG, lambda file: file.write(content))
@@ -228,7 +223,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} is not the folder of a run: it has no {_CONFIG}") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+        raise InputError(f"cannot read {path}: {reason_of(error)}") from error
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
