@@ -178,21 +178,26 @@ def load_batches(
         generator=torch.Generator().manual_seed(0),
     )
     iterator = iter(loader)
-    while True:
-        try:
-            batch = next(iterator, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise InputError(
-                f"a worker process that loads images died ({' '.join(str(error).split())}), most "
-                f"likely for want of memory: use fewer than {workers} workers, or smaller batches"
-            ) from error
-        if batch is None:
-            return
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next(iterator, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise InputError(
+                    f"a worker process that loads images died ({' '.join(str(error).split())}), "
+                    f"most likely for want of memory: use fewer than {workers} workers, or smaller "
+                    "batches"
+                ) from error
+            if batch is None:
+                return
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    finally:
+        # Workers end with their iterator, which the traceback of an error would keep alive.
+        del iterator
 
 
 def random_crop(height: int, width: int, numbers: np.random.Generator) -> tuple[int, int, int, int]:
