@@ -19,9 +19,20 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .kernels.operands import Act
-from .run import NO_PAD, Pad, Recipe, act_of, is_plain, run_chain
+from .run import NO_PAD, Pad, Recipe, act_of, is_norm, is_plain, run_chain
 from .spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
-from .trace import ACT_FUNCTIONS, ADDITIONS, UNTRACEABLE, guards_of, meta_copy, trace, unhook
+from .sync import NORMS, SyncBatchNorm
+from .trace import (
+    ACT_FUNCTIONS,
+    ADDITIONS,
+    UNTRACEABLE,
+    guards_of,
+    keep_groups,
+    make_local,
+    meta_copy,
+    trace,
+    unhook,
+)
 from .unit_plan import (
     Container,
     NotAUnitError,
@@ -82,7 +93,7 @@ def _plan(module: nn.Module, training: bool) -> UnitPlan:
     A forward may ask for the channels of its input: those of the norm that reads it, which mostly
     is the first of the module.
     """
-    norms = (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+    norms = (m for m in module.modules() if isinstance(m, NORMS))
     reasons: list[NotAUnitError] = []
     for channels in dict.fromkeys(norm.num_features for norm in norms):
         try:
@@ -186,10 +197,12 @@ def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
             memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
         for buffer in module.buffers():
             memo[id(buffer)] = tensors[id(buffer)].clone()
+        keep_groups(module, memo)
         twin = copy.deepcopy(module, memo)
         for child in twin.modules():
             child.training = training
             unhook(child)
+        make_local(twin)
         return twin
 
     if isinstance(recipe_of(trial_copy(), plan), str):
@@ -309,10 +322,9 @@ class Graph:
         one = len(inputs) == 1 and len(node.args) == 1 and not node.kwargs
         if not one:
             self._add(node, "other", inputs, what=f"{type(module).__name__} ({name})")
-        elif isinstance(module, nn.BatchNorm2d):
-            if is_plain(module, nn.BatchNorm2d):
-                self._add(node, "norm", inputs, path=path)
-                return
+        elif isinstance(module, NORMS) and is_norm(module):
+            self._add(node, "norm", inputs, path=path)
+        elif isinstance(module, nn.BatchNorm2d) and not isinstance(module, SyncBatchNorm):
             act, inert, guards = _read_norm(module)
             number = self._add(None, "norm", inputs, path=path, norm_type=type(module))
             self.inert += [(*path, *p) for p in inert]

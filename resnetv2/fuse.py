@@ -31,6 +31,7 @@ from .run import (
     run_chain,
 )
 from .spec import MEMORY
+from .sync import NORMS
 from .unit_plan import NotAUnitError, UnitPlan, describe_unit, recipe_of, signature
 
 _FUSION = "_resnetv2_fusion"
@@ -257,7 +258,7 @@ def _plausible(module: nn.Module) -> bool:
     if kind.__call__ is not nn.Module.__call__ or not callable(getattr(kind, "forward", None)):
         return False
     inner = list(module.modules())[: _MOST_MODULES + 1]
-    norms = sum(isinstance(m, nn.BatchNorm2d) for m in inner)
+    norms = sum(isinstance(m, NORMS) for m in inner)
     convs = sum(isinstance(m, nn.Conv2d) for m in inner)
     return convs > 0 and norms <= MOST_NORMS and 1 < len(inner) <= _MOST_MODULES
 

@@ -8,6 +8,7 @@ those of all ranks' rows
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from .kernels.ranks import Gather, gather_sums
 # A chain's record is made of integers: a group goes by its place here, from 1. They are held, so
 # that a number never comes to mean another group.
 _groups: list[Any] = []
+
+# PyTorch's is no BatchNorm2d.
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def group_number(norm: nn.Module) -> int:
@@ -74,6 +78,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         super().__init__(num_features, *args, **kwargs)
         self.process_group = process_group
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """A copy over the same ranks: a process group cannot be copied."""
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def forward(self, input: Tensor) -> Tensor:
         number = group_number(self)
         if number == 0:
@@ -111,8 +123,11 @@ class _SyncedNorm(torch.autograd.Function):
         s1, s2 = reference.gradient_sums(g, x, stats).data[0].unbind(0)
         sums = gather_sums(s1, s2, gather_over(ctx.number)).data.sum(0)
         dx = reference.norm_backward_of(g, x, stats, sums, total).to(x.dtype)
-        dtype = stats.dtype if weight is None else weight.dtype
-        return dx, s2.to(dtype), s1.to(dtype), None, None
+        # A gradient is an error where there is no weight or no bias.
+        dweight = s2.to(stats.dtype if weight is None else weight.dtype)
+        dbias = s1.to(dweight.dtype)
+        wanted = ctx.needs_input_grad
+        return dx, dweight if wanted[1] else None, dbias if wanted[2] else None, None, None
 
 
 def check_rows(x: Tensor) -> None:
@@ -126,14 +141,25 @@ def check_rows(x: Tensor) -> None:
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
     """``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, with norms that run on a CPU too.
 
+    Norms stay the objects that they are, with their parameters, buffers and hooks: only their class
+    changes. ``module`` is returned.
+
     Args:
-        module: its BatchNorm2d children are replaced in place; a norm itself is returned converted.
+        module: a norm, or what holds BatchNorm2d or torch.nn.SyncBatchNorm at any depth.
         process_group: whose ranks share their statistics; None for all.
+
+    Raises:
+        TypeError: a norm computes something of its own, which a conversion would lose.
     """
-    converted = module
-    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
-        converted.__class__ = SyncBatchNorm
-    for name, child in module.named_children():
-        converted.add_module(name, convert_sync_batchnorm(child, process_group))
-    return converted
+    norms = [norm for norm in module.modules() if isinstance(norm, NORMS)]
+    for norm in norms:
+        own = type(norm).forward not in (*(kind.forward for kind in NORMS), SyncBatchNorm.forward)
+        if own or hasattr(norm, "parametrizations"):
+            raise TypeError(
+                f"expected BatchNorm2d norms, got {type(norm).__name__}, which computes more: "
+                "replace it by a norm and an activation before the conversion"
+            )
+    for norm in norms:
+        norm.__class__ = SyncBatchNorm
+        norm.process_group = process_group
+    return module

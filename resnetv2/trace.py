@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .kernels.operands import Act
-from .run import act_of
+from .run import act_of, is_norm
+from .sync import NORMS
 from .unit_plan import INTERNAL, NotAUnitError, Path, child_at, is_leaf
 
 UNTRACEABLE = "cannot be traced"
@@ -173,7 +174,7 @@ class _Tracer(fx.Tracer):
                 )
                 change = () if kept else (str(node.target),)
                 return _Layout(module.out_channels, before.spatial + change)
-            known = isinstance(module, (nn.BatchNorm2d, nn.Identity, _DropoutNd))
+            known = isinstance(module, (*NORMS, nn.Identity, _DropoutNd))
             return before if known or act_of(module) is not None else None
         known = node.target in ACT_FUNCTIONS or node.target in ADDITIONS
         return before if known or node.target in ("relu", "relu_", "add", "add_") else None
@@ -309,7 +310,24 @@ def meta_copy(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    keep_groups(module, memo)
     return copy.deepcopy(module, memo)
+
+
+def keep_groups(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let a deep copy hold the process groups of a module's norms, which cannot be copied."""
+    for child in module.modules():
+        group = vars(child).get("process_group")
+        if group is not None:
+            memo[id(group)] = group
+
+
+def make_local(module: nn.Module) -> None:
+    """Take the synchronisation off a copy's norms: other ranks take no part in a trial, and
+    PyTorch's own norm refuses CPUs where there are any."""
+    for child in module.modules():
+        if isinstance(child, NORMS) and is_norm(child):
+            child.__class__ = nn.BatchNorm2d
 
 
 def unhook(module: nn.Module) -> None:

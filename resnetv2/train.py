@@ -1,25 +1,24 @@
 """The main job: train a pre-activation ResNet on images.
 
-The recipe is the paper's (He et al. 2016, appendix "Implementation details"): SGD with momentum
-0.9, weight decay 1e-4, batches of 128, padded random crops and flips, a learning rate of 0.1 that
-is divided by 10 at 32k and at 48k of 64k iterations after 400 iterations at 0.01. Shorter runs
-keep the proportions.
+`TrainConfig` says what is trained and how, its defaults the recipe of He et al. 2016 (appendix
+"Implementation details") in proportion to the run's length. What decides a step's result is the
+state that a checkpoint holds and the step's number: a run that was killed goes on bit for bit.
 """
 
+from __future__ import annotations
+
 import contextlib
-import json
+import itertools
 import math
-import os
-import platform
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -33,33 +32,72 @@ from resnetv2.data import (
     create_synthetic_dataset,
     load_data,
 )
+from resnetv2.parallel import World, distribute, local_device, processes
 from resnetv2.plots import plot_curves
+from resnetv2.sync import convert_sync_batchnorm
+from resnetv2.training.checkpoint import Checkpoints
+from resnetv2.training.config import TrainConfig, check_resumable, check_steps, make_config
+from resnetv2.training.environment import (
+    device_name,
+    package_versions,
+    reproducible,
+    select_device,
+)
+from resnetv2.training.evaluate import (
+    DTYPES,
+    build_model,
+    evaluate_as,
+    load_weights,
+    memory_format_of,
+)
+from resnetv2.training.interrupts import StopRequests
+from resnetv2.training.log import RunLog, holds_a_run, write_config
+from resnetv2.training.schedule import learning_rate, optimizer_groups
+from resnetv2.training.step import (
+    Step,
+    averaged_model,
+    load_optimizer_state,
+    optimizer_state,
+)
 
 __all__ = [
+    "DTYPES",
     "DivergenceError",
     "EpochMetrics",
     "InputError",
+    "Interrupted",
+    "TrainConfig",
     "TrainingResult",
     "create_synthetic_dataset",
     "learning_rate",
+    "train",
     "train_resnet_v2",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Section "Implementation details": 400 of 64k iterations at a tenth of the learning rate.
-_WARMUP_FRACTION = 400 / 64_000
+# On a GPU, steps between looks at the loss and at requests to stop: a look waits for the device.
+_STEPS_A_LOOK = 16
+# Seconds between drawings of the curves while the run goes on.
+_SECONDS_A_DRAWING = 300.0
 
 
 class DivergenceError(RuntimeError):
     """The training loss is no longer a finite number."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run, after the step in hand and a checkpoint. `signal`: its number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 @dataclass(frozen=True)
 class EpochMetrics:
     """One epoch. Losses are means over images in nats, accuracies in 0..1.
 
-    The training figures are those of the augmented batches while the weights still moved;
+    The training figures are those of the augmented batches while the weights still moved, the loss
+    with label smoothing; the test figures are those of the moving average, where there is one.
     `seconds` and `images_per_second` are of the training part alone.
     """
 
@@ -75,16 +113,18 @@ class EpochMetrics:
 
 @dataclass
 class TrainingResult:
-    """What `train_resnet_v2` returns.
+    """What `train` returns.
 
     `step_losses` holds the loss of every training step of this call, `config` what the run was
-    asked for and ran with, as in the first line of metrics.jsonl.
+    asked for and ran with, as in the first line of metrics.jsonl. `averaged` is the moving average
+    of the weights that was tested, None without one.
     """
 
     model: nn.Module
     config: dict[str, Any]
     history: list[EpochMetrics] = field(default_factory=list)
     step_losses: list[float] = field(default_factory=list)
+    averaged: nn.Module | None = None
 
     @property
     def test_accuracy(self) -> float:
@@ -92,56 +132,20 @@ class TrainingResult:
         return self.history[-1].test_accuracy
 
 
-def learning_rate(
-    step: int,
-    total_steps: int,
-    lr: float = 0.1,
-    warmup_steps: int | None = None,
-) -> float:
-    """The paper's schedule at `step` (from 0) of `total_steps`.
-
-    lr/10 during the warm-up, then lr, then lr/10 from a half and lr/100 from three quarters of all
-    steps on. `warmup_steps` defaults to the paper's proportion, 400 in 64,000, and at most 400.
-    """
-    if warmup_steps is None:
-        warmup_steps = min(400, round(total_steps * _WARMUP_FRACTION))
-    if step < warmup_steps:
-        return lr / 10
-    if 4 * step >= 3 * total_steps:
-        return lr / 100
-    return lr / 10 if 2 * step >= total_steps else lr
+Data = TensorDataset | tuple[TensorDataset, TensorDataset] | ImageData | FolderData
 
 
 def train_resnet_v2(
-    data: str | TensorDataset | tuple[TensorDataset, TensorDataset] | ImageData = "digits",
+    data: str | Data | None = None,
     *,
+    recipe: str | Path | None = None,
     model: nn.Module | None = None,
-    depth: int = 20,
-    block: str = "basic",
-    stem: str = "cifar",
-    memory: str = "recompute",
-    budget: str | int | None = None,
-    backend: str = "auto",
-    eager: bool = False,
-    epochs: int = 30,
-    batch_size: int = 128,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-4,
-    warmup_steps: int | None = None,
-    dtype: str = "fp32",
-    device: str | torch.device = "auto",
-    channels_last: bool = True,
-    seed: int = 0,
-    root: str | Path = "data",
-    image_size: int | None = None,
-    limit_batches: int | None = None,
     out: str | Path | None = None,
-    checkpoint: str | Path | None = None,
     resume: str | Path | None = None,
-    log_steps: bool = False,
+    overwrite: bool = False,
     verbose: bool = True,
     progress: bool | None = None,
+    **options: Any,
 ) -> TrainingResult:
     """Train a pre-activation ResNet, or any image classifier, and test it after every epoch.
 
@@ -149,395 +153,593 @@ def train_resnet_v2(
     random state is left as it was.
 
     Args:
-        data: a name that `resnetv2.data.load_data` knows; or tensors as
+        data: a name that `resnetv2.data.load_data` knows (default "digits"); or tensors as
             `TensorDataset(images (N, C, H, W), labels (N,))`, one for training and one for testing,
             or a single one, of which the last fifth is held out; or an `ImageData`.
+        recipe: a recipe's name or file, see `resnetv2.training.config.make_config`.
+        model, out, resume, overwrite, verbose, progress: see `train`.
+        options: fields of `TrainConfig`: epochs=30, depth=20, batch_size=128, lr=0.1, ...
+
+    Raises:
+        InputError: an option, path or data set that cannot work, in one line.
+        DivergenceError, Interrupted: see `train`.
+    """
+    if isinstance(data, str):
+        options["data"] = data
+    elif data is not None:
+        options.setdefault("data", data.name if isinstance(data, ImageData) else "tensors")
+    return train(
+        make_config(recipe, **options),
+        data=None if isinstance(data, str) else data,
+        model=model,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        verbose=verbose,
+        progress=progress,
+    )
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: Data | None = None,
+    model: nn.Module | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    verbose: bool = True,
+    progress: bool | None = None,
+) -> TrainingResult:
+    """Train as `config` says, in this process or in all those that torchrun started.
+
+    Args:
+        config: every option of the run.
+        data: the data set, instead of the one that `config.data` names.
         model: train this module, logits (B, classes) from images (B, C, H, W), in place, instead of
-            a new `PreActResNet` described by `depth`, `block`, `stem`, `memory` and `backend`.
-        depth: 6n+2 for basic blocks, 9n+2 for bottlenecks.
-        block: `basic` or `bottleneck`.
-        stem: `cifar` or `imagenet`.
-        memory: what the model keeps from forward to backward, one of `PreActResNet`'s modes.
-        budget: bytes ("8GiB" or a number) for `memory="auto"`; a GPU's free memory if None.
-        backend: `auto`, `triton`, `aten` or `eager`.
-        eager: the same model child by child, unfused, for comparison: `backend="eager"`.
-        epochs: passes over the training set.
-        batch_size: images a step. A last, smaller batch is left out.
-        lr: learning rate after the warm-up; `learning_rate` gives the schedule.
-        momentum, weight_decay: of SGD, on all parameters, as in the paper.
-        warmup_steps: steps at lr/10 in the beginning; None keeps the paper's proportion.
-        dtype: `fp32`, or `bf16` or `fp16` under autocast; fp16 scales the loss.
-        device: `auto` is a GPU where there is one.
-        channels_last: memory format of weights and images.
-        seed: of the initial weights, the order of images and the augmentation.
-        root, image_size: see `load_data`.
-        limit_batches: at most so many training and test batches an epoch, for trying things out.
-        out: folder for metrics.jsonl (a header with configuration and versions, then a line an
-            epoch) and curves.png; created if missing, an earlier run's files are replaced.
-        checkpoint: file that holds the state of the run after every epoch.
-        resume: checkpoint to go on from; a resumed run ends with the bits of one that was
-            never stopped. The earlier epochs' metrics are carried over.
-        log_steps: write every step's loss to metrics.jsonl as well.
+            a new `PreActResNet`. With several processes its batch norms become synchronised ones
+            unless `config.sync_bn` is false.
+        out: the run's folder: config.yaml, metrics.jsonl, curves.png and checkpoints/. None writes
+            nothing.
+        resume: "auto" goes on from the newest usable checkpoint of `out`, or begins where there is
+            none; or a checkpoint, or the folder of a run. The result is, to the bit, that of a run
+            that was never stopped.
+        overwrite: let `out` hold a run, whose files are replaced.
         verbose: print what is trained and a line an epoch.
         progress: show a progress bar; None means only on a terminal.
 
     Raises:
-        InputError: an argument, path or data set that cannot work, in one line.
-        DivergenceError: the loss became infinite or NaN; metrics up to there are written.
+        InputError: an option, path or data set that cannot work, in one line.
+        DivergenceError: the loss became infinite or NaN. It names the step and the last checkpoint.
+        Interrupted: SIGINT or SIGTERM came, and the run is saved (where `out` is given).
     """
-    _check(epochs=epochs, batch_size=batch_size, limit_batches=limit_batches)
-    if not lr > 0:
-        raise InputError(f"the learning rate must be positive, got {lr}")
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    if eager:
-        if backend not in ("auto", "eager"):
-            raise InputError(f"eager contradicts backend={backend!r}: give one of them")
-        backend = "eager"
-    place = _device(device)
-
-    if isinstance(data, str):
-        images: ImageData | FolderData = load_data(
-            data, root=root, image_size=image_size, progress=progress, seed=seed
-        )
-    else:
-        images = as_image_data(data)
-
-    with _reproducible(place, seed):
+    place = local_device(select_device(config.device))
+    folder = None if out is None else Path(out)
+    if resume is not None and folder is None and str(resume) == "auto":
+        raise InputError('resume "auto" looks for checkpoints in the run\'s folder: give out')
+    with processes(place) as world, reproducible(place, config.seed):
+        speak = verbose and world.is_main
+        world.on_main(lambda: _check_folder(folder, resume, overwrite))
+        images = _load(config, data, world, progress)
+        own_model = model is not None
         if model is None:
-            if memory == "auto" and budget is None and place.type != "cuda":
+            if config.memory == "auto" and config.budget is None and place.type != "cuda":
                 raise InputError('memory "auto" needs a budget, such as 8GiB, without a GPU')
-            model = _build(images, depth, block, stem, memory, budget, backend)
-            name = f"PreActResNet-{depth} ({block})"
-        else:
-            name, depth, block = type(model).__name__, 0, "given"
-        format_ = torch.channels_last if channels_last else torch.contiguous_format
+            model = build_model(config, len(images.classes), images.channels)
+        if world.size > 1 and config.sync_bn:
+            model = convert_sync_batchnorm(model)
         model.to(place)
-        model.to(memory_format=format_)  # type: ignore[call-overload]  # missing in torch's stub
-
-        config = {
-            "data": images.name,
-            "model": name,
-            "depth": depth,
-            "block": block,
-            "stem": stem,
-            "memory": memory,
-            "backend": backend,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "classes": len(images.classes),
-            "image": [images.channels, *images.image_size],
-            "train_images": len(images.train),
-            "test_images": len(images.test),
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "dtype": dtype,
-            "channels_last": channels_last,
-            "seed": seed,
-            "limit_batches": limit_batches,
-            "device": _device_name(place),
-            "threads": torch.get_num_threads(),
-            "versions": _versions(),
-        }
-        run = _Run(images, model, config, place, format_, progress)
+        model.to(memory_format=memory_format_of(config))  # type: ignore[call-overload]  # torch's stub
+        run = _Run(config, images, model, place, world, folder, own_model)
         if resume is not None:
-            run.load(Path(resume))
-        if verbose:
-            print(_describe(config), flush=True)
-        with _Log(out, config, run.result.history) as log:
-            for epoch in range(len(run.result.history) + 1, epochs + 1):
-                entry, losses = run.epoch(epoch)
-                first_step = (epoch - 1) * run.steps
-                if log_steps:
-                    for step, loss in enumerate(losses, first_step):
-                        log.write({"event": "step", "step": step, "loss": loss})
-                log.write({"event": "epoch", **asdict(entry)})
-                if verbose:
-                    print(_line(entry, epochs), flush=True)
-                if not math.isfinite(entry.train_loss):
-                    raise DivergenceError(
-                        f"the training loss is {entry.train_loss} in epoch {epoch}: "
-                        f"try a learning rate below {lr}"
-                    )
-                if checkpoint is not None:
-                    run.save(Path(checkpoint))
-        if out is not None and run.result.history:
-            title = f"{name} on {images.name}, {backend} backend, {dtype}, seed {seed}"
-            plot_curves(run.result.history, Path(out) / "curves.png", title)
+            run.load(resume, _printer(speak))
+        if speak:
+            print(run.describe(), flush=True)
+        if run.done == run.total:
+            _printer(speak)(f"the run is complete: all {run.total:,} steps are done")
+            return run.result
+        run.train(overwrite, progress, speak)
     return run.result
 
 
+def _printer(speak: bool) -> Any:
+    return tqdm.write if speak else (lambda line: None)
+
+
+def _check_folder(folder: Path | None, resume: str | Path | None, overwrite: bool) -> None:
+    """Refuse to mix a new run with the files of another."""
+    found = None if folder is None else holds_a_run(folder)
+    if found is not None and resume is None and not overwrite:
+        raise InputError(
+            f"{folder} holds a run ({found}): go on with it by --resume auto, replace it by "
+            "--overwrite, or take another folder by --out"
+        )
+
+
+def _load(
+    config: TrainConfig, data: Data | None, world: World, progress: bool | None
+) -> ImageData | FolderData:
+    if isinstance(data, FolderData):
+        return data
+    if data is not None:
+        return as_image_data(data, config.data)
+    loaded: list[ImageData | FolderData] = []
+
+    def load() -> None:
+        loaded.append(
+            load_data(
+                config.data,
+                root=config.root,
+                image_size=config.image_size,
+                cache=config.cache,
+                progress=progress if world.is_main else False,
+                seed=config.seed,
+            )
+        )
+
+    # One after the others: the first may have to download it.
+    world.on_main(load)
+    if not loaded:
+        load()
+    return loaded[0]
+
+
 class _Run:
-    """The state of a run: what a checkpoint holds, and how one epoch moves it."""
+    """The state of a run, what a checkpoint holds of it, and how an epoch moves it."""
 
     def __init__(
         self,
+        config: TrainConfig,
         data: ImageData | FolderData,
         model: nn.Module,
-        config: dict[str, Any],
         device: torch.device,
-        memory_format: torch.memory_format,
-        progress: bool | None,
+        world: World,
+        folder: Path | None,
+        own_model: bool,
     ) -> None:
-        self.model = model
-        self.device = device
-        self.dtype = DTYPES[config["dtype"]]
-        self.memory_format = memory_format
         self.config = config
-        self.disable_bar = None if progress is None else not progress
-        self.batches = Batches(data, config["batch_size"], config["seed"], device)
-        self.limit = config["limit_batches"]
-        self.steps = min(self.batches.steps, self.limit or self.batches.steps)
+        self.device = device
+        self.world = world
+        self.folder = folder
+        self.model = model
+        self.batches = Batches(
+            data,
+            config.batch_size,
+            config.seed,
+            device,
+            rank=world.rank,
+            world_size=world.size,
+            workers=config.workers,
+            crop_padding=config.crop_padding,
+            flip=config.flip,
+            drop_last=config.drop_last,
+        )
+        self.epoch_steps = min(self.batches.steps, config.limit_batches or self.batches.steps)
+        self.total = config.steps or (config.epochs or 1) * self.epoch_steps
+        self.epochs = math.ceil(self.total / self.epoch_steps)
+        check_steps(config, self.total)
+        graphed = config.graph and device.type == "cuda"
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config["lr"],
-            momentum=config["momentum"],
-            weight_decay=config["weight_decay"],
+            optimizer_groups(model, config.weight_decay, config.decay_all),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            fused=True if graphed else None,
         )
         # float16 alone underflows: its gradients need scaling, bfloat16's do not.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.result = TrainingResult(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
+        self.ema = averaged_model(model, config.ema) if config.ema else None
+        self.result = TrainingResult(model, self._facts(data, own_model))
+        self.result.averaged = None if self.ema is None else self.ema.module
+        self.facts = {key: self.result.config[key] for key in ("model", "classes", "image")}
+        self.facts["own_model"] = own_model
+        self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
+        if self.checkpoints is not None:
+            self.checkpoints.keep = config.keep
 
-    def epoch(self, epoch: int) -> tuple[EpochMetrics, list[float]]:
-        """Train on every batch, then test. Returns the metrics and the steps' losses."""
-        started = time.perf_counter()
-        self.model.train()
-        losses, correct = [], torch.zeros((), dtype=torch.int64, device=self.device)
-        rate = self.config["lr"]
-        bar = tqdm(
-            zip(range(self.steps), self.batches.training(epoch), strict=False),
-            total=self.steps,
-            desc=f"epoch {epoch}/{self.config['epochs']}",
-            unit="batch",
-            leave=False,
-            disable=self.disable_bar,
-        )
-        images_seen = 0
-        for index, (images, labels) in bar:
-            rate = learning_rate(
-                (epoch - 1) * self.steps + index,
-                self.config["epochs"] * self.steps,
-                self.config["lr"],
-                self.config["warmup_steps"],
+        self.done = 0  # optimizer steps
+        self.seconds = 0.0  # of training, in the epoch in hand
+        self.best = -1.0
+        self.resumed_at: int | None = None
+        self.last_checkpoint: Path | None = None
+        # What a checkpoint has for the parts that are made when training begins.
+        self._sums: Tensor | None = None
+        self._random: list[dict[str, Any]] | None = None
+        self._pending: list[tuple[int, float, Tensor]] = []
+        self._drawn = time.monotonic()
+
+    def _facts(self, data: ImageData | FolderData, own_model: bool) -> dict[str, Any]:
+        config = self.config
+        name = f"PreActResNet-{config.depth} ({config.block})"
+        return {
+            **asdict(config),
+            "model": type(self.model).__name__ if own_model else name,
+            **({"depth": 0, "block": "given"} if own_model else {}),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "classes": len(data.classes),
+            "image": [data.channels, *data.image_size],
+            "train_images": len(data.train),
+            "test_images": len(data.test),
+            "augmentation": self.batches.augmentation,
+            "steps_an_epoch": self.epoch_steps,
+            "total_steps": self.total,
+            "device_name": device_name(self.device),
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "versions": package_versions(),
+        }
+
+    def describe(self) -> str:
+        """What is trained, in a few lines."""
+        facts, config = self.result.config, self.config
+        channels, height, width = facts["image"]
+        lines = [
+            f"{facts['data']}: {facts['train_images']:,} training and {facts['test_images']:,} "
+            f"test images, {channels}x{height}x{width}, {facts['classes']} classes; "
+            f"augmentation: {facts['augmentation']}",
+            f"{facts['model']}: {facts['parameters']:,} parameters, backend {config.backend}, "
+            f"memory {config.memory}, {config.dtype} on {facts['device_name']}",
+        ]
+        if self.world.size > 1:
+            synced = "synchronised" if config.sync_bn else "each its own"
+            lines.append(
+                f"{self.world.size} processes, {config.batch_size // self.world.size} images each "
+                f"a step, batch norm's moments {synced}"
             )
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            logits = self._forward(images)
-            loss = F.cross_entropy(logits, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            # Kept on the device: reading a value here would make the host wait for every step.
-            losses.append(loss.detach())
-            correct += (logits.argmax(1) == labels).sum()
-            images_seen += len(labels)
-        step_losses = torch.stack(losses).tolist()
-        seconds = time.perf_counter() - started
-        test_loss, test_accuracy = self._test()
+        epochs = f"{self.epochs:,} epoch{'s' if self.epochs > 1 else ''}"
+        lines.append(
+            f"{self.total:,} steps of {config.batch_size} images, {epochs}, schedule "
+            f"{config.schedule}, lr {config.lr:g}"
+        )
+        if self.resumed_at is not None:
+            lines.append(f"going on after step {self.done:,} from {self.last_checkpoint}")
+        return "\n".join(lines)
+
+    # --- checkpoints
+
+    def load(self, resume: str | Path, warn: Any) -> None:
+        """Take over a checkpoint's state; the main process reads it for all."""
+
+        def read() -> tuple[Path, dict[str, Any]] | None:
+            found = (self.checkpoints or Checkpoints(Path("."))).load(str(resume), warn)
+            if found is None:
+                return None
+            path, state = found
+            notes = check_resumable(state.get("config", {}), self.config, path)
+            facts = state.get("run", {})
+            for name, mine in self.facts.items():
+                if facts.get(name) != mine:
+                    raise InputError(
+                        f"{path} was written with {name} {facts.get(name)!r}, this run has {mine!r}"
+                    )
+            load_weights(self.model, state["model"], path)
+            saved = state["processes"]
+            if saved != self.world.size:
+                notes.append(
+                    f"processes were {saved} and are {self.world.size}: the same function with "
+                    "other roundings"
+                )
+            for note in notes:
+                warn(f"{path}: {note}")
+            return path, state
+
+        found = self.world.on_main(read)
+        if found is None:
+            return
+        path, state = found
+        load_weights(self.model, state["model"], path)
+        try:
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.result.history = [EpochMetrics(**entry) for entry in state["history"]]
+            self.done, self.seconds = state["step"], state["seconds"]
+            self.best = state["best"]
+            self._random = state["random"]
+            self._sums = self._own_part(state["sums"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"cannot go on from {path}: {reason}") from error
+        if self.done > self.total:
+            raise InputError(f"{path} is from step {self.done:,}, beyond this run's {self.total:,}")
+        self.resumed_at = self.done
+        self.last_checkpoint = path
+
+    def _own_part(self, sums: list[Tensor]) -> Tensor:
+        """This process' sums of an epoch in hand, or all where their number has changed."""
+        if len(sums) == self.world.size:
+            return sums[self.world.rank]
+        return torch.stack(sums).sum(0) * self.world.is_main
+
+    def save(self, step: Step, log: RunLog, best: bool = False) -> None:
+        """Write the state after the step in hand; all processes call it together."""
+        self._flush(log)
+        sums = self.world.gather(step.sums.cpu())
+        random_states = self.world.gather(_random_states(self.device))
+        if not self.world.is_main or self.checkpoints is None:
+            return
+        epoch = len(self.result.history)
+        state = {
+            "config": asdict(self.config),
+            "run": {**self.facts, "epoch_ends_at": min(epoch * self.epoch_steps, self.total)},
+            "processes": self.world.size,
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "history": [asdict(entry) for entry in self.result.history],
+            "seconds": self.seconds,
+            "best": self.best,
+            "sums": sums,
+            "random": random_states,
+        }
+        log.sync()
+        self.last_checkpoint = self.checkpoints.save(state, self.done, best)
+
+    # --- training
+
+    def train(self, overwrite: bool, progress: bool | None, speak: bool) -> None:
+        """All remaining steps."""
+        world, config = self.world, self.config
+        fresh = self.resumed_at is None
+        if world.is_main and self.folder is not None and fresh and overwrite:
+            assert self.checkpoints is not None
+            self.checkpoints.clear()
+        network = self.model
+        if world.size > 1:
+            # Two images give every norm more than one value, however small the last map is.
+            size = (2, *self.result.config["image"])
+            network = distribute(self.model, self.device, config.sync_bn, size)
+        if world.size > 1 and fresh:
+            # Where a model draws random numbers itself, ranks must not draw the same ones.
+            torch.manual_seed(config.seed + (world.rank << 32))
+        step = Step(
+            network,
+            self.optimizer,
+            dtype=DTYPES[config.dtype],
+            scaler=self.scaler,
+            label_smoothing=config.label_smoothing,
+            ema=self.ema,
+            memory_format=memory_format_of(config),
+            graph=config.graph,
+        )
+        if self._sums is not None:
+            step.sums.copy_(self._sums)
+        if self._random is not None and len(self._random) == world.size:
+            _set_random_states(self._random[world.rank], self.device)
+        folder = self.folder if world.is_main else None
+        if folder is not None and fresh:
+            write_config(folder, asdict(config))
+        started = time.monotonic()
+        with (
+            RunLog(
+                folder,
+                self.result.config,
+                resume_step=self.resumed_at,
+                tensorboard=config.tensorboard,
+            ) as log,
+            StopRequests(self.folder is not None, quiet=not speak) as stop,
+            self._bar(progress) as bar,
+        ):
+            notice = _Notice(speak)
+            while self.done < self.total or self._in_hand():
+                self._epoch(step, log, stop, bar)
+                notice(step.graph_reason and f"not graphed: {step.graph_reason}")
+                if speak:
+                    tqdm.write(_line(self.result.history[-1], self.epochs))
+                self._draw(time.monotonic() - self._drawn > _SECONDS_A_DRAWING)
+            seconds = time.monotonic() - started
+            log.write({"event": "end", "step": self.done, "seconds": seconds, "best": self.best})
+            self._draw(True)
+        if speak:
+            print(self._summary(seconds), flush=True)
+
+    def _in_hand(self) -> bool:
+        """Whether the last epoch's steps are done and it is not tested yet."""
+        return len(self.result.history) < math.ceil(self.done / self.epoch_steps)
+
+    def _epoch(self, step: Step, log: RunLog, stop: StopRequests, bar: tqdm[Any]) -> None:
+        """The rest of the epoch in hand, its test and its checkpoint."""
+        config, world = self.config, self.world
+        epoch = len(self.result.history) + 1
+        first = (epoch - 1) * self.epoch_steps
+        end = min(first + self.epoch_steps, self.total)
+        bar.set_description(f"epoch {epoch}/{self.epochs}")
+        self.model.train()
+        started = time.perf_counter() - self.seconds
+        rate = self._rate(max(self.done - 1, 0))
+        batches = self.batches.training(epoch, self.done - first)
+        for images, labels in itertools.islice(batches, end - self.done):
+            rate = self._rate(self.done)
+            step(images, labels, rate)
+            self._pending.append((self.done, rate, step.loss))
+            self.done += 1
+            bar.update(config.batch_size)
+            self.seconds = time.perf_counter() - started
+            last = self.done == end
+            if self.device.type == "cpu" or last or self.done % _STEPS_A_LOOK == 0:
+                self._look(step, log, stop, bar)
+            every = config.checkpoint_every
+            if every is not None and self.done % every == 0 and not last:
+                self._check_finite(step, log)
+                self.save(step, log)
+                started = time.perf_counter() - self.seconds
+        loss_sum, correct, seen = world.sum(step.sums).tolist()
+        self.seconds = time.perf_counter() - started
+        self._flush(log)
+        tested = self.model if self.ema is None else self.ema.module
+        test_loss, test_accuracy = evaluate_as(config, tested, self.batches, world)
         entry = EpochMetrics(
             epoch=epoch,
             lr=rate,
-            train_loss=math.fsum(step_losses) / len(step_losses),
-            train_accuracy=correct.item() / images_seen,
+            train_loss=loss_sum / seen,
+            train_accuracy=correct / seen,
             test_loss=test_loss,
             test_accuracy=test_accuracy,
-            seconds=seconds,
-            images_per_second=images_seen / seconds,
+            seconds=self.seconds,
+            images_per_second=seen / self.seconds,
         )
         self.result.history.append(entry)
-        self.result.step_losses += step_losses
-        return entry, step_losses
+        log.write({"event": "epoch", "step": self.done, **asdict(entry)})
+        step.reset()
+        self.seconds = 0.0
+        best = test_accuracy > self.best
+        self.best = max(self.best, test_accuracy)
+        every = config.checkpoint_every
+        if every is None or self.done % every == 0 or best or self.done == self.total:
+            self.save(step, log, best)
 
-    @torch.no_grad()
-    def _test(self) -> tuple[float, float]:
-        self.model.eval()
-        total = torch.zeros((), device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        count = 0
-        for index, (images, labels) in enumerate(self.batches.testing()):
-            if self.limit is not None and index >= self.limit:
-                break
-            logits = self._forward(images)
-            total += F.cross_entropy(logits, labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
-            count += len(labels)
-        return total.item() / count, correct.item() / count
+    def _rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(step, self.total, config.lr, config.warmup_steps, config.schedule)
 
-    def _forward(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=self.memory_format)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images)
-        return logits.float()
-
-    def save(self, path: Path) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "torch_generator": torch.get_rng_state(),
-            "config": self.config,
-            "history": [asdict(entry) for entry in self.result.history],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and moved, so that an interrupted run leaves the last whole checkpoint.
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(path)
-
-    def load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            saved, history = state["config"], state["history"]
-        except FileNotFoundError as error:
-            raise InputError(f"no checkpoint at {path}") from error
-        except Exception as error:
-            # torch.load fails in many ways on a file that is something else; none of them is ours.
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"{path} is not a checkpoint of this program: {reason}") from error
-        same = (
-            "data",
-            "model",
-            "classes",
-            "image",
-            "batch_size",
-            "epochs",
-            "seed",
-            "limit_batches",
+    def _look(self, step: Step, log: RunLog, stop: StopRequests, bar: tqdm[Any]) -> None:
+        """Stop if anyone was asked to, or where the loss is no number any more."""
+        loss = float(step.loss)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        stopped, diverged = self.world.any(
+            stop.signal is not None, not (math.isfinite(loss) and bool(step.loss_sum.isfinite()))
         )
-        for key in same:
-            if saved[key] != self.config[key]:
-                raise InputError(
-                    f"{path} was written with {key} = {saved[key]!r}, this run has "
-                    f"{self.config[key]!r}: a resumed run keeps it"
-                )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["torch_generator"])
-        self.result.history = [EpochMetrics(**entry) for entry in history]
+        if diverged:
+            self._diverged(log)
+        if stopped:
+            self.save(step, log)
+            numbers = [number for number in self.world.gather(stop.signal) if number is not None]
+            self._draw(True)
+            raise Interrupted(self._stopped(), numbers[0])
 
+    def _check_finite(self, step: Step, log: RunLog) -> None:
+        """No checkpoint of a run that has diverged since the last look."""
+        if any(self.world.any(not bool(step.loss_sum.isfinite()))):
+            self._diverged(log)
 
-class _Log:
-    """metrics.jsonl: one JSON object a line, readable while the run goes on."""
-
-    def __init__(
-        self, out: str | Path | None, config: dict[str, Any], history: list[EpochMetrics]
-    ) -> None:
-        self.file: TextIO | None = None
-        if out is not None:
-            try:
-                Path(out).mkdir(parents=True, exist_ok=True)
-                self.file = (Path(out) / "metrics.jsonl").open("w", encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"cannot write to {out}: {error}") from error
-        self.write({"event": "config", **config})
-        for entry in history:
-            self.write({"event": "epoch", **asdict(entry)})
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self.file is not None:
-            # JSON has no NaN: what is not a finite number becomes null.
-            clean = {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in record.items()
-            }
-            self.file.write(json.dumps(clean, allow_nan=False) + "\n")
-            self.file.flush()
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
-def _build(
-    data: ImageData | FolderData,
-    depth: int,
-    block: str,
-    stem: str,
-    memory: str,
-    budget: str | int | None,
-    backend: str,
-) -> nn.Module:
-    from resnetv2.models import PreActResNet
-
-    try:
-        return PreActResNet.from_depth(
-            depth,
-            block=block,
-            num_classes=len(data.classes),
-            in_channels=data.channels,
-            stem=stem,
-            memory=memory,
-            budget=budget,
-            backend=backend,
+    def _diverged(self, log: RunLog) -> None:
+        losses = self._flush(log)
+        step, loss = next((s, value) for s, value in losses if not math.isfinite(value))
+        epoch = step // self.epoch_steps + 1
+        log.write({"event": "end", "step": self.done, "diverged": step})
+        self._draw(True)
+        kept = (
+            f"the last good checkpoint is {self.last_checkpoint}"
+            if self.last_checkpoint is not None
+            else "there is no checkpoint before it"
         )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        raise DivergenceError(
+            f"the training loss is {loss} in step {step:,} (epoch {epoch}): try a learning rate "
+            f"below {self.config.lr:g}; {kept}"
+        )
 
+    def _stopped(self) -> str:
+        command = f"resnetv2 train --out {self.folder} --resume auto"
+        return (
+            f"stopped after step {self.done:,} of {self.total:,}; saved "
+            f"{self.last_checkpoint}; go on with: {command}"
+        )
 
-def _check(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+    def _flush(self, log: RunLog) -> list[tuple[int, float]]:
+        """Fetch the losses of the steps since the last time, and log them if asked for."""
+        if not self._pending:
+            return []
+        local = torch.stack([loss for _, _, loss in self._pending])
+        values = (self.world.sum(local) / self.world.size).tolist()
+        steps = [(number, value) for (number, _, _), value in zip(self._pending, values)]
+        if self.config.log_steps:
+            for (number, rate, _), value in zip(self._pending, values):
+                log.write({"event": "step", "step": number, "loss": value, "lr": rate})
+        self._pending.clear()
+        self.result.step_losses += values
+        return steps
 
+    @contextlib.contextmanager
+    def _bar(self, progress: bool | None) -> Iterator[tqdm[Any]]:
+        """Images done of the whole run's, their rate and the time left."""
+        disable = None if progress is None else not progress
+        with tqdm(
+            total=self.total * self.config.batch_size,
+            initial=self.done * self.config.batch_size,
+            unit=" images",
+            unit_scale=True,
+            leave=False,
+            smoothing=0.05,
+            disable=disable if self.world.is_main else True,
+        ) as bar:
+            yield bar
 
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    # torch.device raises RuntimeError for an unknown name, AssertionError without CUDA support.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot use device {str(device)!r}: {reason}") from error
-    return place
-
-
-@contextlib.contextmanager
-def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed every generator and pin cuDNN's choices, then put all back."""
-    cuda = [device] if device.type == "cuda" else []
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        cudnn.deterministic, cudnn.benchmark = True, False
+    def _draw(self, now: bool) -> None:
+        if not (now and self.world.is_main and self.folder is not None and self.result.history):
+            return
+        facts = self.result.config
+        title = (
+            f"{facts['model']} on {facts['data']}, {facts['backend']} backend, {facts['dtype']}, "
+            f"seed {facts['seed']}"
+        )
         try:
-            yield
-        finally:
-            cudnn.deterministic, cudnn.benchmark = before
+            plot_curves(self.result.history, self.folder / "curves.png", title)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.folder / 'curves.png'}: {error.strerror}; the checkpoints are "
+                "untouched"
+            ) from error
+        self._drawn = time.monotonic()
+
+    def _summary(self, seconds: float) -> str:
+        history = self.result.history
+        best = max(history, key=lambda entry: entry.test_accuracy)
+        trained = sum(entry.seconds for entry in history)
+        images = sum(entry.seconds * entry.images_per_second for entry in history)
+        text = (
+            f"{self.total:,} steps, {len(history)} epochs in {_duration(seconds)}"
+            + (" since it was resumed" if self.resumed_at is not None else "")
+            + f", {images / trained:,.0f} images/s in training\n"
+            f"test accuracy {100 * history[-1].test_accuracy:.2f} %"
+        )
+        if best is not history[-1]:
+            text += f" (best: {100 * best.test_accuracy:.2f} % after epoch {best.epoch})"
+        if self.folder is not None:
+            text += f"\nwrote {self.folder}: config.yaml, metrics.jsonl, curves.png, checkpoints"
+        return text
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
+class _Notice:
+    """Prints a line when it is a new one."""
+
+    def __init__(self, speak: bool) -> None:
+        self.speak = speak
+        self.said: str | None = None
+
+    def __call__(self, line: str | None) -> None:
+        if line and line != self.said and self.speak:
+            tqdm.write(line)
+        self.said = line
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("resnetv2", "torchvision", "triton", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
+def _random_states(device: torch.device) -> dict[str, Any]:
+    """Of every generator that a model or its data might draw from."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
 
 
-def _describe(config: dict[str, Any]) -> str:
-    channels, height, width = config["image"]
-    return (
-        f"{config['data']}: {config['train_images']:,} training and {config['test_images']:,} test "
-        f"images, {channels}x{height}x{width}, {config['classes']} classes\n"
-        f"{config['model']}: {config['parameters']:,} parameters, backend {config['backend']}, "
-        f"memory {config['memory']}, {config['dtype']} on {config['device']}"
-    )
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h" if hours else "", f"{minutes} min" if minutes or hours else ""]
+    return " ".join([part for part in parts if part] + [f"{seconds} s"])
 
 
 def _line(entry: EpochMetrics, epochs: int) -> str:

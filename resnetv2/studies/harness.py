@@ -52,7 +52,7 @@ from resnetv2.studies.training import (
     gradient_norm,
     train_variant,
 )
-from resnetv2.train import _device_name, _reproducible, _versions
+from resnetv2.training.environment import device_name, package_versions, reproducible
 
 __all__ = [
     "Capture",
@@ -106,7 +106,7 @@ class Study:
         options = self.options(preset, **changes)
         place = options.place
         started = time.perf_counter()
-        with _reproducible(place, 0):
+        with reproducible(place, 0):
             result = self.function(options)
         result.seconds = round(time.perf_counter() - started, 1)
         result.name, result.title, result.question = self.name, self.title, self.question
@@ -117,9 +117,9 @@ class Study:
         result.settings = {
             **settings,
             **result.settings,
-            "device": _device_name(place),
+            "device": device_name(place),
             "threads": torch.get_num_threads(),
-            "versions": _versions(),
+            "versions": package_versions(),
         }
         return result
 

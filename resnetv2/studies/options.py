@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from resnetv2.data import ImageData, InputError, Split, as_image_data, load_data
-from resnetv2.train import DTYPES, _device, learning_rate
+from resnetv2.train import DTYPES, learning_rate
+from resnetv2.training.environment import select_device
 
 SCHEDULES = ("constant", "paper", "step")
 NOISE = 800
@@ -109,7 +110,7 @@ class StudyOptions:
     @property
     def place(self) -> torch.device:
         """The device. Raises InputError where there is none of that name."""
-        return _device(self.device)
+        return select_device(self.device)
 
     def load(self) -> ImageData:
         """The data set, within the limits and with the augmentation asked for."""

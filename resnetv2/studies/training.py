@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from resnetv2.data import Batches, ImageData
 from resnetv2.studies.options import StudyOptions
 from resnetv2.studies.results import Table
-from resnetv2.train import DTYPES, EpochMetrics, _reproducible
+from resnetv2.train import DTYPES, EpochMetrics
+from resnetv2.training.environment import reproducible
+from resnetv2.training.evaluate import evaluate
+from resnetv2.training.step import Step
 
 
 def gradient_norm(module: nn.Module | Iterable[Tensor]) -> Tensor:
@@ -101,7 +103,7 @@ def train_variant(
     """
     device, dtype = options.place, DTYPES[options.dtype]
     hide = None if options.progress is None else not options.progress
-    with _reproducible(device, seed):
+    with reproducible(device, seed):
         model = make().to(device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(
@@ -110,22 +112,14 @@ def train_variant(
             momentum=options.momentum,
             weight_decay=options.weight_decay,
         )
-        # float16 alone underflows: its gradients need scaling, bfloat16's do not.
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        step = Step(model, optimizer, dtype=dtype)
         batches = Batches(data, options.batch_size, seed, device)
         history = History(name, seed, sum(p.numel() for p in model.parameters()))
-
-        def logits_of(images: Tensor) -> Tensor:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits: Tensor = model(images)
-            return logits.float()
-
         for epoch in range(1, options.epochs + 1):
             model.train()
+            step.reset()
             started = time.perf_counter()
-            losses, norms, rate = [], [], options.lr
-            correct = torch.zeros((), dtype=torch.int64, device=device)
-            seen = 0
+            norms, rate = [], options.lr
             bar = tqdm(
                 batches.training(epoch),
                 total=batches.steps,
@@ -136,28 +130,18 @@ def train_variant(
             )
             for index, (images, labels) in enumerate(bar):
                 rate = options.rate((epoch - 1) * batches.steps + index, batches.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                logits = logits_of(images)
-                loss = F.cross_entropy(logits, labels)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
+                step(images, labels, rate)
                 norms.append(gradient_norm(model))
-                scaler.step(optimizer)
-                scaler.update()
-                losses.append(loss.detach())
-                correct += (logits.argmax(1) == labels).sum()
-                seen += len(labels)
-            train_loss = float(torch.stack(losses).double().mean())
+            loss_sum, correct, seen = step.sums.tolist()
+            train_loss = loss_sum / seen
             seconds = time.perf_counter() - started
-            test_loss, test_accuracy = _test(model, batches, logits_of)
+            test_loss, test_accuracy = evaluate(model, batches, dtype=dtype)
             history.epochs.append(
                 EpochMetrics(
                     epoch=epoch,
                     lr=rate,
                     train_loss=train_loss,
-                    train_accuracy=correct.item() / seen,
+                    train_accuracy=correct / seen,
                     test_loss=test_loss,
                     test_accuracy=test_accuracy,
                     seconds=seconds,
@@ -169,21 +153,6 @@ def train_variant(
                 history.diverged = epoch
                 break
     return history
-
-
-@torch.no_grad()
-def _test(
-    model: nn.Module, batches: Batches, logits_of: Callable[[Tensor], Tensor]
-) -> tuple[float, float]:
-    """Loss and accuracy on the test set."""
-    model.eval()
-    loss, correct, count = 0.0, 0, 0
-    for images, labels in batches.testing():
-        logits = logits_of(images)
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
-        count += len(labels)
-    return loss / count, correct / count
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from resnetv2.run import globally_hooked
 
@@ -34,6 +34,8 @@ __all__ = [
     "load_optimizer_state",
     "optimizer_state",
 ]
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 # torch.cuda.graphs' notes: a few iterations, and 11 under DistributedDataParallel, which counts and
 # regroups its buckets in the first ten.
@@ -62,11 +64,23 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     to averaged weights are, to first order, the average of those that belonged to the weights. What
     copying gives are those of the last weights, whose noise the average is meant to be rid of.
 
+    The first n updates decay by less, (1 + n)/(10 + n), or a run of a few hundred steps would still
+    be averaging its initial weights: the correction of timm's and TensorFlow's moving averages.
+
     Raises:
         ValueError: a decay outside [0, 1].
     """
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay must be in [0, 1], got {decay}")
+
+    @torch.no_grad()
+    def average(averages: Tensors, values: Tensors, updates: Tensor | int) -> None:
+        part = 1.0 - torch.clamp(torch.as_tensor((1 + updates) / (10 + updates)), max=decay)
+        differences = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(differences, part.to(averages[0].dtype))
+        torch._foreach_add_(averages, differences)
+
     first = next(model.parameters())
-    average = get_ema_multi_avg_fn(decay)
     return AveragedModel(
         _unwrapped(model), device=first.device, multi_avg_fn=average, use_buffers=True
     )

@@ -1,0 +1,62 @@
+"""The machine that a run trains on: its device, its versions, and how it is made repeatable."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+from resnetv2.errors import InputError
+
+
+def select_device(device: str | torch.device) -> torch.device:
+    """The device by its name; `auto` is a GPU where there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    # torch.device raises RuntimeError for an unknown name, AssertionError without CUDA support.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot use device {str(device)!r}: {reason}") from error
+    if place.type == "meta":
+        raise InputError("cannot use device 'meta': it computes nothing")
+    return place
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's kind and number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("resnetv2", "torchvision", "triton", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's generators and pin cuDNN's choices, then put all back."""
+    cuda = [device] if device.type == "cuda" else []
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before

@@ -1,0 +1,225 @@
+"""The test error of a model, and of a finished or unfinished run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resnetv2.data import Batches, load_data
+from resnetv2.errors import InputError
+from resnetv2.parallel import World
+from resnetv2.training.checkpoint import Checkpoints
+from resnetv2.training.config import TrainConfig, saved_config
+from resnetv2.training.environment import reproducible, select_device
+from resnetv2.training.step import compute_logits
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def memory_format_of(config: TrainConfig) -> torch.memory_format:
+    """Of weights and images."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def evaluate_as(
+    config: TrainConfig, model: nn.Module, batches: Batches, world: World | None = None
+) -> tuple[float, float]:
+    """`evaluate` as a run of this configuration does it after each epoch."""
+    return evaluate(
+        model,
+        batches,
+        dtype=DTYPES[config.dtype],
+        memory_format=memory_format_of(config),
+        batch_size=min(500, max(1, config.batch_size // batches.world_size)),
+        limit=config.limit_batches,
+        world=world,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+    batch_size: int = 500,
+    limit: int | None = None,
+    world: World | None = None,
+) -> tuple[float, float]:
+    """Mean cross entropy in nats and accuracy in 0..1 on the test set, in evaluation mode.
+
+    Args:
+        model: logits from images, on the device of `batches`; its modes are left as they were.
+        dtype, memory_format: as in training (`step.compute_logits`).
+        batch_size: images at a time. limit: at most so many batches.
+        world: the processes that share the test set. All call it together.
+
+    Raises:
+        InputError: an image that cannot be read.
+    """
+    world = world or World()
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    device = batches.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for images, labels in itertools.islice(batches.testing(batch_size), limit):
+        logits = compute_logits(model, images, dtype, memory_format)
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+        sums[2] += len(labels)
+    for module, training in modes.items():
+        module.training = training
+    loss, correct, count = world.sum(sums).tolist()
+    return loss / count, correct / count
+
+
+def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
+    """The net that a configuration describes.
+
+    Raises:
+        InputError: there is no such net, or memory "auto" has nothing to go by.
+    """
+    from resnetv2.models import PreActResNet
+
+    try:
+        return PreActResNet.from_depth(
+            config.depth,
+            block=config.block,
+            num_classes=classes,
+            in_channels=channels,
+            stem=config.stem,
+            memory=config.memory,
+            budget=config.budget,
+            backend=config.backend,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_run` found.
+
+    Args:
+        checkpoint: the file; step, epoch: of the run when it was written.
+        averaged: whether the weights are the run's moving average.
+        loss, accuracy: on the test set. recorded: the accuracy that the run wrote down after the
+            checkpoint's last whole epoch, None where the checkpoint is from the middle of one.
+        images: of the test set.
+    """
+
+    checkpoint: Path
+    step: int
+    epoch: int
+    averaged: bool
+    loss: float
+    accuracy: float
+    recorded: float | None
+    images: int
+
+
+def evaluate_run(
+    run: str | Path,
+    checkpoint: str | Path = "auto",
+    *,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    warn: Callable[[str], object] = print,
+    **options: Any,
+) -> Evaluation:
+    """Test what a run has trained, on the run's own test set.
+
+    Args:
+        run: the run's folder. checkpoint: `auto` for its newest, `best`, or a file.
+        device: instead of the run's.
+        progress: show a bar while images are decoded; None means only on a terminal.
+        warn: is called with a line for each checkpoint that cannot be used.
+        options: further fields of `TrainConfig` that do not decide what the net computes, such as
+            `data` (another data set of the same classes), `root`, `workers` or `backend`.
+
+    Raises:
+        InputError: no run or checkpoint there, a damaged one, one of another net or data set.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not the folder of a run")
+    found = Checkpoints(folder / "checkpoints").load(checkpoint, warn)
+    if found is None:
+        raise InputError(f"{folder} has no checkpoint: nothing was trained there yet")
+    path, state = found
+    config = saved_config(state.get("config", {}), path)
+    if device is not None:
+        options["device"] = str(device)
+    config = replace(config, **options)
+    facts = state.get("run", {})
+    if facts.get("own_model"):
+        raise InputError(
+            f"{path} holds a model of the caller's own ({facts.get('model')}): load it there"
+        )
+    place = select_device(config.device)
+    data = load_data(
+        config.data,
+        root=config.root,
+        image_size=config.image_size,
+        cache=config.cache,
+        progress=progress,
+        seed=config.seed,
+    )
+    with reproducible(place, config.seed):
+        model = build_model(
+            replace(config, memory="recompute", budget=None), len(data.classes), data.channels
+        )
+        averaged = state.get("ema") is not None
+        load_weights(model, averaged_weights(state) if averaged else state["model"], path)
+        model.to(place, memory_format=memory_format_of(config))  # type: ignore[call-overload]
+        batches = Batches(data, config.batch_size, config.seed, place, workers=config.workers)
+        loss, accuracy = evaluate_as(config, model, batches)
+    history = state.get("history", [])
+    whole = bool(history) and facts.get("epoch_ends_at") == state["step"]
+    return Evaluation(
+        checkpoint=path,
+        step=state["step"],
+        epoch=len(history),
+        averaged=averaged,
+        loss=loss,
+        accuracy=accuracy,
+        recorded=history[-1]["test_accuracy"] if whole else None,
+        images=len(data.test),
+    )
+
+
+def averaged_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The moving average's state_dict, under the net's own names."""
+    prefix = "module."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state["ema"].items()
+        if name.startswith(prefix)
+    }
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
+    """Load a checkpoint's weights, or say in one line that they are another net's.
+
+    Raises:
+        InputError: names or shapes differ. The model is as before.
+    """
+    own = model.state_dict()
+    wrong = [name for name in own if name not in weights]
+    wrong += [name for name in weights if name not in own]
+    if not wrong:
+        wrong = [name for name in own if own[name].shape != weights[name].shape]
+    if wrong:
+        raise InputError(
+            f"{path} holds the weights of another net: {wrong[0]}"
+            + (f" and {len(wrong) - 1} others differ" if len(wrong) > 1 else " differs")
+        )
+    model.load_state_dict(weights)
