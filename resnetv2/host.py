@@ -3,6 +3,8 @@
 import contextlib
 import os
 
+import torch
+
 from resnetv2.errors import InputError
 
 _GROUP = "/sys/fs/cgroup"
@@ -58,3 +60,15 @@ def local_processes() -> int:
 
 def gibibytes(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes that this process holds: of a GPU what torch has allocated, else resident memory.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None

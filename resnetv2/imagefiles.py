@@ -15,6 +15,9 @@ from resnetv2._torchvision import import_torchvision
 from resnetv2.errors import InputError
 from resnetv2.host import decoding_threads
 
+# torchvision's ImageFolder's.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 _FILES_A_TASK = 64
 
 # Smaller files keep Python busy rather than the decoder, and threads wait for each other: measured,
@@ -51,13 +54,15 @@ def list_folders(path: str) -> tuple[Files, Files, tuple[str, ...]]:
         InputError: a folder that is missing, unreadable, empty or in a loop of links; classes
             that only one of the two has; a single class.
     """
-    _check_folder(path, "imagefolder:PATH needs a folder")
-    both = f"{path} needs a folder train and a folder test or val, each with a folder a class"
+    needs = (
+        "imagefolder:PATH needs PATH/train and PATH/test or PATH/val, each with a folder a class"
+    )
+    _check_folder(path, needs)
     parts = [os.path.join(path, "train")]
-    _check_folder(parts[0], both)
+    _check_folder(parts[0], needs)
     tests = [os.path.join(path, name) for name in ("test", "val")]
     found = [folder for folder in tests if os.path.lexists(folder)]
-    _check_folder(found[0] if found else tests[0], both)
+    _check_folder(found[0] if found else tests[0], needs)
     parts.append(found[0])
     classes, others = (_classes(part) for part in parts)
     for has, lacks, missing in (
@@ -108,27 +113,22 @@ def _classes(part: str) -> list[str]:
 
 
 def _list_files(part: str, classes: Sequence[str]) -> Files:
-    import_torchvision()
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     names: list[bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         folder = os.path.join(part, name)
-        found = sorted(_walk(folder, IMG_EXTENSIONS, (os.path.realpath(folder),)))
+        found = sorted(_walk(folder, (os.path.realpath(folder),)))
         if not found:
             raise InputError(
-                f"{folder} holds no image: add some ({', '.join(IMG_EXTENSIONS)}) or remove the "
+                f"{folder} holds no image: add some ({', '.join(EXTENSIONS)}) or remove the "
                 "class from both train and test"
             )
-        names += [os.fsencode(os.path.relpath(os.path.join(*file), part)) for file in found]
+        names += [os.fsencode(os.path.join(*file)[len(part) :].lstrip(os.sep)) for file in found]
         labels += [label] * len(found)
     return Files(part, np.array(names), torch.tensor(labels, dtype=torch.int64))
 
 
-def _walk(
-    folder: str, extensions: tuple[str, ...], above: tuple[str, ...]
-) -> Iterator[tuple[str, str]]:
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(folder, name) of each image; `above` are the real paths of `folder` and those above it."""
     for entry in _entries(folder):
         if entry.is_dir():
@@ -138,8 +138,8 @@ def _walk(
                 real = os.path.join(above[-1], entry.name)
             if real in above:
                 raise InputError(f"{entry.path} is a link to a folder above it: remove the link")
-            yield from _walk(entry.path, extensions, (*above, real))
-        elif entry.name.lower().endswith(extensions):
+            yield from _walk(entry.path, (*above, real))
+        elif entry.name.lower().endswith(EXTENSIONS):
             if not entry.is_file():
                 raise InputError(f"{entry.path} is not a file (a broken link?): remove it")
             yield folder, entry.name

@@ -32,6 +32,7 @@ from resnetv2.data import (
     create_synthetic_dataset,
     load_data,
 )
+from resnetv2.host import memory_in_use
 from resnetv2.parallel import World, distribute, local_device, processes
 from resnetv2.plots import plot_curves
 from resnetv2.sync import convert_sync_batchnorm
@@ -345,7 +346,7 @@ class _Run:
         # What a checkpoint has for the parts that are made when training begins.
         self._sums: Tensor | None = None
         self._random: list[dict[str, Any]] | None = None
-        self._pending: list[tuple[int, float, Tensor]] = []
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._drawn = time.monotonic()
 
     def _facts(self, data: ImageData | FolderData, own_model: bool) -> dict[str, Any]:
@@ -553,7 +554,10 @@ class _Run:
         for images, labels in itertools.islice(batches, end - self.done):
             rate = self._rate(self.done)
             step(images, labels, rate)
-            self._pending.append((self.done, rate, step.loss))
+            record: dict[str, Any] = {"step": self.done, "lr": rate}
+            if config.log_steps:
+                record["memory"] = memory_in_use(self.device)
+            self._pending.append((record, step.loss))
             self.done += 1
             bar.update(config.batch_size)
             self.seconds = time.perf_counter() - started
@@ -641,12 +645,13 @@ class _Run:
         """Fetch the losses of the steps since the last time, and log them if asked for."""
         if not self._pending:
             return []
-        local = torch.stack([loss for _, _, loss in self._pending])
+        local = torch.stack([loss for _, loss in self._pending])
         values = (self.world.sum(local) / self.world.size).tolist()
-        steps = [(number, value) for (number, _, _), value in zip(self._pending, values)]
+        records = [record for record, _ in self._pending]
+        steps = [(record["step"], value) for record, value in zip(records, values)]
         if self.config.log_steps:
-            for (number, rate, _), value in zip(self._pending, values):
-                log.write({"event": "step", "step": number, "loss": value, "lr": rate})
+            for record, value in zip(records, values):
+                log.write({"event": "step", "loss": value, **record})
         self._pending.clear()
         self.result.step_losses += values
         return steps

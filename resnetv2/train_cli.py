@@ -137,7 +137,10 @@ def _choice(*names: str) -> click.Choice[str]:
 )
 @click.option("--keep", type=int, help="Checkpoints kept besides the best.  [default: 3]")
 @click.option(
-    "--log-steps", is_flag=True, default=None, help="Write every step's loss to metrics.jsonl."
+    "--log-steps",
+    is_flag=True,
+    default=None,
+    help="Write every step's loss and memory to metrics.jsonl.",
 )
 @click.option("--tensorboard", is_flag=True, default=None, help="Write TensorBoard's events.")
 @click.option(

@@ -112,7 +112,7 @@ class TrainConfig:
         limit_batches: at most so many training and test batches an epoch; None for all.
         checkpoint_every: steps between checkpoints; None: at the end of each epoch.
         keep: checkpoints that are kept besides the best.
-        log_steps: write every step's loss and learning rate to metrics.jsonl as well.
+        log_steps: write every step's loss, learning rate and bytes in use to metrics.jsonl as well.
         tensorboard: write TensorBoard's events as well.
 
     Raises:
