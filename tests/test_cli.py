@@ -56,7 +56,7 @@ def test_default_folder_tells_runs_apart(tmp_path: Path, monkeypatch: pytest.Mon
     ("arguments", "message"),
     [
         (["--data", "mnist"], "Error: unknown data set 'mnist': choose from digits"),
-        (["--data", "imagefolder:/no/such"], "Error: /no/such/train is not a folder"),
+        (["--data", "imagefolder:/no/such"], "Error: /no/such does not exist: imagefolder:PATH needs"),
         (["--depth", "21"], "Error: "),
         (["--lr", "-1"], "Error: the learning rate must be positive, got -1.0"),
         (["--resume", "/no/such.pt"], "Error: no checkpoint at /no/such.pt"),

@@ -13,7 +13,7 @@ from PIL import Image
 from resnetv2 import host
 from resnetv2._torchvision import import_torchvision
 from resnetv2.data import Batches, FolderData, ImageData, InputError, load_data
-from resnetv2.imagefiles import decode, list_folders, read_rgb
+from resnetv2.imagefiles import EXTENSIONS, decode, list_folders, read_rgb
 from resnetv2.streaming import Decoder, random_crop, random_numbers
 
 
@@ -143,7 +143,9 @@ def test_threads_do_not_change_what_is_decoded(tmp_path: Path, threads: int) -> 
 def test_files_are_listed_as_imagefolder_does(tmp_path: Path) -> None:
     import_torchvision()
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    assert IMG_EXTENSIONS == EXTENSIONS
     write_images(tmp_path, {"train": (4, 4), "test": (4, 4)}, ("b", "a", "c d"))
     for name in ("a/x/1.JPG", "a/x y/1.jpeg", "a/z.webp", "a/9.tiff", "b/0/0/0.bmp", "b/10.pgm"):
         file = tmp_path / "train" / name
@@ -524,10 +526,13 @@ def broken_link(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: None, r"train does not exist: .* needs a folder train and a folder test"),
+        (
+            lambda root: None,
+            r"train does not exist: imagefolder:PATH needs PATH/train and PATH/test",
+        ),
         (file_for_train, r"train is a file, not a folder: "),
         (loop_of_train, r"train cannot be opened \(Too many levels of symbolic links\): "),
-        (lambda root: folder(root, "train"), r"test does not exist: .* test or val"),
+        (lambda root: folder(root, "train"), r"test does not exist: .* PATH/test or PATH/val"),
         (
             lambda root: folder(root, "train", "val"),
             r"train holds no folders: it needs a folder of images for every class",
@@ -575,7 +580,7 @@ def test_folders_that_cannot_be_used(
 def test_the_path_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, message in (
-        ("file", "file is a file, not a folder: imagefolder:PATH needs a folder"),
+        ("file", "file is a file, not a folder: imagefolder:PATH needs PATH/train"),
         ("gone", "gone does not exist: imagefolder:PATH needs"),
         ("file/below", r"below cannot be opened \(Not a directory\)"),
         ("x" * 300, r"x cannot be opened \(File name too long\)"),
