@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -182,9 +183,13 @@ def distribute(
         images: size (b, C, H, W) of a batch, as small as the model takes.
     """
     devices = [device] if device.type == "cuda" else None
+    # PyTorch 2.13 renamed it.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: not synced}
     with capture_stream(device):
         wrapped = DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=not synced, gradient_as_bucket_view=True
+            model, device_ids=devices, gradient_as_bucket_view=True, **options
         )
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     cuda = [device] if device.type == "cuda" else []
