@@ -36,7 +36,8 @@ def gather_moments(stats: Tensor, rows: int, gather: Gather) -> tuple[Partials, 
     mean, var = stats[MEAN], stats[VAR]
     packed = torch.cat((mean, var * rows, mean.new_full((1,), rows)))
     gathered = gather(packed)
-    data = gathered[:, :-1].reshape(-1, 2, mean.numel())
+    # A slice of rows is no contiguous tensor, which the kernels take.
+    data = gathered[:, :-1].contiguous().view(-1, 2, mean.numel())
     # One tile a rank, as far as the tiling says; how many rows a tile has is on the device.
     return Partials(data, data.shape[0], 1), gathered[:, -1].contiguous()
 
