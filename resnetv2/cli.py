@@ -68,6 +68,9 @@ def clean_errors() -> Iterator[None]:
     except Interrupted as error:
         click.echo(str(error), err=True)
         sys.exit(128 + error.signal)
+    except KeyboardInterrupt:
+        click.echo("stopped at once", err=True)
+        sys.exit(130)
 
 
 @click.group(

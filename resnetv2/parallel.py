@@ -91,9 +91,41 @@ class World:
             raise _ToldError(told[1]) if not self.is_main else InputError(told[1])
         return told[0]  # type: ignore[no-any-return]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives in this process; or, in every process, an InputError that one raised.
+
+        The first process that has one reports it: none waits for another that has given up.
+        """
+        if self.size == 1:
+            return work()
+        found: list[T] = []
+        problem: InputError | None = None
+        try:
+            found.append(work())
+        except InputError as error:
+            problem = error
+        problems = self.gather(None if problem is None else str(problem))
+        first = next((rank for rank, text in enumerate(problems) if text is not None), None)
+        if first is None:
+            return found[0]
+        if first == self.rank and problem is not None:
+            raise problem
+        raise _ToldError(problems[first])
+
 
 class _ToldError(InputError):
     """Another process' error, which that process reports."""
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """Around what goes wrong in every process of a run or in none: the main one reports it."""
+    try:
+        yield
+    except InputError as error:
+        if started_by_torchrun() and os.environ["RANK"] != "0":
+            raise _ToldError(str(error)) from error
+        raise
 
 
 def is_reported_elsewhere(error: BaseException) -> bool:

@@ -33,7 +33,7 @@ from resnetv2.data import (
     load_data,
 )
 from resnetv2.host import memory_in_use
-from resnetv2.parallel import World, distribute, local_device, processes
+from resnetv2.parallel import World, alike, distribute, local_device, processes
 from resnetv2.plots import plot_curves
 from resnetv2.sync import convert_sync_batchnorm
 from resnetv2.training.checkpoint import Checkpoints
@@ -214,24 +214,26 @@ def train(
         DivergenceError: the loss became infinite or NaN. It names the step and the last checkpoint.
         Interrupted: SIGINT or SIGTERM came, and the run is saved (where `out` is given).
     """
-    place = local_device(select_device(config.device))
     folder = None if out is None else Path(out)
-    if resume is not None and folder is None and str(resume) == "auto":
-        raise InputError('resume "auto" looks for checkpoints in the run\'s folder: give out')
+    with alike():
+        place = select_device(config.device)
+        if resume is not None and folder is None and str(resume) == "auto":
+            raise InputError('resume "auto" looks for checkpoints in the run\'s folder: give out')
+    place = local_device(place)
     with processes(place) as world, reproducible(place, config.seed):
         speak = verbose and world.is_main
         world.on_main(lambda: _check_folder(folder, resume, overwrite))
         images = _load(config, data, world, progress)
-        own_model = model is not None
-        if model is None:
-            if config.memory == "auto" and config.budget is None and place.type != "cuda":
-                raise InputError('memory "auto" needs a budget, such as 8GiB, without a GPU')
-            model = build_model(config, len(images.classes), images.channels)
-        if world.size > 1 and config.sync_bn:
-            model = convert_sync_batchnorm(model)
-        model.to(place)
-        model.to(memory_format=memory_format_of(config))  # type: ignore[call-overload]  # torch's stub
-        run = _Run(config, images, model, place, world, folder, own_model)
+
+        def build() -> _Run:
+            net = _model_for(config, images, place) if model is None else model
+            if world.size > 1 and config.sync_bn:
+                net = convert_sync_batchnorm(net)
+            net.to(place)
+            net.to(memory_format=memory_format_of(config))  # type: ignore[call-overload]  # torch's stub
+            return _Run(config, images, net, place, world, folder, own_model=model is not None)
+
+        run = world.together(build)
         if resume is not None:
             run.load(resume, _printer(speak))
         if speak:
@@ -243,14 +245,36 @@ def train(
     return run.result
 
 
+def _model_for(config: TrainConfig, data: ImageData | FolderData, place: torch.device) -> nn.Module:
+    if config.memory == "auto" and config.budget is None and place.type != "cuda":
+        raise InputError('memory "auto" needs a budget, such as 8GiB, without a GPU')
+    return build_model(config, len(data.classes), data.channels)
+
+
+def run_of(checkpoint: str | Path) -> Path | None:
+    """The folder of the run that a checkpoint, a run's folder or its checkpoints/ belongs to."""
+    path = Path(checkpoint).resolve()
+    if path.is_dir():
+        return path.parent if path.name == "checkpoints" else path
+    return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
 def _printer(speak: bool) -> Any:
     return tqdm.write if speak else (lambda line: None)
 
 
 def _check_folder(folder: Path | None, resume: str | Path | None, overwrite: bool) -> None:
     """Refuse to mix a new run with the files of another."""
+    if resume is not None and overwrite:
+        raise InputError("resume goes on with a run, overwrite replaces one: give one of them")
     found = None if folder is None else holds_a_run(folder)
-    if found is not None and resume is None and not overwrite:
+    if found is None or overwrite or str(resume) == "auto":
+        return
+    if resume is not None and run_of(resume) != Path(folder or "").resolve():
+        raise InputError(
+            f"{folder} holds another run ({found}) than {resume}: take another folder by --out"
+        )
+    if resume is None:
         raise InputError(
             f"{folder} holds a run ({found}): go on with it by --resume auto, replace it by "
             "--overwrite, or take another folder by --out"
@@ -455,6 +479,7 @@ class _Run:
 
     def save(self, step: Step, log: RunLog, best: bool = False) -> None:
         """Write the state after the step in hand; all processes call it together."""
+        self._check_finite(step, log)
         self._flush(log)
         sums = self.world.gather(step.sums.cpu())
         random_states = self.world.gather(_random_states(self.device))
@@ -510,7 +535,7 @@ class _Run:
         if self._random is not None and len(self._random) == world.size:
             _set_random_states(self._random[world.rank], self.device)
         folder = self.folder if world.is_main else None
-        if folder is not None and fresh:
+        if folder is not None and (fresh or not (folder / "config.yaml").exists()):
             write_config(folder, asdict(config))
         started = time.monotonic()
         with (
@@ -566,7 +591,6 @@ class _Run:
                 self._look(step, log, stop, bar)
             every = config.checkpoint_every
             if every is not None and self.done % every == 0 and not last:
-                self._check_finite(step, log)
                 self.save(step, log)
                 started = time.perf_counter() - self.seconds
         loss_sum, correct, seen = world.sum(step.sums).tolist()
@@ -614,13 +638,17 @@ class _Run:
             raise Interrupted(self._stopped(), numbers[0])
 
     def _check_finite(self, step: Step, log: RunLog) -> None:
-        """No checkpoint of a run that has diverged since the last look."""
-        if any(self.world.any(not bool(step.loss_sum.isfinite()))):
+        """No checkpoint of a run that has diverged since the last look, or in its last step."""
+        finite = [parameter.detach().isfinite().all() for parameter in self.model.parameters()]
+        good = step.loss_sum.isfinite() & torch.stack(finite).all()
+        if any(self.world.any(not bool(good))):
             self._diverged(log)
 
     def _diverged(self, log: RunLog) -> None:
         losses = self._flush(log)
-        step, loss = next((s, value) for s, value in losses if not math.isfinite(value))
+        bad = [(s, f"training loss is {x}") for s, x in losses if not math.isfinite(x)]
+        # A loss is from before its step: the weights may be lost while it is still a number.
+        step, what = bad[0] if bad else (self.done - 1, "weights are no finite numbers any more")
         epoch = step // self.epoch_steps + 1
         log.write({"event": "end", "step": self.done, "diverged": step})
         self._draw(True)
@@ -630,8 +658,8 @@ class _Run:
             else "there is no checkpoint before it"
         )
         raise DivergenceError(
-            f"the training loss is {loss} in step {step:,} (epoch {epoch}): try a learning rate "
-            f"below {self.config.lr:g}; {kept}"
+            f"the {what} in step {step:,} (epoch {epoch}): try a learning rate below "
+            f"{self.config.lr:g}; {kept}"
         )
 
     def _stopped(self) -> str:

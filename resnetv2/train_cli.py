@@ -170,55 +170,55 @@ def train(
     with clean_errors():
         import torch
 
+        from resnetv2.parallel import alike
         from resnetv2.train import train as run
         from resnetv2.training.config import make_config
 
         if threads is not None:
             torch.set_num_threads(threads)
         given = {name: value for name, value in options.items() if value is not None}
-        if resume is not None and recipe is None:
-            given = {**_options_of(out, resume), **given}
-        config = make_config(recipe, **given)
+        with alike():
+            if resume is not None and recipe is None:
+                run_folder = _run_folder(out, resume, given)
+                given = {**_options_of(run_folder, given), **given}
+            config = make_config(recipe, **given)
+            out = out or _run_folder(None, resume, vars(config))
         run(
             config,
-            out=_folder(out, resume, config),
+            out=out,
             resume=resume,
             overwrite=overwrite,
             progress=progress,
         )
 
 
-def _options_of(out: Path | None, resume: str) -> dict[str, Any]:
+def _options_of(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run that is to go on, so that they need not be given again."""
     from resnetv2.training.log import read_config
 
-    folder = _run_of(out, resume)
-    if folder is None or not (folder / "config.yaml").exists():
+    if not (folder / "config.yaml").exists():
         return {}
-    return {name: value for name, value in read_config(folder).items() if value is not None}
+    # Of epochs and steps the one that is given counts, and is held against the checkpoint.
+    other = {"epochs": "steps", "steps": "epochs"}
+    left_out = {other[name] for name in given if name in other}
+    options = read_config(folder).items()
+    return {key: value for key, value in options if value is not None and key not in left_out}
 
 
-def _run_of(out: Path | None, resume: str) -> Path | None:
-    """The folder of the run that --out and --resume name."""
-    if out is not None or resume == "auto":
-        return out
-    path = Path(resume)
-    if path.is_dir():
-        return path.parent if path.name == "checkpoints" else path
-    return path.parent.parent if path.parent.name == "checkpoints" else None
-
-
-def _folder(out: Path | None, resume: str | None, config: Any) -> Path:
-    """Where the run's files go, if --out does not say."""
+def _run_folder(out: Path | None, resume: str | None, options: dict[str, Any]) -> Path:
+    """The folder of the run that is to go on, or where a new one's files go."""
+    from resnetv2.train import run_of
+    from resnetv2.training.config import TrainConfig
     from resnetv2.training.log import holds_a_run
 
-    if resume is not None:
-        out = _run_of(out, resume)
+    if resume is not None and resume != "auto":
+        out = run_of(resume)
     if out is not None:
         return out
-    kind = config.data.partition(":")[0]
-    unfused = "-eager" if config.eager else ""
-    name = f"{kind}-{config.block}-{config.depth}{unfused}"
+    chosen = {**vars(TrainConfig), **options}
+    kind = chosen["data"].partition(":")[0]
+    unfused = "-eager" if chosen["eager"] else ""
+    name = f"{kind}-{chosen['block']}-{chosen['depth']}{unfused}"
     folders = [Path("runs") / name]
     while holds_a_run(folders[-1]):
         folders.append(Path("runs") / f"{name}-{len(folders) + 1}")

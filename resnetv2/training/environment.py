@@ -3,9 +3,11 @@
 import contextlib
 import os
 import platform
+import random
 from collections.abc import Iterator
 from importlib import metadata
 
+import numpy as np
 import torch
 
 from resnetv2.errors import InputError
@@ -49,14 +51,19 @@ def package_versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's generators and pin cuDNN's choices, then put all back."""
+    """Seed the generators of torch, Python and NumPy, pin cuDNN's choices, then put all back."""
     cuda = [device] if device.type == "cuda" else []
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield
         finally:
             cudnn.deterministic, cudnn.benchmark = before
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
