@@ -265,6 +265,7 @@ def test_offsets_and_flips_are_equally_frequent() -> None:
             for way in ways:
                 ways[way] += int((images[:, 0] == way).all((1, 2)).sum())
     assert sum(ways.values()) == 5000
+    assert abs(sum(list(ways.values())[25:]) - 2500) < 5 * 1250**0.5
     assert all(abs(count - 100) < 5 * 100**0.5 for count in ways.values())
 
 
