@@ -362,6 +362,9 @@ class _Run:
         if self.checkpoints is not None:
             self.checkpoints.keep = config.keep
 
+        # A model may have infinities of its own, such as a mask.
+        names = list(model.state_dict())
+        self._numbers = [n for n, good in zip(names, _finite(model, names)) if bool(good)]
         self.done = 0  # optimizer steps
         self.seconds = 0.0  # of training, in the epoch in hand
         self.best = -1.0
@@ -639,8 +642,7 @@ class _Run:
 
     def _check_finite(self, step: Step, log: RunLog) -> None:
         """No checkpoint of a run that has diverged since the last look, or in its last step."""
-        finite = [parameter.detach().isfinite().all() for parameter in self.model.parameters()]
-        good = step.loss_sum.isfinite() & torch.stack(finite).all()
+        good = torch.stack([step.loss_sum.isfinite(), *_finite(self.model, self._numbers)]).all()
         if any(self.world.any(not bool(good))):
             self._diverged(log)
 
@@ -732,6 +734,12 @@ class _Run:
         if self.folder is not None:
             text += f"\nwrote {self.folder}: config.yaml, metrics.jsonl, curves.png, checkpoints"
         return text
+
+
+def _finite(model: nn.Module, names: list[str]) -> list[Tensor]:
+    """For each of these tensors of the model's state, whether all its numbers are finite."""
+    state = model.state_dict()
+    return [state[name].isfinite().all() for name in names]
 
 
 class _Notice:
