@@ -19,6 +19,9 @@ COMMANDS = {
     "study": "resnetv2.study_cli:study",
 }
 
+# The OpenMP runtime ends the process where it has no memory for so many.
+MOST_THREADS = 1024
+
 
 class CommandGroup(click.Group):
     """Subcommands by name, imported when needed."""
@@ -57,13 +60,14 @@ def clean_errors() -> Iterator[None]:
     """
     from resnetv2.data import InputError
     from resnetv2.memory import BudgetError
+    from resnetv2.parallel import ProcessLostError
     from resnetv2.train import DivergenceError, Interrupted
 
     try:
         yield
     except (InputError, BudgetError, ImportError) as error:
         raise WrongInput(str(error)) from error
-    except DivergenceError as error:
+    except (DivergenceError, ProcessLostError) as error:
         raise click.ClickException(str(error)) from error
     except Interrupted as error:
         click.echo(str(error), err=True)

@@ -113,6 +113,21 @@ class World:
         raise _ToldError(problems[first])
 
 
+class ProcessLostError(RuntimeError):
+    """Another process of the run has ended or cannot be reached any more."""
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "Connection closed by peer", "Connection reset by peer")
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 class _ToldError(InputError):
     """Another process' error, which that process reports."""
 
@@ -158,8 +173,7 @@ def processes(device: torch.device) -> Iterator[World]:
         try:
             dist.init_process_group(backend, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"cannot join the other processes: {reason}") from error
+            raise InputError(f"cannot join the other processes: {_first_line(error)}") from error
     try:
         size = dist.get_world_size()
         if size == 1:
@@ -168,6 +182,13 @@ def processes(device: torch.device) -> Iterator[World]:
         gloo = dist.get_backend() == "gloo"
         control = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=_PATIENCE)
         yield World(dist.get_rank(), size, _local_rank(), control)
+    except RuntimeError as error:
+        if _is_lost(error):
+            raise ProcessLostError(
+                f"process {dist.get_rank()} has lost another one, whose own error says why "
+                f"({_first_line(error)}); go on with --resume auto"
+            ) from error
+        raise
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()

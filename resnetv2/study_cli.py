@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import WrongInput, clean_errors
+from .cli import MOST_THREADS, WrongInput, clean_errors
 
 if TYPE_CHECKING:
     from .studies import Study
@@ -59,7 +59,7 @@ class Depths(click.ParamType[tuple[int, ...]]):
 @click.option("--samples", type=int, help="Random inputs.")
 @click.option("--dtype", metavar="NAME", help="fp32, bf16 or fp16.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

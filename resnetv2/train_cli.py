@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from resnetv2.cli import clean_errors
+from resnetv2.cli import MOST_THREADS, clean_errors
 
 
 def _choice(*names: str) -> click.Choice[str]:
@@ -107,7 +107,7 @@ def _choice(*names: str) -> click.Choice[str]:
 @click.option(
     "--channels-last/--contiguous", default=None, help="Memory format.  [default: channels last]"
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]")
 @click.option("--seed", type=int, help="Of weights, order and augmentation.  [default: 0]")
 @click.option("--root", help="Where CIFAR lies or is downloaded to.  [default: data]")
 @click.option("--image-size", type=int, help="Resize and crop all images to this many pixels.")
@@ -242,7 +242,7 @@ def _run_folder(out: Path | None, resume: str | None, options: dict[str, Any]) -
     "--backend", type=_choice("auto", "triton", "aten", "eager"), help="[default: the run's]"
 )
 @click.option("--workers", type=int, help="Processes that make batches.  [default: the run's]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]")
 @click.option(
     "--progress/--no-progress", default=None, help="Progress bar.  [default: on a terminal]"
 )
