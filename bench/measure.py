@@ -8,12 +8,10 @@ round. Nothing is timed before outputs and gradients agree with float64.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,14 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnetv2.host import keep_freed_memory
 from resnetv2.memory import peak_bytes
 
 from .cases import DTYPES, Case, device
 from .providers import COMPILE, EAGER, Provider
-
-# Of mallopt(3).
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
 
 # A provider's error against float64 may be twice eager's (the project's yardstick), plus a few
 # units in the last place, where eager has hardly any.
@@ -282,23 +277,9 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}"[:200]
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as PyTorch's allocator does on a GPU.
-
-    By default it gives large blocks back at once or keeps them, as the course of earlier sizes has
-    it, and then the same step takes 1x or 1.8x of its time from process to process: page faults.
-    """
-    if sys.platform != "linux":
-        return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_M_MMAP_MAX, 0)
-        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def _serve(pipe: Any, threads: int) -> None:
     """A provider's process: carries out orders until the pipe closes."""
-    _keep_freed_memory()
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     worker = Worker()

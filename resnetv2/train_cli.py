@@ -107,7 +107,9 @@ def _choice(*names: str) -> click.Choice[str]:
 @click.option(
     "--channels-last/--contiguous", default=None, help="Memory format.  [default: channels last]"
 )
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]"
+)
 @click.option("--seed", type=int, help="Of weights, order and augmentation.  [default: 0]")
 @click.option("--root", help="Where CIFAR lies or is downloaded to.  [default: data]")
 @click.option("--image-size", type=int, help="Resize and crop all images to this many pixels.")
@@ -170,10 +172,12 @@ def train(
     with clean_errors():
         import torch
 
+        from resnetv2.host import keep_freed_memory
         from resnetv2.parallel import alike
         from resnetv2.train import train as run
         from resnetv2.training.config import make_config
 
+        keep_freed_memory()
         if threads is not None:
             torch.set_num_threads(threads)
         given = {name: value for name, value in options.items() if value is not None}
@@ -242,7 +246,9 @@ def _run_folder(out: Path | None, resume: str | None, options: dict[str, Any]) -
     "--backend", type=_choice("auto", "triton", "aten", "eager"), help="[default: the run's]"
 )
 @click.option("--workers", type=int, help="Processes that make batches.  [default: the run's]")
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]"
+)
 @click.option(
     "--progress/--no-progress", default=None, help="Progress bar.  [default: on a terminal]"
 )
