@@ -44,10 +44,16 @@ class AtenEngine:
     """The steps of a chain on ATen's kernels: any device, any float dtype."""
 
     name = "aten"
+    # Whether moments that ranks merge come with the convolution that writes their tensor.
+    rank_moments_from_conv = False
 
     def moments(self, x: Tensor) -> Any:
         """Moments of x, in whatever form ``norm_stats`` of the same engine takes."""
         return reference.batch_moments(x)
+
+    def rank_moments(self, x: Tensor) -> Any:
+        """The same for ``synced_stats``."""
+        return reference.rank_moments(x)
 
     def norm_stats(
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -73,7 +79,7 @@ class AtenEngine:
     ) -> tuple[Tensor, Tensor]:
         """``norm_stats`` over the rows of all ranks, and their number (1,).
 
-        moments: of this rank's ``rows`` rows.
+        moments: ``rank_moments`` of this rank's ``rows`` rows.
         """
         local = self.norm_stats(moments, None, None, 0.0)
         partials, counts = ranks.gather_moments(local, rows, gather)
@@ -171,7 +177,7 @@ class AtenEngine:
         if sync is None:
             g, dgamma, dbeta = reference.norm_backward(q, h, stats, gamma, training, identity)
         else:
-            dbeta, dgamma = reference.gradient_sums(q, h, stats).data[0].unbind(0)
+            dbeta, dgamma = reference.rank_gradient_sums(q, h, stats)
             sums = ranks.gather_sums(dbeta, dgamma, sync.gather).data.sum(0)
             g = reference.norm_backward_of(q, h, stats, sums, sync.total, identity)
         g = cast(g, h.dtype if final else dtype)
@@ -198,6 +204,7 @@ class TritonEngine(AtenEngine):
     """The same steps on the fused kernels: float32, float16 and bfloat16."""
 
     name = "triton"
+    rank_moments_from_conv = True
 
     def __init__(self) -> None:
         from . import conv_dgrad, conv_forward, conv_wgrad, moments, norm_act, norm_backward
@@ -211,6 +218,9 @@ class TritonEngine(AtenEngine):
 
     def moments(self, x: Tensor) -> Any:
         return self._moments.moments(x)
+
+    def rank_moments(self, x: Tensor) -> Any:
+        return self.moments(x)
 
     def norm_stats(
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float

@@ -66,14 +66,15 @@ class Chain:
         norm = unit.norms[i]
         weight, bias = self._param(at.norm_weight[i]), self._param(at.norm_bias[i])
         if norm.training:
-            partials = self.engine.moments(h) if partials is None else partials
             if norm.sync:
+                partials = self.engine.rank_moments(h) if partials is None else partials
                 rows, gather = h.numel() // h.shape[1], gather_over(norm.sync)
                 stats, total = self.engine.synced_stats(
                     partials, rows, gather, weight, bias, norm.eps
                 )
                 self.totals.append(total)
             else:
+                partials = self.engine.moments(h) if partials is None else partials
                 stats = self.engine.norm_stats(partials, weight, bias, norm.eps)
         else:
             mean, var = self.params[at.running_mean[i]], self.params[at.running_var[i]]
@@ -183,8 +184,12 @@ class Chain:
             return False
         units = self.spec.units
         if i + 1 < len(units[number].convs):
-            return units[number].norms[i + 1].training
-        return number + 1 < len(units) and units[number + 1].norms[0].training
+            norm = units[number].norms[i + 1]
+        elif number + 1 < len(units):
+            norm = units[number + 1].norms[0]
+        else:
+            return False
+        return norm.training and (not norm.sync or self.engine.rank_moments_from_conv)
 
     def backward(
         self, g: Tensor, x: Tensor, out: Tensor, kept: Kept, grads: list[Tensor | None]

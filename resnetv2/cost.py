@@ -251,6 +251,10 @@ class CostEngine(AtenEngine):
         self._add("moments", x.numel() * (x.element_size() if self.triton else 4))
         return x.shape[1]
 
+    def rank_moments(self, x: Tensor) -> int:
+        """``moments``."""
+        return self.moments(x)
+
     def norm_stats(
         self, moments: int, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:

@@ -524,7 +524,13 @@ def update_buffers(
             torch._foreach_add_(tracked, 1)
         for (momentum, level, _), (means, batch_means, variances, batch_vars) in moved.items():
             rows = levels[level]
-            unbiased_momentum = momentum if rows is None else momentum * rows / (rows - 1)
+            if rows is None:
+                # Of no other process' bits, and one rounding less.
+                for running, batch in ((means, batch_means), (variances, batch_vars)):
+                    batch = [b.to(r.dtype) for b, r in zip(batch, running)]
+                    torch._foreach_lerp_(running, batch, momentum)
+                continue
+            unbiased_momentum = momentum * rows / (rows - 1)
             torch._foreach_mul_(means, 1.0 - momentum)
             torch._foreach_add_(means, batch_means, alpha=momentum)
             torch._foreach_mul_(variances, 1.0 - momentum)

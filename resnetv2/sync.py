@@ -110,7 +110,7 @@ class _SyncedNorm(torch.autograd.Function):
         engine = AtenEngine()
         rows = x.numel() // x.shape[1]
         gather = gather_over(number)
-        stats, total = engine.synced_stats(engine.moments(x), rows, gather, weight, bias, eps)
+        stats, total = engine.synced_stats(engine.rank_moments(x), rows, gather, weight, bias, eps)
         ctx.save_for_backward(x, weight, stats, total)
         ctx.number = number
         ctx.mark_non_differentiable(stats, total)
@@ -120,7 +120,7 @@ class _SyncedNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, stats, total = ctx.saved_tensors
-        s1, s2 = reference.gradient_sums(g, x, stats).data[0].unbind(0)
+        s1, s2 = reference.rank_gradient_sums(g, x, stats)
         sums = gather_sums(s1, s2, gather_over(ctx.number)).data.sum(0)
         dx = reference.norm_backward_of(g, x, stats, sums, total).to(x.dtype)
         # A gradient is an error where there is no weight or no bias.
