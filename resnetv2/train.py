@@ -33,6 +33,8 @@ from resnetv2.data import (
     load_data,
 )
 from resnetv2.host import memory_in_use
+from resnetv2.memory import BudgetError, plan
+from resnetv2.models import PreActResNet
 from resnetv2.parallel import World, alike, distribute, local_device, processes
 from resnetv2.plots import plot_curves
 from resnetv2.sync import convert_sync_batchnorm
@@ -231,7 +233,9 @@ def train(
                 net = convert_sync_batchnorm(net)
             net.to(place)
             net.to(memory_format=memory_format_of(config))  # type: ignore[call-overload]  # torch's stub
-            return _Run(config, images, net, place, world, folder, own_model=model is not None)
+            run = _Run(config, images, net, place, world, folder, own_model=model is not None)
+            run.check()
+            return run
 
         run = world.together(build)
         if resume is not None:
@@ -290,22 +294,23 @@ def _load(
         return as_image_data(data, config.data)
     loaded: list[ImageData | FolderData] = []
 
-    def load() -> None:
+    def load(cache: str) -> str:
         loaded.append(
             load_data(
                 config.data,
                 root=config.root,
                 image_size=config.image_size,
-                cache=config.cache,
+                cache=cache,
                 progress=progress if world.is_main else False,
                 seed=config.seed,
             )
         )
+        return loaded[0].cache
 
-    # One after the others: the first may have to download it.
-    world.on_main(load)
+    # One after the others: the first may have to download it, and decides where images are kept.
+    cache = world.on_main(lambda: load(config.cache))
     if not loaded:
-        load()
+        load(cache)
     return loaded[0]
 
 
@@ -343,6 +348,13 @@ class _Run:
         self.total = config.steps or (config.epochs or 1) * self.epoch_steps
         self.epochs = math.ceil(self.total / self.epoch_steps)
         check_steps(config, self.total)
+        last = self.batches.size(self.epoch_steps - 1)
+        if last % world.size:
+            # DDP's mean over the processes would weigh the smaller shares' images more.
+            raise InputError(
+                f"the last batch of an epoch has {last} images, which {world.size} processes "
+                "cannot share equally: leave it out by --drop-last"
+            )
         graphed = config.graph and device.type == "cuda"
         self.optimizer = torch.optim.SGD(
             optimizer_groups(model, config.weight_decay, config.decay_all),
@@ -358,6 +370,8 @@ class _Run:
         self.result.averaged = None if self.ema is None else self.ema.module
         self.facts = {key: self.result.config[key] for key in ("model", "classes", "image")}
         self.facts["own_model"] = own_model
+        # Images in memory and streamed ones are augmented each in their own way.
+        self.facts["cache"] = data.cache
         self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
         if self.checkpoints is not None:
             self.checkpoints.keep = config.keep
@@ -423,6 +437,34 @@ class _Run:
             lines.append(f"going on after step {self.done:,} from {self.last_checkpoint}")
         return "\n".join(lines)
 
+    def check(self) -> None:
+        """Refuse what the first step would refuse, before the run's files are made or replaced."""
+        model, world = self.model, self.world
+        if not isinstance(model, PreActResNet):
+            return
+        _, height, width = self.result.config["image"]
+        smallest = min(self.batches.size(0), self.batches.size(self.epoch_steps - 1))
+        if not self.config.sync_bn:
+            smallest //= world.size
+        shrinks = 2 ** (len(model.stages) - 1) * (4 if model.stem == "imagenet" else 1)
+        if smallest == 1 and max(height, width) <= shrinks:
+            raise InputError(
+                f"a batch of one image of {height}x{width} pixels leaves the last norms one value "
+                "a channel, which has no variance: take a larger batch or image size"
+            )
+        if self.config.memory == "auto":
+            try:
+                plan(
+                    model,
+                    self.config.batch_size // world.size,
+                    self.config.budget,
+                    image_size=(height, width),
+                    dtype=self.config.dtype,
+                    device=self.device,
+                )
+            except BudgetError as error:
+                raise InputError(str(error)) from error
+
     # --- checkpoints
 
     def load(self, resume: str | Path, warn: Any) -> None:
@@ -436,9 +478,11 @@ class _Run:
             notes = check_resumable(state.get("config", {}), self.config, path)
             facts = state.get("run", {})
             for name, mine in self.facts.items():
-                if facts.get(name) != mine:
+                saved = facts.get(name)
+                if saved != mine:
+                    advice = f": --cache {saved} keeps it" if name == "cache" else ""
                     raise InputError(
-                        f"{path} was written with {name} {facts.get(name)!r}, this run has {mine!r}"
+                        f"{path} was written with {name} {saved!r}, this run has {mine!r}{advice}"
                     )
             load_weights(self.model, state["model"], path)
             saved = state["processes"]
