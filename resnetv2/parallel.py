@@ -11,7 +11,7 @@ import contextlib
 import datetime
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +54,12 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in the order of their ranks; `values` on the only one."""
         return self._gathered(values).sum(0) if self.size > 1 else values
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the main one's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def _gathered(self, values: Tensor) -> Tensor:
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -138,9 +144,14 @@ def alike() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if started_by_torchrun() and os.environ["RANK"] != "0":
+        if is_silent():
             raise _ToldError(str(error)) from error
         raise
+
+
+def is_silent() -> bool:
+    """Whether what all processes of a run have to say is another one's to say."""
+    return started_by_torchrun() and os.environ["RANK"] != "0"
 
 
 def is_reported_elsewhere(error: BaseException) -> bool:

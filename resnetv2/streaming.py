@@ -4,6 +4,7 @@ Whatever is drawn for an image of a streamed set is a function of (seed, epoch, 
 image): neither workers nor ranks nor a resumed run change a pixel.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -174,6 +175,7 @@ def load_batches(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals,
         # Its own, or every epoch would draw from the global generator.
         generator=torch.Generator().manual_seed(0),
     )
@@ -220,6 +222,13 @@ def random_crop(height: int, width: int, numbers: np.random.Generator) -> tuple[
     elif width > most * height:
         w = max(1, round(height * most))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _leave_signals(worker: int) -> None:
+    """Let the training process stop: a terminal's Ctrl-C and torchrun's SIGTERM come to workers too,
+    whose death would end the run before it is saved. They end with that process in any case."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -530,8 +530,17 @@ class _Run:
         self._flush(log)
         sums = self.world.gather(step.sums.cpu())
         random_states = self.world.gather(_random_states(self.device))
-        if not self.world.is_main or self.checkpoints is None:
+        if self.checkpoints is None:
             return
+        # The others wait: a full disk is the main process' error and ends all of them.
+        self.last_checkpoint = self.world.on_main(
+            lambda: self._write(sums, random_states, log, best)
+        )
+
+    def _write(
+        self, sums: list[Tensor], random_states: list[dict[str, Any]], log: RunLog, best: bool
+    ) -> Path:
+        assert self.checkpoints is not None
         epoch = len(self.result.history)
         state = {
             "config": asdict(self.config),
@@ -548,7 +557,7 @@ class _Run:
             "random": random_states,
         }
         log.sync()
-        self.last_checkpoint = self.checkpoints.save(state, self.done, best)
+        return self.checkpoints.save(state, self.done, best)
 
     # --- training
 
@@ -644,6 +653,8 @@ class _Run:
         self.seconds = time.perf_counter() - started
         self._flush(log)
         tested = self.model if self.ema is None else self.ema.module
+        # Norms that are not synchronised have their own moments, a checkpoint has the main ones.
+        world.share(tested.buffers())
         test_loss, test_accuracy = evaluate_as(config, tested, self.batches, world)
         entry = EpochMetrics(
             epoch=epoch,
