@@ -198,6 +198,11 @@ class Batches:
             )
         else:
             self.crop_padding = data.crop_padding if crop_padding is None else crop_padding
+            most = min(data.image_size)
+            if crop_padding is not None and crop_padding > most:
+                raise InputError(
+                    f"crop_padding must be at most the images' {most} pixels, got {crop_padding}"
+                )
             self.resident = _fits(data, self.device)
         self.mean, self.std = (value.to(self.device) for value in data.statistics())
         if isinstance(data, ImageData) and self.resident:

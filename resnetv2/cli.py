@@ -37,11 +37,42 @@ class CommandGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Read what stands before the subcommand."""
+        with _usage_in_one_line():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Read the subcommand's arguments and run it."""
+        with _usage_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """Turn click's three lines about a wrong argument into one."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = "resnetv2"
+        if error.ctx is not None and error.ctx.parent is not None:
+            command += f" {error.ctx.info_name}"
+        text = " ".join(error.format_message().split()).removesuffix(".")
+        raise WrongInput(f"{text}; {command} --help lists what there is") from error
+
 
 class WrongInput(click.ClickException):
-    """One line on stderr; the user can put it right."""
+    """One line on stderr; the user can put it right.
+
+    What a terminal would not show as it is, such as a newline in a file's name, is escaped.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print it, unless another process of the run does."""
@@ -60,17 +91,24 @@ def clean_errors() -> Iterator[None]:
     """
     from resnetv2.data import InputError
     from resnetv2.memory import BudgetError
-    from resnetv2.parallel import ProcessLostError
+    from resnetv2.parallel import ProcessLostError, is_silent
     from resnetv2.train import DivergenceError, Interrupted
 
     try:
         yield
-    except (InputError, BudgetError, ImportError) as error:
+    except ImportError as error:
+        raise WrongInput(" ".join(str(error).split())) from error
+    except (InputError, BudgetError) as error:
         raise WrongInput(str(error)) from error
-    except (DivergenceError, ProcessLostError) as error:
+    except DivergenceError as error:
+        if is_silent():
+            sys.exit(1)
+        raise click.ClickException(str(error)) from error
+    except ProcessLostError as error:
         raise click.ClickException(str(error)) from error
     except Interrupted as error:
-        click.echo(str(error), err=True)
+        if not is_silent():
+            click.echo(str(error), err=True)
         sys.exit(128 + error.signal)
     except KeyboardInterrupt:
         click.echo("stopped at once", err=True)

@@ -136,7 +136,7 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
                 real = os.path.realpath(entry.path)
             else:
                 real = os.path.join(above[-1], entry.name)
-            if real in above:
+            if any(place == real or place.startswith(real + os.sep) for place in above):
                 raise InputError(f"{entry.path} is a link to a folder above it: remove the link")
             yield from _walk(entry.path, (*above, real))
         elif entry.name.lower().endswith(EXTENSIONS):

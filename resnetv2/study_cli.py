@@ -59,7 +59,9 @@ class Depths(click.ParamType[tuple[int, ...]]):
 @click.option("--samples", type=int, help="Random inputs.")
 @click.option("--dtype", metavar="NAME", help="fp32, bf16 or fp16.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]"
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

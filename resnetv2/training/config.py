@@ -62,6 +62,10 @@ Whole = Annotated[int, _Between(0)]
 Positive = Annotated[float, _Between(0, open_low=True)]
 NotNegative = Annotated[float, _Between(0)]
 Part = Annotated[float, _Between(0, 1)]
+# Beyond these a number is a slip of the finger that would take the machine's memory: a net of that
+# many modules, processes of that number.
+Layers = Annotated[int, _Between(1, 100_000)]
+Processes = Annotated[int, _Between(0, 1024)]
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ class TrainConfig:
     root: str = "data"
     image_size: Count | None = None
     cache: Annotated[str, _Choice(CACHES)] = "auto"
-    workers: Whole = 0
-    depth: Count = 20
+    workers: Processes = 0
+    depth: Layers = 20
     block: Annotated[str, _Choice(BLOCKS)] = "basic"
     stem: Annotated[str, _Choice(STEMS)] = "cifar"
     memory: Annotated[str, _Choice((*MEMORY, "auto"))] = "recompute"

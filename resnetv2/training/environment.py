@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import random
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -22,12 +23,22 @@ def select_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are none any more
+            place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"there is no device {str(device)!r}: expected cpu, cuda, cuda:1, ... or auto"
+        ) from error
+    try:
         torch.empty(0, device=place)
-    # torch.device raises RuntimeError for an unknown name, AssertionError without CUDA support.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot use device {str(device)!r}: {reason}") from error
+    # AssertionError or ImportError where torch was built without it, RuntimeError and
+    # NotImplementedError with its reasons in many lines where it computes nothing there.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = "this PyTorch does not compute there"
+        if place.type == "cuda":
+            reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot use device {str(device)!r}: {reason}; cpu always is") from error
     if place.type == "meta":
         raise InputError("cannot use device 'meta': it computes nothing")
     return place
