@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import statistics
 from collections.abc import Iterable
 
 import pytest
@@ -31,7 +32,6 @@ from sync_ranks import (
     DRAWN,
     DRAWS,
     MODES,
-    NAIVE,
     TRAINING,
     VARIANTS,
     Case,
@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, explain, fuse
 from resnetv2.kernels import reference
-from resnetv2.kernels.operands import MEAN, SCALE, SHIFT, VAR, Partials
+from resnetv2.kernels.operands import MEAN, SCALE, SHIFT, VAR
 from resnetv2.kernels.ranks import gather_moments, gather_sums
 from resnetv2.sync import SyncBatchNorm, convert_sync_batchnorm
 
@@ -61,6 +61,12 @@ pytestmark = [
 ]
 
 EPS = torch.finfo(torch.float32).eps
+STUDENT_OF_FOUR = 3.18  # 97.5 % quantile of Student's t for four draws
+conversions = pytest.mark.parametrize(
+    "convert",
+    [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm],
+    ids=["torchs", "ours"],
+)
 modes = pytest.mark.parametrize("memory", MODES)
 pairs_and_all = pytest.mark.parametrize("group", ["pair", "all"], ids=["two-ranks", "four-ranks"])
 
@@ -83,6 +89,12 @@ def single(case: Case) -> Record:
     return train(model_of(case), case)
 
 
+@pytest.fixture(scope="module")
+def truth() -> list[Record]:
+    """The 20 steps of each draw in float64."""
+    return [exact(DRAWN[f"naive {seed}"]) for seed in range(DRAWS)]
+
+
 def names(record: Record, kind: str) -> list[str]:
     return [n for n in record if n.startswith(kind) and record[n].is_floating_point()]
 
@@ -101,19 +113,17 @@ def error(found: Record, expected: Record, kinds: Iterable[str], scale: float = 
 
 @pairs_and_all
 @modes
-def test_first_gradient_is_that_of_one_process(ranks, group, memory):
+def test_first_gradient_is_that_of_one_process(ranks, truth, group, memory):
     case = TRAINING[memory]._replace(steps=1)
     found = ranks[0][group][memory]
     assert error(found, single(case), ["grad"]) < 1e-5
     assert error(found, single(case), ["first"]) < 1e-6
-    assert error(found, exact(case), ["grad"]) < 1e-5
+    assert error(found, truth[0], ["grad"]) < 1e-5
 
 
 @modes
-def test_each_gradient_within_twice_the_naive_error(ranks, memory):
+def test_each_gradient_within_twice_the_naive_error(ranks, truth, memory):
     """Over several draws of weights and images, the root of the mean square of the errors."""
-    truth = [exact(NAIVE._replace(seed=seed)) for seed in range(DRAWS)]
-    assert all(f"{memory} {seed}" in DRAWN for seed in range(DRAWS))
     for name in [*names(truth[0], "grad"), *names(truth[0], "first")]:
         mean_square = {}
         for norms in (memory, "naive"):
@@ -125,12 +135,27 @@ def test_each_gradient_within_twice_the_naive_error(ranks, memory):
         assert mean_square[memory] <= bound, f"{name}: {mean_square}, size {size:.2e}"
 
 
-@pairs_and_all
+@pytest.fixture(scope="module")
+def naive_errors(ranks, truth) -> list[float]:
+    """How far the naive norms are from float64 after 20 steps, in each draw and on four ranks."""
+    draws = [(ranks[2]["draws"][f"naive {seed}"], truth[seed]) for seed in range(DRAWS)]
+    draws.append((ranks[0]["all"]["naive"], truth[0]))
+    return [error(found, expected, ["last"]) for found, expected in draws]
+
+
 @modes
-def test_no_further_off_than_naive_norms_after_20_steps(ranks, group, memory):
-    truth = exact(TRAINING[memory])
-    found, theirs = (error(ranks[0][group][norms], truth, ["last"]) for norms in (memory, "naive"))
-    assert found <= theirs
+def test_no_further_off_than_naive_norms_after_20_steps(ranks, naive_errors, truth, memory):
+    """Weights and buffers over the draws: not further by more than chance (Student, 97.5 %).
+
+    Both are off by about one rounding, 1.2e-7.
+    """
+    draws = [ranks[2]["draws"][f"{memory} {seed}"] for seed in range(DRAWS)]
+    errors = [error(found, expected, ["last"]) for found, expected in zip(draws, truth)]
+    errors.append(error(ranks[0]["all"][memory], truth[0], ["last"]))
+    further = [mine - theirs for mine, theirs in zip(errors, naive_errors, strict=True)]
+    chance = STUDENT_OF_FOUR * statistics.stdev(further) / len(further) ** 0.5
+    assert statistics.fmean(further) <= chance, f"{errors}, naive {naive_errors}"
+    assert max(errors) <= 2 * max(naive_errors)
 
 
 @pairs_and_all
@@ -141,8 +166,8 @@ def test_same_bits_on_all_ranks(ranks, group):
 
 
 def test_same_bits_in_two_runs(ranks):
-    for memory in MODES:
-        assert_equal_steps(ranks[0]["pair"][memory], ranks[2]["pair"][memory])
+    for name in TRAINING:
+        assert_equal_steps(ranks[0]["pair"][name], ranks[2]["draws"][f"{name} 0"])
 
 
 def test_group_of_some_ranks(ranks):
@@ -267,9 +292,7 @@ def test_foreign_model_gives_one_process_gradients(ranks):
     assert error(mean, expected, ["grad"]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm]
-)
+@conversions
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_single_process_foreign_model_has_batch_norms_bits(convert, when):
     plain = fuse(randomise(PlainNet()), backend="aten")
@@ -306,15 +329,12 @@ def test_norm_with_a_forward_of_its_own_is_not_fused():
 
 def converted_blocks(convert) -> list[tuple[nn.Module, nn.Module]]:
     """(plain, converted) pairs."""
-    plain = [
-        randomise(kind(4, 8, 2, backend="aten")) for kind in (PreActBlock, BottleneckPreActBlock)
-    ]
+    kinds = PreActBlock, BottleneckPreActBlock
+    plain = [randomise(kind(4, 8, 2, backend="aten")) for kind in kinds]
     return [(block, convert(copy.deepcopy(block))) for block in plain]
 
 
-@pytest.mark.parametrize(
-    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm]
-)
+@conversions
 def test_single_process_has_batch_norms_bits(convert):
     x = images((3, 4, 6, 6)).cpu()
     for plain, block in converted_blocks(convert):
@@ -353,6 +373,7 @@ def test_lone_norm(options):
 
 def test_conversion_reaches_every_norm_and_keeps_the_state_dict():
     model = model_of(Case())
+    number = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     # Shared by two names, and converted by PyTorch already.
     model.again = model.stage1[0].bn1
     model.stage2[0] = nn.SyncBatchNorm.convert_sync_batchnorm(model.stage2[0])
@@ -361,7 +382,7 @@ def test_conversion_reaches_every_norm_and_keeps_the_state_dict():
     before = {name: (id(v), v.clone()) for name, v in model.state_dict(keep_vars=True).items()}
     assert convert_sync_batchnorm(model) is model
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
-    assert len(norms) == 13
+    assert len(norms) == number
     assert all(type(norm) is SyncBatchNorm for norm in norms)
     assert model.again is model.stage1[0].bn1
     after = model.state_dict(keep_vars=True)
