@@ -21,6 +21,9 @@ from resnetv2.errors import InputError
 from resnetv2.host import decoding_threads
 from resnetv2.imagefiles import Files, read_rgb
 
+# How long a worker outlives a request to end; torchrun waits for 30 before it kills.
+_WORKERS_GRACE_SECONDS = 20
+
 # RandomResizedCrop's: shares of the area and width over height (Szegedy et al. 2015, section 6).
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -225,10 +228,10 @@ def random_crop(height: int, width: int, numbers: np.random.Generator) -> tuple[
 
 
 def _leave_signals(worker: int) -> None:
-    """Let the training process stop: a terminal's Ctrl-C and torchrun's SIGTERM come to workers too,
-    whose death would end the run before it is saved. They end with that process in any case."""
+    """Let the training process save its run and stop: a terminal's Ctrl-C and torchrun's SIGTERM
+    come to the workers too, whose death would be that process' error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKERS_GRACE_SECONDS))
 
 
 def _as_it_is(batch: Any) -> Any:
