@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, norm_backward
+from . import dispatch, norm_backward, ranks
 from .operands import Act, Geometry, Grad, stats_dtype
 
 # name: dtype of the multiplication, dtype of the residual stream, TF32.
@@ -146,6 +146,18 @@ def steps(
             add=other if unit.projection else None, identity=None if unit.projection else other,
         )  # fmt: skip
 
+    def between_ranks(h: Tensor) -> None:
+        channels = h.shape[1]
+        affine = torch.empty(channels)
+
+        def gather(values: Tensor) -> Tensor:
+            return torch.empty(8, values.numel())
+
+        rows = h.numel() // channels
+        stats, total = engine.synced_stats(engine.moments(h), rows, gather, affine, affine, 1e-5)
+        sums = ranks.gather_sums(affine, affine, gather)
+        norm_backward.norm_grad(sums, stats, True, total)
+
     size, last = unit.size, len(unit.convs) - 1
     x = h = activation(unit.convs[0][0], size, stream)
     yield "moments", lambda: engine.moments(x)
@@ -161,6 +173,8 @@ def steps(
         h = out
     # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
     yield "act backward", lambda: norm_backward.act_backward(h, h, stats_of(h.shape[1]), unit.act)
+    if unit.reach == 2:
+        yield "merged over ranks", lambda: between_ranks(h)
     if unit.projection:
         geometry = Geometry((unit.projection, unit.projection))
         weight = torch.empty(h.shape[1], x.shape[1], 1, 1).to(memory_format=unit.weights)
