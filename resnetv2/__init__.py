@@ -21,6 +21,7 @@ from .models import (
     wide_resnet28_10,
     wide_resnet40_2,
 )
+from .sync import SyncBatchNorm, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,8 @@ __all__ = [
     "PreActBlock",
     "PreActResNet",
     "Report",
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
     "explain",
     "fuse",
     "plan",

@@ -2,8 +2,8 @@
 
 Children of the class ``torch.nn.SyncBatchNorm``, or ``SyncBatchNorm`` here, are honoured by the
 fused path in training where a process group of more than one rank runs; their statistics are then
-those of all ranks' rows
-(``kernels.ranks``), with one collective per norm in the forward and one in the backward.
+those of all ranks' rows (``kernels.ranks``), with one collective per norm in the forward and one in
+the backward.
 """
 
 from __future__ import annotations
