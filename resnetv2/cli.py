@@ -44,23 +44,37 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Read the subcommand's arguments and run it."""
-        with _usage_in_one_line():
+        with _usage_in_one_line(ctx):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _usage_in_one_line() -> Iterator[None]:
-    """Turn click's three lines about a wrong argument into one."""
+def _usage_in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
+    """Turn click's three lines about a wrong argument into one.
+
+    ctx: of the group, where the subcommand is known.
+    """
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
-        command = "resnetv2"
-        if error.ctx is not None and error.ctx.parent is not None:
-            command += f" {error.ctx.info_name}"
+        name = ctx.invoked_subcommand if ctx is not None else None
+        command = f"resnetv2 {name}" if name else "resnetv2"
         text = " ".join(error.format_message().split()).removesuffix(".")
         raise WrongInput(f"{text}; {command} --help lists what there is") from error
+
+
+class PathName(click.Path):
+    """A path that is some text in UTF-8: it is printed, and written to files."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = str(value)
+        if not text.strip():
+            self.fail("expected a path, got nothing", param, ctx)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            self.fail(f"{text!r} is not in UTF-8: take another name", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class WrongInput(click.ClickException):
@@ -106,6 +120,13 @@ def clean_errors() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
     except ProcessLostError as error:
         raise click.ClickException(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise WrongInput(
+            "there is not enough memory: a smaller batch or image size needs less, and "
+            "--memory segment keeps less; resnetv2 plan tells how much"
+        ) from error
     except Interrupted as error:
         if not is_silent():
             click.echo(str(error), err=True)
@@ -113,6 +134,15 @@ def clean_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("stopped at once", err=True)
         sys.exit(130)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch has no class of its own for a CPU's.
+    return "DefaultCPUAllocator" in str(error) or "Storage size calculation" in str(error)
 
 
 @click.group(

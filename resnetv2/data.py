@@ -5,6 +5,7 @@ images of CIFAR's size; folders of larger images, or of images that differ in si
 batch at a time. `Batches` makes batches of either.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -255,10 +256,14 @@ def _load_cifar(class_name: str, root: Path) -> ImageData:
     from torchvision import datasets
 
     dataset = getattr(datasets, class_name)
+    had_root = root.exists()
     try:
         train, test = (dataset(root, train=training, download=True) for training in (True, False))
     # urllib's URLError is an OSError; torchvision raises RuntimeError for a damaged file.
     except (OSError, RuntimeError) as error:
+        if not had_root:
+            with contextlib.suppress(OSError):
+                root.rmdir()
         raise InputError(
             f"{_incomplete(dataset, root) or f'{class_name} is not under {root}'} and could not be "
             f"downloaded ({' '.join(str(error).split())}). "
@@ -286,7 +291,7 @@ def _incomplete(dataset: Any, root: Path) -> str | None:
         elif not check_integrity(folder / name, md5):
             damaged.append(name)
     faults = [
-        f"{what} {', '.join(names)}"
+        f"{what} {', '.join(names[:2])}" + (f" and {len(names) - 2} more" if names[2:] else "")
         for what, names in (("lacks", missing), ("has a damaged", damaged))
         if names
     ]

@@ -6,6 +6,7 @@ its first training step.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -230,6 +231,10 @@ def plan(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= optimizer_states < math.inf:
+        raise ValueError(f"optimizer_states must be a number from 0 on, got {optimizer_states}")
+    if min((image_size,) if isinstance(image_size, int) else image_size) < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     multiply = DTYPES[dtype] if isinstance(dtype, str) else dtype

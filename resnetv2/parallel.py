@@ -141,6 +141,7 @@ class _ToldError(InputError):
 @contextlib.contextmanager
 def alike() -> Iterator[None]:
     """Around what goes wrong in every process of a run or in none: the main one reports it."""
+    check_environment()
     try:
         yield
     except InputError as error:
@@ -203,6 +204,34 @@ def processes(device: torch.device) -> Iterator[World]:
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_environment() -> None:
+    """Refuse an environment that names other processes and does not lead to them.
+
+    Raises:
+        InputError: a variable that torchrun sets is missing, no number, or out of its range.
+    """
+    given = {name: os.environ.get(name, "") for name in _ENVIRONMENT}
+    if given["RANK"] in ("", "0") and given["WORLD_SIZE"] in ("", "1"):
+        return
+    start = "start with torchrun, or unset RANK and WORLD_SIZE"
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        there = " and ".join(name for name in ("RANK", "WORLD_SIZE") if given[name])
+        raise InputError(f"{there} in the environment without {', '.join(missing)}: {start}")
+    most = {"MASTER_PORT": 65535, "WORLD_SIZE": 1_000_000}
+    numbers: dict[str, int] = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(name, "0")
+        high = most.get(name, numbers.get("WORLD_SIZE", 0) - 1)
+        low = 1 if name == "WORLD_SIZE" else 0
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise InputError(
+                f"{name} in the environment must be a whole number in {low}..{high}, got {text!r}: "
+                f"{start}"
+            )
+        numbers[name] = int(text)
 
 
 def started_by_torchrun() -> bool:

@@ -10,15 +10,27 @@ from .cli import WrongInput
 @click.command()
 @click.option(
     "--depth",
-    type=int,
+    type=click.IntRange(1, 99_999),
     required=True,
     help="Layers: 6n+2 for basic, 9n+2 for bottleneck.",
 )
 @click.option(
     "--block", type=click.Choice(["basic", "bottleneck"]), default="basic", show_default=True
 )
-@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
-@click.option("--image-size", default=32, show_default=True, help="Height and width in pixels.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 2**31 - 1),
+    default=128,
+    show_default=True,
+    help="Images a step.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(1, 2**16),
+    default=32,
+    show_default=True,
+    help="Height and width in pixels.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16"]),

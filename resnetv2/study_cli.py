@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import MOST_THREADS, WrongInput, clean_errors
+from .cli import MOST_THREADS, PathName, WrongInput, clean_errors
 
 if TYPE_CHECKING:
     from .studies import Study
@@ -64,7 +64,7 @@ class Depths(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathName(path_type=Path),
     default="runs/study",
     show_default=True,
     help="Folder for NAME/results.json and NAME/*.png, and for index.html.",

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -38,7 +40,7 @@ from resnetv2.models import PreActResNet
 from resnetv2.parallel import World, alike, distribute, local_device, processes
 from resnetv2.plots import plot_curves
 from resnetv2.sync import convert_sync_batchnorm
-from resnetv2.training.checkpoint import Checkpoints
+from resnetv2.training.checkpoint import Checkpoints, check_parts
 from resnetv2.training.config import TrainConfig, check_resumable, check_steps, make_config
 from resnetv2.training.environment import (
     device_name,
@@ -54,7 +56,7 @@ from resnetv2.training.evaluate import (
     memory_format_of,
 )
 from resnetv2.training.interrupts import StopRequests
-from resnetv2.training.log import RunLog, holds_a_run, write_config
+from resnetv2.training.log import RunLog, check_folder, holds_a_run, write_config
 from resnetv2.training.schedule import learning_rate, optimizer_groups
 from resnetv2.training.step import (
     Step,
@@ -245,8 +247,30 @@ def train(
         if run.done == run.total:
             _printer(speak)(f"the run is complete: all {run.total:,} steps are done")
             return run.result
-        run.train(overwrite, progress, speak)
+        with _nothing_left_behind(None if run.done or not world.is_main else folder, run):
+            run.train(overwrite, progress, speak)
     return run.result
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(folder: Path | None, run: _Run) -> Iterator[None]:
+    """Remove the files of a run that ends before its first step, where there were none before."""
+    if folder is None or holds_a_run(folder):
+        yield
+        return
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        if not run.done:
+            for name in ("config.yaml", "metrics.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            if folder in missing:
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for place in missing:
+                    place.rmdir()
+        raise
 
 
 def _model_for(config: TrainConfig, data: ImageData | FolderData, place: torch.device) -> nn.Module:
@@ -257,7 +281,7 @@ def _model_for(config: TrainConfig, data: ImageData | FolderData, place: torch.d
 
 def run_of(checkpoint: str | Path) -> Path | None:
     """The folder of the run that a checkpoint, a run's folder or its checkpoints/ belongs to."""
-    path = Path(checkpoint).resolve()
+    path = Path(os.path.realpath(checkpoint))
     if path.is_dir():
         return path.parent if path.name == "checkpoints" else path
     return path.parent.parent if path.parent.name == "checkpoints" else None
@@ -272,9 +296,11 @@ def _check_folder(folder: Path | None, resume: str | Path | None, overwrite: boo
     if resume is not None and overwrite:
         raise InputError("resume goes on with a run, overwrite replaces one: give one of them")
     found = None if folder is None else holds_a_run(folder)
+    if folder is not None:
+        check_folder(folder)
     if found is None or overwrite or str(resume) == "auto":
         return
-    if resume is not None and run_of(resume) != Path(folder or "").resolve():
+    if resume is not None and run_of(resume) != Path(os.path.realpath(folder or "")):
         raise InputError(
             f"{folder} holds another run ({found}) than {resume}: take another folder by --out"
         )
@@ -475,8 +501,9 @@ class _Run:
             if found is None:
                 return None
             path, state = found
-            notes = check_resumable(state.get("config", {}), self.config, path)
-            facts = state.get("run", {})
+            check_parts(state, path)
+            notes = check_resumable(state["config"], self.config, path)
+            facts = state["run"]
             for name, mine in self.facts.items():
                 saved = facts.get(name)
                 if saved != mine:

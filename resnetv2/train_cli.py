@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from resnetv2.cli import MOST_THREADS, clean_errors
+from resnetv2.cli import MOST_THREADS, PathName, clean_errors
 
 
 def _choice(*names: str) -> click.Choice[str]:
@@ -124,11 +124,12 @@ def _choice(*names: str) -> click.Choice[str]:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathName(path_type=Path),
     help="Folder of the run.  [default: runs/DATA-BLOCK-DEPTH, with a number if that is taken]",
 )
 @click.option(
     "--resume",
+    type=PathName(),
     metavar="auto|PATH",
     help="auto: go on from the newest usable checkpoint of the run's folder, or begin; or a "
     "checkpoint, or the folder of a run.",
@@ -198,6 +199,7 @@ def train(
 
 def _options_of(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run that is to go on, so that they need not be given again."""
+    from resnetv2.training.config import checked_options
     from resnetv2.training.log import read_config
 
     if not (folder / "config.yaml").exists():
@@ -205,7 +207,7 @@ def _options_of(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     # Of epochs and steps the one that is given counts, and is held against the checkpoint.
     other = {"epochs": "steps", "steps": "epochs"}
     left_out = {other[name] for name in given if name in other}
-    options = read_config(folder).items()
+    options = checked_options(read_config(folder), folder / "config.yaml").items()
     return {key: value for key, value in options if value is not None and key not in left_out}
 
 
@@ -231,9 +233,10 @@ def _run_folder(out: Path | None, resume: str | None, options: dict[str, Any]) -
 
 
 @click.command(name="eval")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PathName(path_type=Path))
 @click.option(
     "--checkpoint",
+    type=PathName(),
     default="auto",
     show_default=True,
     metavar="auto|best|FILE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,8 +85,19 @@ class StudyOptions:
                 raise InputError(f"{name} must be at least 1, got {value}")
         if not self.depths or any(depth < 1 for depth in self.depths):
             raise InputError(f"depth must be at least 1, got {listed(self.depths)}")
-        if not self.lr > 0:
+        if max(self.depths) >= 100_000:
+            raise InputError(f"depth must be below 100000, got {listed(self.depths)}")
+        if not 0 < self.lr < math.inf:
             raise InputError(f"the learning rate must be positive, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum must be in 0..1 and below 1, got {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be a number from 0 on, got {self.weight_decay}")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise InputError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        for name, most in (("stages", 8), ("width", 8192)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} must be in 1..{most}, got {getattr(self, name)}")
         if not 0 <= self.target <= 1:
             raise InputError(f"target is an accuracy in 0..1, got {self.target}")
         if self.schedule not in SCHEDULES:

@@ -31,7 +31,7 @@ from resnetv2.training.files import (
     write_atomically,
 )
 
-__all__ = ["FORMAT", "Checkpoints", "read", "write_atomically"]
+__all__ = ["FORMAT", "Checkpoints", "check_parts", "read", "write_atomically"]
 
 # Raised by one when a file of this version can no longer be read by the version before it.
 FORMAT = 1
@@ -248,6 +248,37 @@ def read(path: Path | str) -> dict[str, Any]:
             f"this one reads up to {FORMAT}): upgrade to use it"
         )
     return state
+
+
+# What a run puts into its checkpoints.
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "run": dict,
+    "processes": int,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "ema": (dict, type(None)),
+    "history": list,
+    "seconds": (int, float),
+    "best": (int, float),
+    "sums": list,
+    "random": list,
+}
+
+
+def check_parts(state: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that `read` takes and that lacks what a run goes on from.
+
+    Raises:
+        InputError: names the file and the first part that is missing or of another type.
+    """
+    for name, kind in _PARTS.items():
+        if not isinstance(state.get(name, ...), kind):
+            what = f"its {name} is of another kind" if name in state else f"it has no {name}"
+            raise InputError(f"{path} is no checkpoint that a run has written: {what}")
+    if state["step"] < 0:
+        raise InputError(f"{path} is no checkpoint that a run has written: step {state['step']}")
 
 
 def _read(file: BinaryIO, path: Path) -> Any:

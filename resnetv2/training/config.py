@@ -30,6 +30,9 @@ DEFAULT_EPOCHS = 30
 # A recipe is a page of text; a longer file is something else, and is not read to its end.
 _LONGEST_RECIPE = 2**20
 
+# Options that a message names; of more their number.
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class _Between:
@@ -259,8 +262,7 @@ def make_config(recipe: str | Path | None = None, **given: Any) -> TrainConfig:
     if recipe is None:
         return TrainConfig(**own)
     preset, source = _read_recipe(recipe)
-    _check_names(preset, f"{source}: ")
-    preset = {name: _checked(name, value, f"{source}: ") for name, value in preset.items()}
+    preset = checked_options(preset, source)
     for length, other in (("epochs", "steps"), ("steps", "epochs")):
         if own.get(length) is not None:
             preset.pop(other, None)
@@ -268,6 +270,16 @@ def make_config(recipe: str | Path | None = None, **given: Any) -> TrainConfig:
         return TrainConfig(**{**preset, **own})
     except InputError as error:
         raise InputError(f"{error} (with the options of {source})") from error
+
+
+def checked_options(options: Mapping[Any, Any], where: str | Path) -> dict[str, Any]:
+    """Options by name, each converted to its field's type and checked by itself.
+
+    Raises:
+        InputError: an unknown one or a wrong value; `where` names the file.
+    """
+    _check_names(options, f"{where}: ")
+    return {name: _checked(name, value, f"{where}: ") for name, value in options.items()}
 
 
 def saved_config(saved: Mapping[str, Any], where: str | Path) -> TrainConfig:
@@ -301,7 +313,8 @@ def check_resumable(saved: Mapping[str, Any], now: TrainConfig, where: str | Pat
         of `ROUNDS` may round otherwise.
 
     Raises:
-        InputError: an option of `DECIDES` differs; the line names all that do, with both values.
+        InputError: an option of `DECIDES` differs; the line names the first of them, with both
+            values.
     """
     before = saved_config(saved, where)
     differing = {
@@ -311,11 +324,14 @@ def check_resumable(saved: Mapping[str, Any], now: TrainConfig, where: str | Pat
     }
     refused = [name for name in differing if name in DECIDES]
     if refused:
-        then = ", ".join(f"{name} {_show(differing[name][0])}" for name in refused)
-        here = ", ".join(f"{name} {_show(differing[name][1])}" for name in refused)
+        shown = refused[:_SHOWN]
+        then, here = (
+            ", ".join(f"{name} {_show(differing[name][i])}" for name in shown) for i in (0, 1)
+        )
+        more = f" ({len(refused) - _SHOWN} more differ)" if len(refused) > _SHOWN else ""
         raise InputError(
-            f"{where} was written with {then}, this run has {here}: a resumed run keeps what "
-            "decides its result"
+            f"{where} was written with {then}, this run has {here}{more}: a resumed run keeps "
+            "what decides its result"
         )
     return [
         f"{name} was {_show(then)} and is {_show(here)}"
@@ -496,6 +512,7 @@ def _to_text(value: Any) -> str:
     text = str(value)
     if not text.strip() or "\0" in text:  # no system's path holds a zero
         raise ValueError
+    text.encode()  # ValueError where a path is not in UTF-8: it is printed, and written to files
     return text
 
 

@@ -38,7 +38,9 @@ def select_device(device: str | torch.device) -> torch.device:
         reason = "this PyTorch does not compute there"
         if place.type == "cuda":
             reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot use device {str(device)!r}: {reason}; cpu always is") from error
+        raise InputError(
+            f"cannot use device {str(device)!r}: {reason}; take --device cpu"
+        ) from error
     if place.type == "meta":
         raise InputError("cannot use device 'meta': it computes nothing")
     return place

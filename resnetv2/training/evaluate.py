@@ -15,7 +15,7 @@ from torch import nn
 from resnetv2.data import Batches, load_data
 from resnetv2.errors import InputError
 from resnetv2.parallel import World
-from resnetv2.training.checkpoint import Checkpoints
+from resnetv2.training.checkpoint import Checkpoints, check_parts
 from resnetv2.training.config import TrainConfig, saved_config
 from resnetv2.training.environment import reproducible, select_device
 from resnetv2.training.step import compute_logits
@@ -149,17 +149,24 @@ def evaluate_run(
         InputError: no run or checkpoint there, a damaged one, one of another net or data set.
     """
     folder = Path(run)
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is not the folder of a run: give that, and a checkpoint by --checkpoint"
+        )
     if not folder.is_dir():
-        raise InputError(f"{folder} is not the folder of a run")
+        raise InputError(f"{folder} is not the folder of a run: there is no such folder")
+    if folder.name == "checkpoints":
+        folder = folder.parent
     found = Checkpoints(folder / "checkpoints").load(checkpoint, warn)
     if found is None:
         raise InputError(f"{folder} has no checkpoint: nothing was trained there yet")
     path, state = found
-    config = saved_config(state.get("config", {}), path)
+    check_parts(state, path)
+    config = saved_config(state["config"], path)
     if device is not None:
         options["device"] = str(device)
     config = replace(config, **options)
-    facts = state.get("run", {})
+    facts = state["run"]
     if facts.get("own_model"):
         raise InputError(
             f"{path} holds a model of the caller's own ({facts.get('model')}): load it there"
@@ -173,6 +180,13 @@ def evaluate_run(
         progress=progress,
         seed=config.seed,
     )
+    trained = facts.get("classes"), (facts.get("image") or [None])[0]
+    if trained != (len(data.classes), data.channels):
+        raise InputError(
+            f"{path} was trained on {trained[0]} classes of images with {trained[1]} channels, "
+            f"{config.data} has {len(data.classes)} classes and {data.channels} channels: "
+            "take data of the same kind"
+        )
     with reproducible(place, config.seed):
         model = build_model(
             replace(config, memory="recompute", budget=None), len(data.classes), data.channels

@@ -22,7 +22,7 @@ from resnetv2.training.files import make_folder, reason_of, remove_leftovers, wr
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["RunLog", "holds_a_run", "read_config", "write_config"]
+__all__ = ["RunLog", "check_folder", "holds_a_run", "read_config", "write_config"]
 
 _METRICS = "metrics.jsonl"
 _CONFIG = "config.yaml"
@@ -218,6 +218,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         InputError: there is none, or it is not a YAML mapping; in one line.
     """
     path = Path(folder) / _CONFIG
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no file, and a run has a file there: remove it")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -244,8 +246,9 @@ def holds_a_run(folder: Path | str) -> str | None:
         InputError: `folder` is a file, or may not be looked into.
     """
     folder = Path(folder)
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise InputError(f"{folder} is a file, expected a folder")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        kind = "file" if os.path.exists(folder) else "broken link"
+        raise InputError(f"{folder} is a {kind}, expected a folder")
     found = [name for name in (_CONFIG, _METRICS) if os.path.exists(folder / name)]
     checkpoints = Checkpoints(folder / "checkpoints")
     count = len(checkpoints.files())
@@ -254,6 +257,33 @@ def holds_a_run(folder: Path | str) -> str | None:
     if os.path.exists(checkpoints.best):
         found.append(checkpoints.best.name)
     return ", ".join(found) or None
+
+
+def check_folder(folder: Path | str) -> None:
+    """Find out what a run's files would run into in `folder`, before anything is made there.
+
+    Raises:
+        InputError: a folder where a file goes or the other way round, or no permission to write.
+    """
+    folder = Path(folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    files = [folder / name for name in (_CONFIG, _METRICS, "curves.png")]
+    for path in [*files, *checkpoints.files(), checkpoints.best]:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise InputError(f"{path} is no file, and a run has a file there: remove it")
+    for path in (checkpoints.folder, folder / "tensorboard"):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise InputError(f"{path} is no folder, and a run has a folder there: remove it")
+    for path in (checkpoints.folder, folder, *folder.absolute().parents):
+        if os.path.exists(path):
+            if not os.path.isdir(path):
+                raise InputError(f"cannot make the folder {folder}: {path} is a file")
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise InputError(
+                    f"cannot write to {path}: make it writable, or take another folder by --out"
+                )
+            if path != checkpoints.folder:
+                break
 
 
 def _summary_writer() -> "type[SummaryWriter]":
