@@ -13,6 +13,8 @@ from resnetv2.errors import InputError
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
+_keeps = False
+
 _GROUP = "/sys/fs/cgroup"
 
 
@@ -74,12 +76,21 @@ def keep_freed_memory() -> None:
     By default it gives large blocks back at once or keeps them, as the course of earlier sizes has
     it, and then the same step takes 1x or 1.8x of its time from process to process: page faults.
     """
+    global _keeps
     if sys.platform != "linux":
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_M_MMAP_MAX, 0)
         set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+        _keeps = True
+
+
+def release_freed_memory() -> None:
+    """After work of another pattern than the steps' (a test pass): give back what it left free in
+    between, which is taken anew in a second. Only where ``keep_freed_memory`` keeps it."""
+    if _keeps:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_in_use(device: torch.device) -> int | None:

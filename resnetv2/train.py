@@ -34,7 +34,7 @@ from resnetv2.data import (
     create_synthetic_dataset,
     load_data,
 )
-from resnetv2.host import memory_in_use
+from resnetv2.host import memory_in_use, release_freed_memory
 from resnetv2.memory import BudgetError, plan
 from resnetv2.models import PreActResNet
 from resnetv2.parallel import World, alike, distribute, local_device, processes
@@ -683,6 +683,7 @@ class _Run:
         # Norms that are not synchronised have their own moments, a checkpoint has the main ones.
         world.share(tested.buffers())
         test_loss, test_accuracy = evaluate_as(config, tested, self.batches, world)
+        release_freed_memory()
         entry = EpochMetrics(
             epoch=epoch,
             lr=rate,
