@@ -603,6 +603,10 @@ class _Run:
         if world.size > 1 and fresh:
             # Where a model draws random numbers itself, ranks must not draw the same ones.
             torch.manual_seed(config.seed + (world.rank << 32))
+        if fresh:
+            # Not earlier: packages that loading imports for the first time draw from them.
+            random.seed((config.seed << 32) + world.rank)
+            np.random.seed([config.seed % 2**32, config.seed >> 32, world.rank])  # noqa: NPY002
         step = Step(
             network,
             self.optimizer,

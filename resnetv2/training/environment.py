@@ -64,15 +64,14 @@ def package_versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the generators of torch, Python and NumPy, pin cuDNN's choices, then put all back."""
+    """Seed torch's generators and pin cuDNN's choices; in the end put these and the generators of
+    Python and NumPy back."""
     cuda = [device] if device.type == "cuda" else []
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     others = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield
