@@ -355,7 +355,7 @@ def test_group_of_one_rank_has_batch_norms_bits(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"bias": False}])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}])
 def test_lone_norm(options):
     norm = nn.BatchNorm2d(4, **options)
     parameters, buffers = list(norm.parameters()), list(norm.buffers())
