@@ -257,6 +257,8 @@ def _load_cifar(class_name: str, root: Path) -> ImageData:
 
     dataset = getattr(datasets, class_name)
     had_root = root.exists()
+    if had_root and not root.is_dir():
+        raise InputError(f"{root} is a file, expected the folder where {class_name} lies or goes")
     try:
         train, test = (dataset(root, train=training, download=True) for training in (True, False))
     # urllib's URLError is an OSError; torchvision raises RuntimeError for a damaged file.
@@ -264,9 +266,12 @@ def _load_cifar(class_name: str, root: Path) -> ImageData:
         if not had_root:
             with contextlib.suppress(OSError):
                 root.rmdir()
+        # Of a URLError, of a system's error, of torchvision's.
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        reason = " ".join(str(reason).split())
         raise InputError(
             f"{_incomplete(dataset, root) or f'{class_name} is not under {root}'} and could not be "
-            f"downloaded ({' '.join(str(error).split())}). "
+            f"downloaded ({reason}). "
             "Without a network use digits, imagefolder:PATH or synthetic"
         ) from error
 
