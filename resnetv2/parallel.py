@@ -185,6 +185,12 @@ def processes(device: torch.device) -> Iterator[World]:
         try:
             dist.init_process_group(backend, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ["MASTER_PORT"]
+                raise InputError(
+                    f"cannot join the other processes: port {port} is taken by another job; give "
+                    "torchrun another --master-port"
+                ) from error
             raise InputError(f"cannot join the other processes: {_first_line(error)}") from error
     try:
         size = dist.get_world_size()

@@ -51,6 +51,7 @@ from resnetv2.training.environment import (
 from resnetv2.training.evaluate import (
     DTYPES,
     build_model,
+    check_backend,
     evaluate_as,
     load_weights,
     memory_format_of,
@@ -221,6 +222,8 @@ def train(
     folder = None if out is None else Path(out)
     with alike():
         place = select_device(config.device)
+        if model is None:
+            check_backend(config.backend, place)
         if resume is not None and folder is None and str(resume) == "auto":
             raise InputError('resume "auto" looks for checkpoints in the run\'s folder: give out')
     place = local_device(place)
@@ -285,6 +288,12 @@ def run_of(checkpoint: str | Path) -> Path | None:
     if path.is_dir():
         return path.parent if path.name == "checkpoints" else path
     return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]!r}"
+    return str(error).partition("\n")[0].rpartition("__init__() ")[2]
 
 
 def _printer(speak: bool) -> Any:
@@ -413,7 +422,7 @@ class _Run:
         # What a checkpoint has for the parts that are made when training begins.
         self._sums: Tensor | None = None
         self._random: list[dict[str, Any]] | None = None
-        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._pending: list[tuple[dict[str, Any], Tensor | float]] = []
         self._drawn = time.monotonic()
 
     def _facts(self, data: ImageData | FolderData, own_model: bool) -> dict[str, Any]:
@@ -538,8 +547,10 @@ class _Run:
             self._random = state["random"]
             self._sums = self._own_part(state["sums"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"cannot go on from {path}: {reason}") from error
+            raise InputError(
+                f"cannot go on from {path}, which another version or program has written: "
+                f"{_reason(error)}"
+            ) from error
         if self.done > self.total:
             raise InputError(f"{path} is from step {self.done:,}, beyond this run's {self.total:,}")
         self.resumed_at = self.done
@@ -669,7 +680,10 @@ class _Run:
             record: dict[str, Any] = {"step": self.done, "lr": rate}
             if config.log_steps:
                 record["memory"] = memory_in_use(self.device)
-            self._pending.append((record, step.loss))
+            # A GPU is not waited for. On a CPU a tensor kept for long, allocated where the heap is
+            # at its fullest, would hold it open there, and the next step's blocks go behind it.
+            loss = step.loss if self.device.type != "cpu" else float(step.loss)
+            self._pending.append((record, loss))
             self.done += 1
             bar.update(config.batch_size)
             self.seconds = time.perf_counter() - started
@@ -762,7 +776,8 @@ class _Run:
         """Fetch the losses of the steps since the last time, and log them if asked for."""
         if not self._pending:
             return []
-        local = torch.stack([loss for _, loss in self._pending])
+        losses = [torch.as_tensor(loss, dtype=torch.float32) for _, loss in self._pending]
+        local = torch.stack(losses)
         values = (self.world.sum(local) / self.world.size).tolist()
         records = [record for record, _ in self._pending]
         steps = [(record["step"], value) for record, value in zip(records, values)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from resnetv2.data import Batches, load_data
 from resnetv2.errors import InputError
+from resnetv2.kernels.dispatch import resolve_backend
 from resnetv2.parallel import World
 from resnetv2.training.checkpoint import Checkpoints, check_parts
 from resnetv2.training.config import TrainConfig, saved_config
@@ -104,6 +106,24 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
         raise InputError(str(error)) from error
 
 
+def check_backend(backend: str, device: torch.device) -> None:
+    """Refuse a backend that cannot run on `device`, before anything else is done.
+
+    Raises:
+        InputError: no such backend, or kernels without a GPU. ImportError: Triton is missing.
+    """
+    if backend == "eager":
+        return
+    try:
+        chosen = resolve_backend(backend, device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if chosen == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"backend triton needs a GPU, and the device is {device}: take --backend aten or auto"
+        )
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate_run` found.
@@ -172,6 +192,7 @@ def evaluate_run(
             f"{path} holds a model of the caller's own ({facts.get('model')}): load it there"
         )
     place = select_device(config.device)
+    check_backend(config.backend, place)
     data = load_data(
         config.data,
         root=config.root,
