@@ -6,7 +6,7 @@ the place in the global batch: a run that is resumed in the middle of an epoch, 
 over several processes, sees the images that one uninterrupted process would see, bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -222,7 +222,9 @@ class Batches:
         """Images in the global batch of `step`, from 0."""
         return min(self.batch_size, self._count - step * self.batch_size)
 
-    def training(self, epoch: int = 1, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(
+        self, epoch: int = 1, start: int = 0
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This process' shares of the batches of `epoch` from step `start` on, augmented.
 
         Batches before `start` are not made. Raises InputError for a file that cannot be read.
@@ -238,7 +240,7 @@ class Batches:
 
     def _training(
         self, epoch: int, batches: Iterator[tuple[int, tuple[Tensor, Tensor]]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         for step, (images, labels) in batches:
             images = self._normalise(images)
             if isinstance(self.data, ImageData):

@@ -673,27 +673,29 @@ class _Run:
         self.model.train()
         started = time.perf_counter() - self.seconds
         rate = self._rate(max(self.done - 1, 0))
-        batches = self.batches.training(epoch, self.done - first)
-        for images, labels in itertools.islice(batches, end - self.done):
-            rate = self._rate(self.done)
-            step(images, labels, rate)
-            record: dict[str, Any] = {"step": self.done, "lr": rate}
-            if config.log_steps:
-                record["memory"] = memory_in_use(self.device)
-            # A GPU is not waited for. On a CPU a tensor kept for long, allocated where the heap is
-            # at its fullest, would hold it open there, and the next step's blocks go behind it.
-            loss = step.loss if self.device.type != "cpu" else float(step.loss)
-            self._pending.append((record, loss))
-            self.done += 1
-            bar.update(config.batch_size)
-            self.seconds = time.perf_counter() - started
-            last = self.done == end
-            if self.device.type == "cpu" or last or self.done % _STEPS_A_LOOK == 0:
-                self._look(step, log, stop, bar)
-            every = config.checkpoint_every
-            if every is not None and self.done % every == 0 and not last:
-                self.save(step, log)
-                started = time.perf_counter() - self.seconds
+        # Closed at once where an error or a request ends the epoch: its workers end with it.
+        with contextlib.closing(self.batches.training(epoch, self.done - first)) as batches:
+            for images, labels in itertools.islice(batches, end - self.done):
+                rate = self._rate(self.done)
+                step(images, labels, rate)
+                record: dict[str, Any] = {"step": self.done, "lr": rate}
+                if config.log_steps:
+                    record["memory"] = memory_in_use(self.device)
+                # A GPU is not waited for. On a CPU a tensor kept for long, allocated where the heap
+                # is at its fullest, would hold it open there, and the next step's blocks go behind
+                # it.
+                loss = step.loss if self.device.type != "cpu" else float(step.loss)
+                self._pending.append((record, loss))
+                self.done += 1
+                bar.update(config.batch_size)
+                self.seconds = time.perf_counter() - started
+                last = self.done == end
+                if self.device.type == "cpu" or last or self.done % _STEPS_A_LOOK == 0:
+                    self._look(step, log, stop, bar)
+                every = config.checkpoint_every
+                if every is not None and self.done % every == 0 and not last:
+                    self.save(step, log)
+                    started = time.perf_counter() - self.seconds
         loss_sum, correct, seen = world.sum(step.sums).tolist()
         self.seconds = time.perf_counter() - started
         self._flush(log)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from rank_trials import STEPS, arguments, compare
-from resume_trials import newest
+from resume_trials import newest, write_images
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -185,18 +185,25 @@ def test_torchrun_and_going_on_after_it(results: dict[str, Any], folder: Path) -
     assert not compare(out, folder / "run-2")
 
 
-def test_sigterm_to_torchrun_saves_and_stops_all(results: dict[str, Any], folder: Path) -> None:
-    out = folder / "run-stopped"
-    process = torchrun(*arguments(), "--out", str(out))
+def test_sigterm_to_torchrun_saves_and_stops_all(folder: Path) -> None:
+    """With processes that load images, which get the signal too."""
+    out, images = folder / "run-stopped", folder / "images"
+    write_images(images)
+    streamed = ["--data", f"imagefolder:{images}", "--cache", "stream", "--image-size", "16"]
+    sizes = ["--depth", "8", "--batch-size", "8", "--steps", "400", "--checkpoint-every", "3"]
+    process = torchrun(
+        *streamed, *sizes, "--workers", "1", "--backend", "aten", "--device", "cpu",
+        "--out", str(out),
+    )  # fmt: skip
     wait_for(process, lambda: any(out.glob("checkpoints/step-*.pt")))
     ranks = workers(process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     state = newest(out)
-    assert state["step"] < STEPS
+    assert state["step"] < 400
     (line,) = [line for line in errors.splitlines() if "stopped after step" in line]
-    assert f"stopped after step {state['step']} of {STEPS}; saved {out}" in line
+    assert f"stopped after step {state['step']} of 400; saved {out}" in line
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
