@@ -7,10 +7,12 @@ itself are in the test.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -22,6 +24,8 @@ from typing import Any
 
 import torch
 from resume_trials import course, differences, newest
+
+from resnetv2.errors import InputError
 
 STEPS = 20
 OPTIONS: dict[str, Any] = {
@@ -147,10 +151,26 @@ def run(out: Path | None, moved: int = 0, **options: Any) -> Any:
     }
 
 
-def command(*words: str) -> Any:
-    """The command line in this process; it exits."""
-    from resnetv2.cli import main
+def command(*words: str, full_after: int = 0) -> Any:
+    """The command line in this process; it exits.
 
+    full_after: with a disk that is full after so many checkpoints.
+    """
+    from resnetv2.cli import main
+    from resnetv2.training import checkpoint
+
+    write, written = checkpoint.write_atomically, 0
+
+    def on_a_full_disk(path: Path, work: Callable[[Any], Any]) -> None:
+        nonlocal written
+        written += 1
+        if written > full_after:
+            full = OSError(errno.ENOSPC, "No space left on device")
+            raise InputError(f"cannot write {path}: {full.strerror}") from full
+        write(path, work)
+
+    if full_after:
+        checkpoint.write_atomically = on_a_full_disk
     main(list(words))
 
 
@@ -201,6 +221,14 @@ def main(folder: Path) -> None:
             "killed": killed, "at": at, "again": again, "differs": compare(out, folder / "run-2"),
         }  # fmt: skip
 
+    # Another number of processes goes on where two have stopped.
+    for size in (1, 4):
+        out = folder / f"run-2-then-{size}"
+        shutil.copytree(folder / "run-2", out)
+        (out / "checkpoints" / f"step-{STEPS:08d}.pt").unlink()
+        (out / "checkpoints" / "best.pt").unlink()
+        results[f"2 then {size}"] = launch(folder / "then", size, lambda: run(out))  # noqa: B023
+
     local = {"sync_bn": False, "steps": 8}
     results["local"] = launch(folder / "local", 2, lambda: run(folder / "run-local", **local))
     wrong = {
@@ -218,6 +246,8 @@ def main(folder: Path) -> None:
             2,
             lambda: command("train", *arguments(), "--out", out, *words),  # noqa: B023
         )
+    full = ["train", *arguments(), "--out", str(folder / "run-full")]
+    results["full"] = launch(folder / "full", 2, lambda: command(*full, full_after=2))
     (folder / "results.json").write_text(json.dumps(results))
 
 

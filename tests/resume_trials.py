@@ -393,5 +393,22 @@ def main(folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results))
 
 
+def one(folder: Path, kind: str, out: Path, step: int) -> None:
+    """A run in a process of its own, which imports what it needs as it goes.
+
+    step: it is killed there; 0 for a run that may end.
+    """
+    torch.set_num_threads(1)
+    import resnetv2.train as train
+
+    train.plot_curves = lambda *arguments: None
+    if step:
+        arm(Kill("enter", number=step, function=_STEP), 0, Board())
+    train.train_resnet_v2(**options_of(kind, folder), out=out, resume="auto")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        one(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))

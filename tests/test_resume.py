@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -36,17 +37,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     if not hasattr(os, "fork"):
         pytest.skip("the trials are forks of one process, which this system has not")
     folder = tmp_path_factory.mktemp("trials")
+    done = start(str(folder))
+    assert done.returncode == 0, done.stderr[-4000:]
+    yield {**json.loads((folder / "results.json").read_text()), "folder": folder}
+    shutil.rmtree(folder)
+
+
+def start(*words: str) -> "subprocess.CompletedProcess[str]":
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "resume_trials.py"), str(folder)],
+    return subprocess.run(
+        [sys.executable, str(TESTS / "resume_trials.py"), *words],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    yield json.loads((folder / "results.json").read_text())
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", TRIALS)
@@ -66,6 +71,20 @@ def test_kills_came_at_all_stages(results: dict[str, Any]) -> None:
     assert sum(death["checkpoints"] == 0 for death in plain) >= 2
     assert sum(death["torn"] for death in plain) >= 4, "few kills within a checkpoint's writing"
     assert len({death["steps"] for death in plain}) >= 8
+
+
+def test_the_same_bits_from_processes_of_their_own(results: dict[str, Any]) -> None:
+    """What a process imports on the way, and forks of a warm one have, changes no random state."""
+    folder = results["folder"]
+    out = folder / "dropout" / "cold"
+    killed = start(str(folder), "dropout", str(out), "5")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert newest(out)["step"] == 3
+    ended = start(str(folder), "dropout", str(out), "0")
+    assert ended.returncode == 0, ended.stderr
+    whole = folder / "dropout" / "whole"
+    assert not list(differences(newest(out), newest(whole)))
+    assert course(out) == course(whole)
 
 
 def test_differences_sees_one_bit() -> None:

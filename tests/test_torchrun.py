@@ -125,6 +125,27 @@ def test_error_is_one_line_of_the_main_process(
     assert not second["printed"]
 
 
+def test_full_disk_of_the_main_process_ends_all(results: dict[str, Any], folder: Path) -> None:
+    first, second = results["full"]
+    assert (first["code"], second["code"]) == (2, 2)
+    (line,) = [line for line in first["printed"].splitlines() if "Error" in line]
+    assert "No space left on device; the older checkpoints are untouched (newest: step-" in line
+    assert not second["printed"]
+    assert newest(folder / "run-full")["step"] == 6
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_another_number_of_processes_goes_on(size: int, results: dict[str, Any]) -> None:
+    """With a note, and from the same state to rounding."""
+    then, whole = results[f"2 then {size}"], results["2"][0]["told"]
+    assert [rank["code"] for rank in then] == [0] * size
+    assert f"processes were 2 and are {size}: the same function with other" in then[0]["printed"]
+    told = then[0]["told"]
+    assert len(told["losses"]) == 2
+    assert told["losses"] == pytest.approx(whole["losses"][-2:], rel=1e-4)
+    assert told["history"][-1][0] == pytest.approx(whole["history"][-1][0], rel=1e-4)
+
+
 # --- torchrun itself
 
 
