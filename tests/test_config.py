@@ -434,7 +434,7 @@ def test_a_configuration_survives_its_file(recipe: str | None) -> None:
 
 def test_a_saved_configuration_that_no_run_has() -> None:
     assert message(saved_config, {"depth": "deep"}, "a.pt") == (
-        "a.pt: depth must be a whole number of at least 1, got 'deep'"
+        "a.pt: depth must be a whole number of at least 1 and below 100000, got 'deep'"
     )
     assert message(saved_config, [1], "a.pt") == "a.pt: expected a configuration by name, got [1]"
 
