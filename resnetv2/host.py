@@ -87,8 +87,11 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """After work of another pattern than the steps' (a test pass): give back what it left free in
-    between, which is taken anew in a second. Only where ``keep_freed_memory`` keeps it."""
+    """Give back what lies free where ``keep_freed_memory`` keeps it.
+
+    From step to step blocks come to lie elsewhere, and what was touched once stays resident: 4 % more
+    in 40 steps of 1,001 layers. Now and then, at a checkpoint, it is taken anew, in a second.
+    """
     if _keeps:
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -595,7 +595,9 @@ class _Run:
             "random": random_states,
         }
         log.sync()
-        return self.checkpoints.save(state, self.done, best)
+        saved = self.checkpoints.save(state, self.done, best)
+        release_freed_memory()
+        return saved
 
     # --- training
 
@@ -703,7 +705,6 @@ class _Run:
         # Norms that are not synchronised have their own moments, a checkpoint has the main ones.
         world.share(tested.buffers())
         test_loss, test_accuracy = evaluate_as(config, tested, self.batches, world)
-        release_freed_memory()
         entry = EpochMetrics(
             epoch=epoch,
             lr=rate,
