@@ -4,6 +4,7 @@ A subcommand is a click command in a module of its own choice and a line in COMM
 is imported when the command runs or `--help` lists it. Wrong input is one line and exit code 2.
 """
 
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ class WrongInput(click.ClickException):
 
         if self.__cause__ is None or not is_reported_elsewhere(self.__cause__):
             super().show(file)
+        _let_go(self)
 
 
 @contextmanager
@@ -134,6 +136,15 @@ def clean_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("stopped at once", err=True)
         sys.exit(130)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold: threads of a process group that are there when the
+    interpreter ends may end it with a signal."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
