@@ -574,6 +574,7 @@ class _Run:
         self.last_checkpoint = self.world.on_main(
             lambda: self._write(sums, random_states, log, best)
         )
+        release_freed_memory()
 
     def _write(
         self, sums: list[Tensor], random_states: list[dict[str, Any]], log: RunLog, best: bool
@@ -595,9 +596,7 @@ class _Run:
             "random": random_states,
         }
         log.sync()
-        saved = self.checkpoints.save(state, self.done, best)
-        release_freed_memory()
-        return saved
+        return self.checkpoints.save(state, self.done, best)
 
     # --- training
 
