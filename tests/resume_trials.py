@@ -347,6 +347,8 @@ class Kind:
 
     def trial(self, name: str, kills: list[Kill]) -> dict[str, Any]:
         """Kill a run as asked, let it end, and compare it."""
+        from resnetv2.training.checkpoint import read
+
         out = self.folder / name.replace(" ", "-")
         deaths: list[dict[str, Any]] = []
         for kill in kills:
@@ -370,6 +372,8 @@ class Kind:
         if ended:
             found = list(differences(newest(out), self.state))
             found += differences(course(out), self.course, "metrics.jsonl")
+            best = [read(at / "checkpoints" / "best.pt") for at in (out, self.whole)]
+            found += differences(*best, "best.pt")
             left = [path.name for path in out.rglob("*.partial")]
             found += [f"left behind: {name}" for name in left]
         return {"deaths": deaths, "differs": found[:10]}

@@ -361,6 +361,25 @@ def test_stopped_run_goes_on_with_the_bits_of_one_that_was_not(
     assert [record["step"] for record in records(out, "resume")] == [3, 4, 9]
 
 
+def test_best_checkpoint_stays_the_best_after_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.9, 0.1, 0.95])
+    monkeypatch.setattr("resnetv2.train.evaluate_as", lambda *arguments: (1.0, next(accuracies)))
+    best = tmp_path / "checkpoints" / "best.pt"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            train(out=tmp_path, epochs=3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(Interrupted):
+            train(out=tmp_path, epochs=3, resume="auto")
+    assert read(best)["step"] == 4, "the second epoch was worse"
+    train(out=tmp_path, epochs=3, resume="auto")
+    assert read(best)["step"] == 12
+
+
 def test_finished_run_is_not_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
