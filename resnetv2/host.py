@@ -90,7 +90,7 @@ def release_freed_memory() -> None:
     """Give back what lies free where ``keep_freed_memory`` keeps it.
 
     From step to step blocks come to lie elsewhere, and what was touched once stays resident: 4 %
-    more in 40 steps of 1,001 layers. At a checkpoint it costs nothing: it is taken anew in a second.
+    more in 40 steps of 1,001 layers. After a checkpoint it is taken anew, in a second.
     """
     if _keeps:
         ctypes.CDLL(None).malloc_trim(0)
