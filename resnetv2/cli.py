@@ -98,6 +98,12 @@ class WrongInput(click.ClickException):
         _let_go(self)
 
 
+class RunFailed(WrongInput):
+    """The same for a run that failed by itself."""
+
+    exit_code = 1
+
+
 @contextmanager
 def clean_errors() -> Iterator[None]:
     """Turn what the user can put right into one line: exit code 2, or 1 if the run itself failed,
@@ -119,9 +125,9 @@ def clean_errors() -> Iterator[None]:
     except DivergenceError as error:
         if is_silent():
             sys.exit(1)
-        raise click.ClickException(str(error)) from error
+        raise RunFailed(str(error)) from error
     except ProcessLostError as error:
-        raise click.ClickException(str(error)) from error
+        raise RunFailed(str(error)) from error
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
