@@ -532,7 +532,7 @@ def run(*arguments: str):
             "Error: none of these studies has the option --lr",
         ),
         (["versions", "--depth", "20,50"], "Error: versions takes one depth, got 20, 50"),
-        (["architecture", "--device", "tpu9"], "Error: cannot use device 'tpu9'"),
+        (["architecture", "--device", "tpu9"], "Error: there is no device 'tpu9'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

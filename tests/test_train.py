@@ -337,6 +337,7 @@ def test_stopped_run_goes_on_with_the_bits_of_one_that_was_not(
     options = {"epochs": 3, "dtype": dtype, "log_steps": True, "ema": 0.9}
     whole = train(**options, out=tmp_path / "whole")
     out = tmp_path / "stopped"
+    handler = signal.getsignal(signal.SIGINT)
     for step in (3, 4, 9):  # within an epoch, at its last step and in the last epoch
         with monkeypatch.context() as patch:
             stop_after(patch, step)
@@ -344,7 +345,7 @@ def test_stopped_run_goes_on_with_the_bits_of_one_that_was_not(
                 train(**options, out=out, resume="auto")
         assert stopped.value.signal == signal.SIGINT
         assert f"resnetv2 train --out {out} --resume auto" in str(stopped.value)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is handler
     resumed = train(**options, out=out, resume="auto")
     assert same_bits(whole, resumed)
     assert whole.averaged is not None
