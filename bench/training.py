@@ -201,9 +201,10 @@ def page(epochs: list[dict[str, str]], steps: list[dict[str, str]]) -> str:
     )  # fmt: skip
     return (
         "# Training runs\n\n"
-        f"{'; '.join(conditions)}. Times are of the training steps alone, and of runs that shared "
-        "their machine with others unless the text says otherwise. Made by `python -m "
-        "bench.training` from epochs.csv and steps.csv beside this page.\n\n"
+        f"{'; '.join(conditions)}. CIFAR-10 as JPEG files of quality 75, so accuracies are to be "
+        "compared with each other. Times are of the training steps alone; runs with one thread "
+        "shared the machine. Made by `python -m bench.training` from epochs.csv and steps.csv "
+        "beside this page.\n\n"
         f"## Accuracy\n\n{accuracy_table(epochs)}\n{spread(epochs)}\n"
         f"## Fused against eager\n\n{comparison(epochs)}\n"
         f"## Memory over steps\n\n{steadiness(steps)}\n![loss and memory](steps.png)\n"
@@ -222,7 +223,8 @@ def plot(steps: list[dict[str, str]], path: Path) -> None:
     memory.set(xlabel="step", ylabel="resident memory (MB)", ylim=(0, None))
     for panel in (losses, memory):
         panel.grid(alpha=0.3)
-    losses.legend(frameon=False)
+    if steps:
+        losses.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -833,7 +833,7 @@ class _Run:
             + f", {images / trained:,.0f} images/s in training\n"
             f"test accuracy {100 * history[-1].test_accuracy:.2f} %"
         )
-        if best is not history[-1]:
+        if best.test_accuracy > history[-1].test_accuracy:
             text += f" (best: {100 * best.test_accuracy:.2f} % after epoch {best.epoch})"
         if self.folder is not None:
             text += f"\nwrote {self.folder}: config.yaml, metrics.jsonl, curves.png, checkpoints"

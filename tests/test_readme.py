@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import report, training
 from bench.schema import CSV_NAME, REPORTS, read
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -90,3 +90,22 @@ def test_extreme_depth_is_a_reports():
     losses = [row.value for row in rows.where(suite="extreme depth", metric="loss")]
     half = len(losses) // 2
     assert sum(losses[half:]) < sum(losses[:half]), "the README says that the loss falls"
+
+
+def test_fast_recipe_is_a_reports():
+    epochs = training.read_csv(training.REPORT / "epochs.csv")
+    stated = re.search(r"to (\S+) % test accuracy, on two CPU cores in (\S+) minutes", README)
+    assert stated, "the README no longer says what the recipe reaches"
+    found = []
+    for rows in training.by_run(epochs).values():
+        last = rows[-1]
+        if (last["threads"], last["step"]) == ("2", last["total_steps"]):
+            accuracy = 100 * float(last["test_accuracy"])
+            minutes = sum(float(row["seconds"]) for row in rows) / 60
+            found.append((f"{accuracy:.1f}", f"{minutes:.1f}"))
+    assert stated.groups() in found
+
+
+def test_training_page_is_what_the_csv_says():
+    tables = [training.read_csv(training.REPORT / name) for name in ("epochs.csv", "steps.csv")]
+    assert (training.REPORT / "README.md").read_text(encoding="utf-8") == training.page(*tables)
