@@ -463,9 +463,8 @@ class _Run:
                 f"{self.world.size} processes, {config.batch_size // self.world.size} images each "
                 f"a step, batch norm's moments {synced}"
             )
-        epochs = f"{self.epochs:,} epoch{'s' if self.epochs > 1 else ''}"
         lines.append(
-            f"{self.total:,} steps of {config.batch_size} images, {epochs}, schedule "
+            f"{self.total:,} steps of {config.batch_size} images, {_epochs(self.epochs)}, schedule "
             f"{config.schedule}, lr {config.lr:g}"
         )
         if self.resumed_at is not None:
@@ -828,7 +827,7 @@ class _Run:
         trained = sum(entry.seconds for entry in history)
         images = sum(entry.seconds * entry.images_per_second for entry in history)
         text = (
-            f"{self.total:,} steps, {len(history)} epochs in {_duration(seconds)}"
+            f"{self.total:,} steps, {_epochs(len(history))} in {_duration(seconds)}"
             + (" since it was resumed" if self.resumed_at is not None else "")
             + f", {images / trained:,.0f} images/s in training\n"
             f"test accuracy {100 * history[-1].test_accuracy:.2f} %"
@@ -878,6 +877,10 @@ def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+def _epochs(count: int) -> str:
+    return f"{count:,} epoch{'s' if count > 1 else ''}"
 
 
 def _duration(seconds: float) -> str:
