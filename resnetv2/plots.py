@@ -32,20 +32,19 @@ def plot_curves(history: Sequence["EpochMetrics"], path: str | Path, title: str)
     losses.plot(epochs, [entry.test_loss for entry in history], **_TEST, **marker)
     losses.set(yscale="log", ylabel="loss (cross-entropy)")
     errors.plot(epochs, [100 * (1 - entry.train_accuracy) for entry in history], **_TRAIN, **marker)
-    errors.plot(epochs, [100 * (1 - entry.test_accuracy) for entry in history], **_TEST, **marker)
-    errors.set(ylim=(0, None), ylabel="error (%)")
-    errors.annotate(
-        f"{100 * (1 - history[-1].test_accuracy):.2f} %",
-        (epochs[-1], 100 * (1 - history[-1].test_accuracy)),
-        xytext=(0, 8),
-        textcoords="offset points",
-        ha="right",
-        color=_TEST["color"],
+    last = f"test, {100 * (1 - history[-1].test_accuracy):.2f} % in the end"
+    errors.plot(
+        epochs,
+        [100 * (1 - entry.test_accuracy) for entry in history],
+        **{**_TEST, "label": last},
+        **marker,
     )
+    errors.set(ylim=(0, None), ylabel="error (%)")
     for panel in (losses, errors):
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3, which="both")
     losses.legend(frameon=False)
+    errors.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, format="png")
