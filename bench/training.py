@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from bench.schema import REPORTS
 from resnetv2.training.checkpoint import read
+from resnetv2.training.evaluate import evaluate_run
 
 REPORT = REPORTS / "training"
 IDENTITY = ("backend", "eager")
@@ -32,6 +33,7 @@ EPOCH_COLUMNS = (
     "batch_size", "epochs", "total_steps", "lr_peak", "schedule", "threads", "processes", "device",
     "python", "torch", "resnetv2", "epoch", "step", "lr", "train_loss", "train_accuracy",
     "test_loss", "test_accuracy", "seconds", "images_per_second", "weights_equal",
+    "tested_images", "whole_test_accuracy",
 )  # fmt: skip
 STEP_COLUMNS = ("run", "step", "loss", "lr", "memory")
 # Memory is compared from here on: the first steps still fill caches.
@@ -70,7 +72,18 @@ def weights_equal(first: dict[str, Any], second: dict[str, Any], step: int) -> b
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def rows_of(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def whole_accuracy(run: dict[str, Any], wanted: bool) -> float | None:
+    """Accuracy on the whole test set after the last step, where a run tested on a part of it."""
+    config = run["config"]
+    finished = run["epochs"][-1]["step"] == config["total_steps"]
+    if config["limit_batches"] is None or not wanted or not finished:
+        return None
+    return evaluate_run(run["folder"], limit_batches=None, progress=False).accuracy
+
+
+def rows_of(
+    runs: list[dict[str, Any]], whole: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of epochs.csv and of steps.csv."""
     epochs, steps = [], []
     for run in runs:
@@ -89,7 +102,13 @@ def rows_of(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict
             equal = None if other is None else weights_equal(run, other, entry["step"])
             row = {**fixed, **{k: v for k, v in entry.items() if k in EPOCH_COLUMNS}}
             row["epochs"] = config["epochs"]
-            epochs.append({**row, "weights_equal": equal})
+            limit = config["limit_batches"]
+            images = config["test_images"]
+            tested = images if limit is None else min(images, limit * config["batch_size"])
+            last = entry is run["epochs"][-1]
+            row |= {"weights_equal": equal, "tested_images": tested}
+            row["whole_test_accuracy"] = whole_accuracy(run, whole) if last else None
+            epochs.append(row)
         for entry in run["steps"]:
             steps.append({"run": run["folder"].name} | {k: entry.get(k) for k in STEP_COLUMNS[1:]})
     return epochs, steps
@@ -117,17 +136,18 @@ def by_run(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
 def accuracy_table(epochs: list[dict[str, str]]) -> str:
     """A line a run."""
     lines = [
-        "| run | net | seed | epochs | test accuracy | training | images/s | threads |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: |",
+        "| run | net | seed | steps | test accuracy | of images | training | images/s | threads |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for name, rows in by_run(epochs).items():
         last = rows[-1]
         seconds = sum(float(row["seconds"]) for row in rows)
         images = sum(float(row["seconds"]) * float(row["images_per_second"]) for row in rows)
-        planned = last["epochs"] or "-"
+        accuracy = last["whole_test_accuracy"] or last["test_accuracy"]
+        tested = "all" if last["whole_test_accuracy"] else last["tested_images"]
         lines.append(
             f"| {name} | {last['model']}, {last['backend']}, {last['memory']} | {last['seed']} "
-            f"| {last['epoch']} of {planned} | {100 * float(last['test_accuracy']):.2f} % "
+            f"| {last['step']} of {last['total_steps']} | {100 * float(accuracy):.2f} % | {tested} "
             f"| {seconds / 60:.1f} min | {images / seconds:.0f} | {last['threads']} |"
         )
     return "\n".join(lines) + "\n"
@@ -165,7 +185,8 @@ def spread(epochs: list[dict[str, str]]) -> str:
         last = rows[-1]
         if last["step"] == last["total_steps"]:
             key = (last["model"], last["data"], last["backend"], last["total_steps"])
-            groups.setdefault(key, []).append(100 * float(last["test_accuracy"]))
+            accuracy = last["whole_test_accuracy"] or last["test_accuracy"]
+            groups.setdefault(key, []).append(100 * float(accuracy))
     lines = [
         f"- {model}, {backend}, {steps} steps on {data}: {statistics.fmean(values):.2f} ± "
         f"{statistics.stdev(values):.2f} % ({len(values)} seeds)"
@@ -234,11 +255,14 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, help="folder of run folders")
     parser.add_argument("--out", type=Path, default=REPORT)
+    parser.add_argument(
+        "--whole", action="store_true", help="test again, on all images, runs that tested on a part"
+    )
     options = parser.parse_args()
     folders = sorted(path.parent for path in options.runs.glob("*/metrics.jsonl"))
     if not folders:
         parser.error(f"no run in {options.runs}: expected */metrics.jsonl")
-    epochs, steps = rows_of([load(folder) for folder in folders])
+    epochs, steps = rows_of([load(folder) for folder in folders], options.whole)
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "epochs.csv", EPOCH_COLUMNS, epochs)
     write_csv(options.out / "steps.csv", STEP_COLUMNS, steps)

@@ -247,11 +247,19 @@ class Batches:
                 images = self._augment(images, epoch, step)
             yield images.permute(0, 3, 1, 2), labels
 
-    def testing(self, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process' share of the test set, in order and as it is. It may have none."""
+    def testing(
+        self, batch_size: int = 500, limit: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process' share of the test set, in order and as it is. It may have none.
+
+        limit: at most so many batches, of images at equal distances: folders are sorted by class.
+        """
         if batch_size < 1:
             raise InputError(f"the batch size must be at least 1, got {batch_size}")
         mine = np.arange(len(self.data.test))[self._share(len(self.data.test))]
+        if limit is not None and limit * batch_size < len(mine):
+            count = limit * batch_size
+            mine = mine[np.arange(count) * len(mine) // count]
         shares = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
         for images, labels in self._load(shares, None):
             yield self._normalise(images).permute(0, 3, 1, 2), labels

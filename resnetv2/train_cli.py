@@ -120,7 +120,9 @@ def _choice(*names: str) -> click.Choice[str]:
 )
 @click.option("--workers", type=int, help="Processes that make batches.  [default: 0]")
 @click.option(
-    "--limit-batches", type=int, help="At most so many batches an epoch, for trying things out."
+    "--limit-batches",
+    type=int,
+    help="At most so many training and test batches an epoch, for trying things out.",
 )
 @click.option(
     "--out",

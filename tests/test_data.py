@@ -486,3 +486,13 @@ def test_images_that_memory_cannot_hold_are_refused(name: str) -> None:
 def test_unknown_names(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_data(name)
+
+
+def test_limited_test_set_has_images_of_all_classes() -> None:
+    data = numbered(40)
+    batches = Batches(data, 4)
+    whole = torch.cat([labels for _, labels in batches.testing(4)])
+    part = torch.cat([labels for _, labels in batches.testing(4, limit=2)])
+    spread = torch.arange(8) * len(whole) // 8
+    assert torch.equal(part, whole[spread])
+    assert len(torch.cat([labels for _, labels in batches.testing(4, limit=100)])) == len(whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -61,7 +60,7 @@ def evaluate(
     Args:
         model: logits from images, on the device of `batches`; its modes are left as they were.
         dtype, memory_format: as in training (`step.compute_logits`).
-        batch_size: images at a time. limit: at most so many batches.
+        batch_size: images at a time. limit: at most so many batches, see `Batches.testing`.
         world: the processes that share the test set. All call it together.
 
     Raises:
@@ -72,7 +71,7 @@ def evaluate(
     model.eval()
     device = batches.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in itertools.islice(batches.testing(batch_size), limit):
+    for images, labels in batches.testing(batch_size, limit):
         logits = compute_logits(model, images, dtype, memory_format)
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
