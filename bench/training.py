@@ -1,6 +1,6 @@
 """What committed training runs show: accuracy and time, fused against eager, memory over steps.
 
-    python -m bench.training RUNS [--out bench/reports/training]
+    python -m bench.training RUNS [--whole] [--out bench/reports/training]
 
 RUNS is a folder of run folders as `resnetv2 train --out` leaves them, whatever they are called.
 Two runs whose configurations differ in `backend` alone are compared: after which epochs their
@@ -28,6 +28,19 @@ from resnetv2.training.evaluate import evaluate_run
 
 REPORT = REPORTS / "training"
 IDENTITY = ("backend", "eager")
+
+# How the committed runs were made, CIFAR-10 unpacked as folders of JPEG files in data/cifar10-jpeg.
+COMMANDS = """\
+resnetv2 train --recipe fast --data imagefolder:data/cifar10-jpeg --threads 2 --out RUNS/fused-0
+for s in 0 1 2; do
+  resnetv2 train --recipe fast --data imagefolder:data/cifar10-jpeg --limit-batches 39 \\
+    --seed $s --threads 1 --keep 10 --out RUNS/short-fused-$s  # and with --eager: short-eager-$s
+done
+resnetv2 train --depth 1001 --block bottleneck --data imagefolder:data/cifar10-jpeg \\
+  --memory auto --budget 4GiB --batch-size 32 --steps 100 --limit-batches 50 --warmup-steps 100 \\
+  --log-steps --checkpoint-every 5 --threads 1 --out RUNS/r1001
+python -m bench.training RUNS --whole
+"""
 EPOCH_COLUMNS = (
     "run", "model", "data", "image", "parameters", "backend", "memory", "budget", "dtype", "seed",
     "batch_size", "epochs", "total_steps", "lr_peak", "schedule", "threads", "processes", "device",
@@ -226,6 +239,7 @@ def page(epochs: list[dict[str, str]], steps: list[dict[str, str]]) -> str:
         "compared with each other. Times are of the training steps alone; runs with one thread "
         "shared the machine. Made by `python -m bench.training` from epochs.csv and steps.csv "
         "beside this page.\n\n"
+        f"```\n{COMMANDS}```\n\n"
         f"## Accuracy\n\n{accuracy_table(epochs)}\n{spread(epochs)}\n"
         f"## Fused against eager\n\n{comparison(epochs)}\n"
         f"## Memory over steps\n\n{steadiness(steps)}\n![loss and memory](steps.png)\n"
