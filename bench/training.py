@@ -48,6 +48,7 @@ EPOCH_COLUMNS = (
     "test_loss", "test_accuracy", "seconds", "images_per_second", "weights_equal",
     "tested_images", "whole_test_accuracy",
 )  # fmt: skip
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 STEP_COLUMNS = ("run", "step", "loss", "lr", "memory")
 # Memory is compared from here on: the first steps still fill caches.
 FIRST_STEP = 10
@@ -77,17 +78,30 @@ def twin(run: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any] | No
 
 
 def weights_equal(first: dict[str, Any], second: dict[str, Any], step: int) -> bool | None:
-    """Whether two runs' checkpoints of a step hold the same bits; None where one is missing."""
+    """Whether two runs' checkpoints of a step hold the same bits of every parameter.
+
+    None where one is missing. Running statistics are left out: a chain moves them all at once, with
+    a rounding of its own.
+    """
     files = [run["folder"] / "checkpoints" / f"step-{step:08d}.pt" for run in (first, second)]
     if not all(file.exists() for file in files):
         return None
     mine, theirs = (read(file)["model"] for file in files)
-    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+    parameters = [name for name in mine if not name.endswith(BUFFERS)]
+    return all(torch.equal(mine[name], theirs[name]) for name in parameters)
 
 
-def whole_accuracy(run: dict[str, Any], wanted: bool) -> float | None:
-    """Accuracy on the whole test set after the last step, where a run tested on a part of it."""
+def whole_accuracy(
+    run: dict[str, Any], wanted: bool, known: dict[tuple[str, str], str]
+) -> float | str | None:
+    """Accuracy on the whole test set after the last step, where a run tested on a part of it.
+
+    known: from an earlier report, by run and training loss.
+    """
     config = run["config"]
+    before = known.get((run["folder"].name, str(run["epochs"][-1]["train_loss"])))
+    if before:
+        return before
     finished = run["epochs"][-1]["step"] == config["total_steps"]
     if config["limit_batches"] is None or not wanted or not finished:
         return None
@@ -95,10 +109,13 @@ def whole_accuracy(run: dict[str, Any], wanted: bool) -> float | None:
 
 
 def rows_of(
-    runs: list[dict[str, Any]], whole: bool = False
+    runs: list[dict[str, Any]],
+    whole: bool = False,
+    earlier: list[dict[str, str]] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of epochs.csv and of steps.csv."""
     epochs, steps = [], []
+    known = {(r["run"], r["train_loss"]): r["whole_test_accuracy"] for r in earlier or []}
     for run in runs:
         config = run["config"]
         other = twin(run, runs)
@@ -120,7 +137,7 @@ def rows_of(
             tested = images if limit is None else min(images, limit * config["batch_size"])
             last = entry is run["epochs"][-1]
             row |= {"weights_equal": equal, "tested_images": tested}
-            row["whole_test_accuracy"] = whole_accuracy(run, whole) if last else None
+            row["whole_test_accuracy"] = whole_accuracy(run, whole, known) if last else None
             epochs.append(row)
         for entry in run["steps"]:
             steps.append({"run": run["folder"].name} | {k: entry.get(k) for k in STEP_COLUMNS[1:]})
@@ -180,12 +197,14 @@ def comparison(epochs: list[dict[str, str]]) -> str:
         ]
         for other in others:
             common = list(zip(rows, other))
-            keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+            keys = ("train_loss", "train_accuracy", "test_accuracy")
             same = [all(a[key] == b[key] for key in keys) for a, b in common]
+            apart = max(abs(float(a["test_loss"]) - float(b["test_loss"])) for a, b in common)
             weights = [a["weights_equal"] for a, _ in common if a["weights_equal"]]
             lines.append(
-                f"- {name} and {other[0]['run']}: the same losses and accuracies, digit for digit, "
-                f"in {sum(same)} of {len(common)} epochs; the same bits of all weights in "
+                f"- {name} and {other[0]['run']}: the same training loss, training and test "
+                f"accuracy, digit for digit, in {sum(same)} of {len(common)} epochs, test losses "
+                f"at most {apart:.1g} apart; the same bits of every parameter in "
                 f"{weights.count('True')} of {len(weights)} checkpoints that both have kept."
             )
     return "\n".join(lines) + "\n"
@@ -276,7 +295,10 @@ def main() -> None:
     folders = sorted(path.parent for path in options.runs.glob("*/metrics.jsonl"))
     if not folders:
         parser.error(f"no run in {options.runs}: expected */metrics.jsonl")
-    epochs, steps = rows_of([load(folder) for folder in folders], options.whole)
+    old = options.out / "epochs.csv"
+    epochs, steps = rows_of(
+        [load(folder) for folder in folders], options.whole, read_csv(old) if old.exists() else None
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "epochs.csv", EPOCH_COLUMNS, epochs)
     write_csv(options.out / "steps.csv", STEP_COLUMNS, steps)
