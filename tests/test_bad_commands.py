@@ -220,14 +220,14 @@ def test_an_image_lost_in_a_run_with_workers_keeps_its_checkpoints(place: Place)
     place.images()
     reference = run(command.replace("--out run", "--out whole"))
     assert reference.exit_code == 0, reference.output
-    path = place / "images/test/cat/1.png"
+    path = place / "images/test/cat/0.png"
     content = path.read_bytes()
     path.write_bytes(content[:45])  # its size can be read
 
     stopped = process(command, cwd=place.folder)
     _, stderr = stopped.communicate(timeout=120)
     assert stopped.returncode == 2, stderr
-    check_line(stderr, "cannot read the image images/test/cat/1.png: ")
+    check_line(stderr, "cannot read the image images/test/cat/0.png: ")
     checkpoint = place / "run/checkpoints/step-00000001.pt"
     assert read(checkpoint)["step"] == 1
 
