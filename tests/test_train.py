@@ -5,7 +5,6 @@ import math
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,7 @@ SMALL = create_synthetic_dataset(96, 4, image_size=8)  # 76 for training: 4 batc
 DIGITS = {"data": "digits", "limit_batches": 3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are too small to share, and threads of parallel tests would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(data: Any = SMALL, **options: Any) -> TrainingResult:
@@ -78,23 +71,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
         return one_step(run, at)
 
     monkeypatch.setattr(_Run, "_rate", rate)
-
-
-@pytest.mark.parametrize(
-    ("step", "rate"),
-    [
-        (0, 0.01),
-        (399, 0.01),
-        (400, 0.1),
-        (31_999, 0.1),
-        (32_000, 0.01),
-        (47_999, 0.01),
-        (48_000, 0.001),
-        (63_999, 0.001),
-    ],
-)
-def test_schedule_is_the_papers(step: int, rate: float) -> None:
-    assert learning_rate(step, 64_000) == pytest.approx(rate)
 
 
 def test_schedule_scales() -> None:
