@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .schema import Row, read
+from bench.schema import Row, read
 
 
 class Distance(NamedTuple):

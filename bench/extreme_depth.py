@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.report import render
 from bench.schema import CSV_NAME, REPORTS, Row, device_name, merge, read, versions, write
 from bench.suites import SUITES, describe
-from resnetv2.memory import peak_bytes
+from resnetv2.planning.memory import peak_bytes
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     import torch.nn.functional as F
 
     from resnetv2 import PreActResNet
-    from resnetv2.data import load_data
+    from resnetv2.data.datasets import load_data
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")

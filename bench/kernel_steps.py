@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resnetv2.chain import Chain
-from resnetv2.cost import Cost, CostEngine, Rates, copy_rate, floor_seconds, multiply_rate
+from bench.cases import DTYPES, Case, device
+from resnetv2.core.chain import Chain
+from resnetv2.core.run import describe
+from resnetv2.core.spec import decode
 from resnetv2.kernels.dispatch import AtenEngine, engine
-from resnetv2.run import describe
-from resnetv2.spec import decode
-
-from .cases import DTYPES, Case, device
+from resnetv2.planning.cost import Cost, CostEngine, Rates, copy_rate, floor_seconds, multiply_rate
 
 CALLS = ("moments", "norm_stats", "conv_forward", "conv_backward", "norm_conv_backward")
 COLD_BYTES = 2**26  # written between samples; L2 caches are smaller

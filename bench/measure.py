@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnetv2.host import keep_freed_memory
-from resnetv2.memory import peak_bytes
-
-from .cases import DTYPES, Case, device
-from .providers import COMPILE, EAGER, Provider
+from bench.cases import DTYPES, Case, device
+from bench.providers import COMPILE, EAGER, Provider
+from resnetv2.data.host import keep_freed_memory
+from resnetv2.planning.memory import peak_bytes
 
 # A provider's error against float64 may be twice eager's (the project's yardstick), plus a few
 # units in the last place, where eager has hardly any.

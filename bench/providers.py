@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from .cases import Case, device
+from bench.cases import Case, device
 
 EAGER = "eager"
 COMPILE = "compile"

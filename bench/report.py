@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .providers import COMPILE, EAGER
-from .schema import CSV_NAME, REPORTS, Row, read
+from bench.providers import COMPILE, EAGER
+from bench.schema import CSV_NAME, REPORTS, Row, read
 
 OURS = ("recompute", "invert_h1", "invert", "segment")
 PAGE = "README.md"

@@ -25,10 +25,10 @@ from types import ModuleType
 import torch
 
 from bench.schema import REPORTS, device_name
-from resnetv2.data import ImageData
+from resnetv2.data.batches import ImageData
 from resnetv2.studies import STUDIES, StudyOptions
 from resnetv2.studies.harness import Comparison, History, train_variant
-from resnetv2.train import EpochMetrics
+from resnetv2.training.loop import EpochMetrics
 
 RUNS = Path("runs/studies-cifar10")
 SEEDS = {"versions": 3, "shortcuts": 2}

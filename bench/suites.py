@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from .cases import Case
-from .kernel_steps import KernelTime
-from .measure import Bench, Failure, Outcome, quantiles, spread
-from .providers import COMPILE, EAGER
-from .schema import Row
+from bench.cases import Case
+from bench.kernel_steps import KernelTime
+from bench.measure import Bench, Failure, Outcome, quantiles, spread
+from bench.providers import COMPILE, EAGER
+from bench.schema import Row
 
 SUITES = ("unit", "depth", "limits", "kernel", "accuracy", "extreme depth")
 MODE = "forward+backward"

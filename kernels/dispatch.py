@@ -207,7 +207,14 @@ class TritonEngine(AtenEngine):
     rank_moments_from_conv = True
 
     def __init__(self) -> None:
-        from . import conv_dgrad, conv_forward, conv_wgrad, moments, norm_act, norm_backward
+        from . import (
+            conv_dgrad,
+            conv_forward,
+            conv_wgrad,
+            moments,
+            norm_act,
+            norm_backward,
+        )
 
         self._moments = moments
         self._norm_act = norm_act

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from .activations import activate, cast
 from .launch import check_activation, launch
-from .moments import block_offsets, check_floating, check_per_channel, program_tile, row_tiling
+from .moments import (
+    block_offsets,
+    check_floating,
+    check_per_channel,
+    program_tile,
+    row_tiling,
+)
 from .operands import Act
 
 

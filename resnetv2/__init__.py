@@ -1,8 +1,8 @@
 """Fused pre-activation residual blocks (ResNet V2) for PyTorch."""
 
 from .blocks import BottleneckPreActBlock, PreActBlock
-from .fuse import BlockReport, Report, explain, fuse, unfuse
-from .memory import BudgetError, Plan, plan
+from .core.sync import SyncBatchNorm, convert_sync_batchnorm
+from .fuse.rewrite import BlockReport, Report, explain, fuse, unfuse
 from .models import (
     PreActResNet,
     preact_resnet18,
@@ -21,7 +21,7 @@ from .models import (
     wide_resnet28_10,
     wide_resnet40_2,
 )
-from .sync import SyncBatchNorm, convert_sync_batchnorm
+from .planning.memory import BudgetError, Plan, plan
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .run import (
+from .core.run import (
     AUTO,
     EAGER,
     ChainUnit,
@@ -27,7 +27,7 @@ from .run import (
     run_chain,
     why_not,
 )
-from .spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
+from .core.spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
 
 BACKENDS = (AUTO, "triton", "aten", EAGER)
 

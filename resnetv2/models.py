@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage
-from .memory import parse_bytes, plan
-from .run import AUTO, activation
-from .spec import MEMORY
+from .core.run import AUTO, activation
+from .core.spec import MEMORY
+from .planning.memory import parse_bytes, plan
 
 BLOCKS: dict[str, type[PreActUnit]] = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
 STEMS = ("cifar", "imagenet")

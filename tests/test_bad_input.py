@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import BACKENDS, DEVICE, images
 from torch import nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
 from resnetv2.blocks import Stage
+from tests.support.yardstick import BACKENDS, DEVICE, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ANY_BACKEND = (*BACKENDS, "eager")

@@ -13,7 +13,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support import (
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
+from resnetv2.blocks import Stage
+from tests.support.yardstick import (
     BACKENDS,
     DEVICE,
     assert_close_steps,
@@ -23,12 +29,6 @@ from support import (
     randomise,
     step,
 )
-from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils.checkpoint import checkpoint
-
-from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
-from resnetv2.blocks import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}

@@ -13,11 +13,18 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from support import BACKENDS, DEVICE, check_module, interpreted, needs_triton, randomise
 from torch import nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.blocks import PreActUnit, Stage
+from tests.support.yardstick import (
+    BACKENDS,
+    DEVICE,
+    check_module,
+    interpreted,
+    needs_triton,
+    randomise,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import (
+from torch import nn
+
+import resnetv2
+from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
+from resnetv2.blocks import Stage
+from tests.support.yardstick import (
     BACKENDS,
     DEVICE,
     assert_close_steps,
@@ -18,11 +23,6 @@ from support import (
     step,
     with_backend,
 )
-from torch import nn
-
-import resnetv2
-from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
-from resnetv2.blocks import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

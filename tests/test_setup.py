@@ -54,9 +54,10 @@ def test_wheel_holds_one_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"resnetv2"}
     sources = {
-        f"resnetv2/{'kernels/' * (folder == 'kernels')}{path.name}"
+        ("resnetv2/" * (folder == "kernels")) + path.relative_to(ROOT).as_posix()
         for folder in ("resnetv2", "kernels")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
+        if "resnetv2/kernels" not in path.as_posix()
     }
     assert {name for name in names if name.endswith(".py")} >= sources
     assert "resnetv2/py.typed" in names
@@ -158,7 +159,7 @@ def test_torchvision_imports(before: str, declared: bool, tmp_path: Path) -> Non
     (package / "__init__.py").write_text(FAKE_TORCHVISION.format(before=before))
     (package / "extension.py").write_text("")
     code = (
-        "from resnetv2 import _torchvision as shim\n"
+        "from resnetv2.data import _torchvision as shim\n"
         "import sys\n"
         "module = shim.import_torchvision()\n"
         "import torchvision\n"
@@ -172,7 +173,7 @@ def test_torchvision_imports(before: str, declared: bool, tmp_path: Path) -> Non
 
 def test_real_torchvision_has_data_sets() -> None:
     code = (
-        "from resnetv2._torchvision import import_torchvision\n"
+        "from resnetv2.data._torchvision import import_torchvision\n"
         "import_torchvision()\n"
         "from torchvision import datasets, transforms\n"
         "assert datasets.ImageFolder and transforms.functional.resize\n"
@@ -206,7 +207,7 @@ def test_unusable_torchvision_is_a_clear_error(
         prepare = "pass"
     code = (
         f"import sys\n{prepare}\n"
-        "from resnetv2._torchvision import import_torchvision\n"
+        "from resnetv2.data._torchvision import import_torchvision\n"
         "try:\n    import_torchvision()\n"
         "except ImportError as error:\n    print(error)\n"
     )

@@ -7,21 +7,21 @@
 stand here under the names of the modules that they come from.
 """
 
-from resnetv2.studies.activations import activations
-from resnetv2.studies.architecture import architecture
-from resnetv2.studies.block import block
-from resnetv2.studies.bn_position import bn_position
-from resnetv2.studies.depth import depth
-from resnetv2.studies.gradients import gradients
-from resnetv2.studies.harness import Study, StudyOptions
-from resnetv2.studies.hybrid import hybrid
-from resnetv2.studies.identity import identity
-from resnetv2.studies.norms import norms
-from resnetv2.studies.ordering import ordering
-from resnetv2.studies.recipe import recipe
-from resnetv2.studies.results import Result, Table
-from resnetv2.studies.shortcuts import shortcuts
-from resnetv2.studies.versions import versions
+from .activations import activations
+from .architecture import architecture
+from .block import block
+from .bn_position import bn_position
+from .depth import depth
+from .gradients import gradients
+from .harness import Study, StudyOptions
+from .hybrid import hybrid
+from .identity import identity
+from .norms import norms
+from .ordering import ordering
+from .recipe import recipe
+from .results import Result, Table
+from .shortcuts import shortcuts
+from .versions import versions
 
 STUDIES: dict[str, Study] = {
     each.name: each

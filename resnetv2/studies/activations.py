@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from resnetv2.data import ImageData
-from resnetv2.studies.comparing import STACK, TRAINING, Factory, library_network, report
-from resnetv2.studies.harness import Comparison, Result, StudyOptions, compare, study
+from ..data.batches import ImageData
+from .comparing import STACK, TRAINING, Factory, library_network, report
+from .harness import Comparison, Result, StudyOptions, compare, study
 
 RELU = "ReLU"
 ACTIVATIONS = {RELU: "relu", "GELU": "gelu", "SiLU": "silu"}

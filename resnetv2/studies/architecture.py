@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from resnetv2.blocks import PreActBlock, PreActUnit
-from resnetv2.studies.harness import Result, StudyOptions, Table, study
-from resnetv2.studies.variants import post_activation_block
-from resnetv2.visualization import ResNetV2Visualizer
+from ..blocks import PreActBlock, PreActUnit
+from .harness import Result, StudyOptions, Table, study
+from .variants import post_activation_block
+from .visualizer import ResNetV2Visualizer
 
 POST, PRE = "post-activation (ResNet V1)", "pre-activation (ResNet V2)"
 SIZE = 32

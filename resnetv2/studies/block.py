@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnetv2.blocks import PreActBlock
-from resnetv2.data import Batches
-from resnetv2.studies.harness import Result, StudyOptions, Table, study
-from resnetv2.studies.variants import initialise
-from resnetv2.visualization import ResNetV2Visualizer
+from ..blocks import PreActBlock
+from ..data.batches import Batches
+from .harness import Result, StudyOptions, Table, study
+from .variants import initialise
+from .visualizer import ResNetV2Visualizer
 
 
 @dataclass(frozen=True)

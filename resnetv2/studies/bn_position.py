@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from resnetv2.data import ImageData
-from resnetv2.studies.comparing import STACK, TRAINING, Factory, network, report
-from resnetv2.studies.harness import (
-    Comparison,
-    Result,
-    Spread,
-    StudyOptions,
-    compare,
-    study,
-)
-from resnetv2.studies.variants import BN_AFTER_CONV, BN_BEFORE_CONV, NO_BN
+from ..data.batches import ImageData
+from .comparing import STACK, TRAINING, Factory, network, report
+from .harness import Comparison, Result, Spread, StudyOptions, compare, study
+from .variants import BN_AFTER_CONV, BN_BEFORE_CONV, NO_BN
 
 
 def variants(options: StudyOptions, data: ImageData) -> dict[str, Factory]:

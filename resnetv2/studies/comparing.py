@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from resnetv2.data import ImageData
-from resnetv2.models import PreActResNet
-from resnetv2.studies.harness import Comparison, Result, StudyOptions, Table
-from resnetv2.studies.variants import ResidualNetwork, layout
-from resnetv2.visualization import Picture, ResNetV2Visualizer
+from ..data.batches import ImageData
+from ..models import PreActResNet
+from .harness import Comparison, Result, StudyOptions, Table
+from .variants import ResidualNetwork, layout
+from .visualizer import Picture, ResNetV2Visualizer
 
 # Digits, because they come without a download. Depth 20 trains in seconds there; lr and batch are
 # the paper's but for the batch, halved so that 1,437 images make 22 steps an epoch.

@@ -15,19 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from resnetv2.blocks import PreActBlock
-from resnetv2.data import Batches, ImageData
-from resnetv2.memory import peak_bytes
-from resnetv2.models import PreActResNet
-from resnetv2.studies.harness import (
-    InputError,
-    Result,
-    StudyOptions,
-    Table,
-    gradient_norm,
-    study,
-)
-from resnetv2.visualization import ResNetV2Visualizer
+from ..blocks import PreActBlock
+from ..data.batches import Batches, ImageData
+from ..models import PreActResNet
+from ..planning.memory import peak_bytes
+from .harness import InputError, Result, StudyOptions, Table, gradient_norm, study
+from .visualizer import ResNetV2Visualizer
 
 VANISHING = 1e-3
 MODES = ("eager", "recompute", "segment")

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from resnetv2.data import Batches
-from resnetv2.studies.architecture import POST, PRE
-from resnetv2.studies.harness import Capture, InputError, Result, StudyOptions, Table, study
-from resnetv2.studies.variants import FULL_PREACTIVATION, ORIGINAL, ResidualNetwork
-from resnetv2.visualization import ResNetV2Visualizer
+from ..data.batches import Batches
+from .architecture import POST, PRE
+from .harness import Capture, InputError, Result, StudyOptions, Table, study
+from .variants import FULL_PREACTIVATION, ORIGINAL, ResidualNetwork
+from .visualizer import ResNetV2Visualizer
 
 VERSIONS = {POST: ORIGINAL, PRE: FULL_PREACTIVATION}
 

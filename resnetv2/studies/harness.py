@@ -41,18 +41,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnetv2.data import ImageData, InputError
-from resnetv2.studies.options import StudyOptions, listed
-from resnetv2.studies.results import Result, Table
-from resnetv2.studies.training import (
-    Comparison,
-    History,
-    Spread,
-    compare,
-    gradient_norm,
-    train_variant,
-)
-from resnetv2.training.environment import device_name, package_versions, reproducible
+from ..data.batches import ImageData
+from ..errors import InputError
+from ..training.environment import device_name, package_versions, reproducible
+from .options import StudyOptions, listed
+from .results import Result, Table
+from .training import Comparison, History, Spread, compare, gradient_norm, train_variant
 
 __all__ = [
     "Capture",

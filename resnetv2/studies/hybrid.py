@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from resnetv2.data import ImageData
-from resnetv2.studies.comparing import STACK, TRAINING, Factory, network, report
-from resnetv2.studies.harness import Comparison, Result, StudyOptions, compare, study
-from resnetv2.studies.variants import FULL_PREACTIVATION, ORIGINAL, Ordering, layout
+from ..data.batches import ImageData
+from .comparing import STACK, TRAINING, Factory, network, report
+from .harness import Comparison, Result, StudyOptions, compare, study
+from .variants import FULL_PREACTIVATION, ORIGINAL, Ordering, layout
 
 ALL_PRE = "all pre-activation"
 

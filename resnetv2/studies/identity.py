@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnetv2.blocks import PreActBlock
-from resnetv2.data import Batches, ImageData
-from resnetv2.studies.architecture import POST, PRE
-from resnetv2.studies.harness import InputError, Result, StudyOptions, Table, study, train_variant
-from resnetv2.studies.variants import (
+from ..blocks import PreActBlock
+from ..data.batches import Batches, ImageData
+from .architecture import POST, PRE
+from .harness import InputError, Result, StudyOptions, Table, study, train_variant
+from .variants import (
     FULL_PREACTIVATION,
     ORIGINAL,
     ResidualNetwork,
     initialise,
     post_activation_block,
 )
-from resnetv2.visualization import ResNetV2Visualizer
+from .visualizer import ResNetV2Visualizer
 
 SIZE = 32
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from resnetv2.data import ImageData
-from resnetv2.studies.comparing import STACK, TRAINING, Factory, library_network, report
-from resnetv2.studies.harness import Comparison, Result, StudyOptions, compare, study
+from ..data.batches import ImageData
+from .comparing import STACK, TRAINING, Factory, library_network, report
+from .harness import Comparison, Result, StudyOptions, compare, study
 
 BATCH = "batch norm"
 GROUP_CHANNELS = 4

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from resnetv2.data import ImageData, InputError, Split, as_image_data, load_data
-from resnetv2.train import DTYPES, learning_rate
-from resnetv2.training.environment import select_device
+from ..data.batches import ImageData, Split
+from ..data.datasets import as_image_data, load_data
+from ..errors import InputError
+from ..training.environment import select_device
+from ..training.evaluate import DTYPES
+from ..training.schedule import learning_rate
 
 SCHEDULES = ("constant", "paper", "step")
 NOISE = 800

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from resnetv2.data import ImageData
-from resnetv2.studies.comparing import PAPER, TRAINING, Factory, network, report
-from resnetv2.studies.harness import Comparison, Result, StudyOptions, compare, study
-from resnetv2.studies.variants import (
+from ..data.batches import ImageData
+from .comparing import PAPER, TRAINING, Factory, network, report
+from .harness import Comparison, Result, StudyOptions, compare, study
+from .variants import (
     BN_AFTER_ADDITION,
     BN_CONV,
     FULL_PREACTIVATION,

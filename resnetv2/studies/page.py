@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from resnetv2.data import InputError
-from resnetv2.studies.results import Result, Table
+from ..errors import InputError
+from .results import Result, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from resnetv2.data import ImageData
-from resnetv2.studies.comparing import (
-    PAPER,
-    TRAINING,
-    UNFUSED,
-    Factory,
-    network,
-    percent,
-    points,
-    shape_of,
-)
-from resnetv2.studies.harness import (
+from ..data.batches import ImageData
+from .comparing import PAPER, TRAINING, UNFUSED, Factory, network, percent, points, shape_of
+from .harness import (
     Comparison,
     History,
     Result,
@@ -25,8 +16,8 @@ from resnetv2.studies.harness import (
     compare,
     study,
 )
-from resnetv2.studies.variants import FULL_PREACTIVATION, ORIGINAL, ConstantScaling
-from resnetv2.visualization import ResNetV2Visualizer
+from .variants import FULL_PREACTIVATION, ORIGINAL, ConstantScaling
+from .visualizer import ResNetV2Visualizer
 
 PLAIN, V1, V2 = "plain net", "original ResNet", "ResNet V2"
 NOTHING, ALL = "none of them", "all three"

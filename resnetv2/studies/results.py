@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnetv2.data import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resnetv2.data import Batches, ImageData
-from resnetv2.studies.options import StudyOptions
-from resnetv2.studies.results import Table
-from resnetv2.train import DTYPES, EpochMetrics
-from resnetv2.training.environment import reproducible
-from resnetv2.training.evaluate import evaluate
-from resnetv2.training.step import Step
+from ..data.batches import Batches, ImageData
+from ..training.environment import reproducible
+from ..training.evaluate import DTYPES, evaluate
+from ..training.loop import EpochMetrics
+from ..training.step import Step
+from .options import StudyOptions
+from .results import Table
 
 
 def gradient_norm(module: nn.Module | Iterable[Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resnetv2.data import InputError
-from resnetv2.run import activation
+from ..core.run import activation
+from ..errors import InputError
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,10 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from resnetv2.data import ImageData
-from resnetv2.studies.comparing import PAPER, STACK, TRAINING, Factory, network, report
-from resnetv2.studies.harness import (
-    Comparison,
-    Result,
-    StudyOptions,
-    Table,
-    compare,
-    study,
-)
-from resnetv2.studies.variants import FULL_PREACTIVATION, ORIGINAL
+from ..data.batches import ImageData
+from .comparing import PAPER, STACK, TRAINING, Factory, network, report
+from .harness import Comparison, Result, StudyOptions, Table, compare, study
+from .variants import FULL_PREACTIVATION, ORIGINAL
 
 V1 = "original ResNet"
 V2 = "ResNet V2"

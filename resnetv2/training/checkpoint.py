@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from resnetv2.errors import InputError
-from resnetv2.training.files import (
+from ..errors import InputError
+from .files import (
     link_atomically,
     make_folder,
     reason_of,

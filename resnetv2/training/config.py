@@ -16,12 +16,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
-from resnetv2.blocks import BACKENDS
-from resnetv2.data import InputError
-from resnetv2.memory import parse_bytes
-from resnetv2.models import BLOCKS, STEMS
-from resnetv2.spec import MEMORY
-from resnetv2.training.schedule import SCHEDULES
+from ..blocks import BACKENDS
+from ..core.spec import MEMORY
+from ..errors import InputError
+from ..models import BLOCKS, STEMS
+from ..planning.memory import parse_bytes
+from .schedule import SCHEDULES
 
 DTYPES = ("fp32", "bf16", "fp16")
 CACHES = ("auto", "memory", "stream")

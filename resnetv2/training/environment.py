@@ -11,7 +11,7 @@ from importlib import metadata
 import numpy as np
 import torch
 
-from resnetv2.errors import InputError
+from ..errors import InputError
 
 
 def select_device(device: str | torch.device) -> torch.device:

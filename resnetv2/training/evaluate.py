@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnetv2.data import Batches, load_data
-from resnetv2.errors import InputError
-from resnetv2.kernels.dispatch import resolve_backend
-from resnetv2.parallel import World
-from resnetv2.training.checkpoint import Checkpoints, check_parts
-from resnetv2.training.config import TrainConfig, saved_config
-from resnetv2.training.environment import reproducible, select_device
-from resnetv2.training.step import compute_logits
+from ..data.batches import Batches
+from ..data.datasets import load_data
+from ..errors import InputError
+from ..kernels.dispatch import resolve_backend
+from .checkpoint import Checkpoints, check_parts
+from .config import TrainConfig, saved_config
+from .environment import reproducible, select_device
+from .parallel import World
+from .step import compute_logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,7 +89,7 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
     Raises:
         InputError: there is no such net, or memory "auto" has nothing to go by.
     """
-    from resnetv2.models import PreActResNet
+    from ..models import PreActResNet
 
     try:
         return PreActResNet.from_depth(

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from resnetv2.errors import InputError
+from ..errors import InputError
 
 __all__ = ["link_atomically", "make_folder", "reason_of", "remove_leftovers", "write_atomically"]
 

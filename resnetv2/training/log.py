@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from resnetv2.errors import InputError
-from resnetv2.training.checkpoint import Checkpoints
-from resnetv2.training.files import make_folder, reason_of, remove_leftovers, write_atomically
+from ..errors import InputError
+from .checkpoint import Checkpoints
+from .files import make_folder, reason_of, remove_leftovers, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,195 @@
+"""What is compiled where no GPU is at hand: the steps of residual units, and in which dtypes.
+
+A unit's steps go through ``dispatch.TritonEngine``, as a chain's do, so the kernels, their options
+and their tiles are those that a model launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, norm_backward, ranks
+from ..operands import Act, Geometry, Grad, stats_dtype
+
+# name: dtype of the multiplication, dtype of the residual stream, TF32.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, False),
+    "tf32": (torch.float32, torch.float32, True),
+    "fp16": (torch.float16, torch.float16, False),
+    "bf16": (torch.bfloat16, torch.bfloat16, False),
+    "bf16+fp32": (torch.bfloat16, torch.float32, False),
+}
+_RELU = Act("relu")
+
+
+class Unit(NamedTuple):
+    """A residual unit: channels in and out, inner width, input size, stride, images a batch.
+
+    ``act`` and ``training`` are those of its norms; ``reach`` says for what it is compiled by
+    default: 0 for sm_90 in bf16, 1 for sm_90 in every dtype, 2 for every target.
+    """
+
+    name: str
+    convs: tuple[tuple[int, int, int, int], ...]  # (C, K, kernel size, stride)
+    size: int
+    batch: int
+    projection: int = 0  # its stride
+    act: Act = _RELU
+    training: bool = True
+    reach: int = 0
+
+    @property
+    def weights(self) -> torch.memory_format:
+        """Layout of the weights: a model in channels_last, as one trains, or PyTorch's default."""
+        cifar = self.name.startswith("resnet")
+        return torch.channels_last if cifar else torch.contiguous_format
+
+
+def _bottleneck(
+    name: str, c: int, k: int, size: int, batch: int, stride: int = 1, **options
+) -> Unit:
+    w = k // 4
+    convs = ((c, w, 1, 1), (w, w, 3, stride), (w, k, 1, 1))
+    return Unit(name, convs, size, batch, 0 if c == k else stride, **options)
+
+
+def _basic(name: str, c: int, k: int, size: int, batch: int, stride: int = 1, **options) -> Unit:
+    convs = ((c, k, 3, stride), (k, k, 3, 1))
+    return Unit(name, convs, size, batch, 0 if c == k else stride, **options)
+
+
+UNITS = (
+    _bottleneck("resnet1001/1", 64, 64, 32, 128),
+    _bottleneck("resnet1001/2", 128, 128, 16, 128),
+    _bottleneck("resnet1001/3", 256, 256, 8, 128),
+    _bottleneck("resnet1001/1 entry", 16, 64, 32, 128),
+    _bottleneck("resnet1001/2 entry", 64, 128, 32, 128, 2, reach=2),
+    _bottleneck("resnet1001/3 entry", 128, 256, 16, 128, 2),
+    _basic("resnet110/1", 16, 16, 32, 128, reach=2),
+    _basic("resnet110/2", 32, 32, 16, 128),
+    _basic("resnet110/3", 64, 64, 8, 128),
+    _basic("resnet110/2 entry", 16, 32, 32, 128, 2),
+    _basic("resnet110/3 entry", 32, 64, 16, 128, 2),
+    _bottleneck("imagenet/1", 256, 256, 56, 32),
+    _bottleneck("imagenet/2", 512, 512, 28, 32),
+    _bottleneck("imagenet/3", 1024, 1024, 14, 32, reach=1),
+    _bottleneck("imagenet/4", 2048, 2048, 7, 32),
+    _bottleneck("imagenet/2 entry", 256, 512, 56, 32, 2),
+    _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, reach=2),
+    _bottleneck("gelu", 48, 48, 15, 3, act=Act("gelu")),
+    _basic("leaky_relu", 80, 80, 9, 8, act=Act("leaky_relu", 0.1)),
+)
+
+
+def rated(unit: Unit, target: str, dtype: str) -> bool:
+    """Whether instructions are counted without being asked for: 0.4 s a kernel."""
+    return (target, dtype) == ("sm_90", "bf16") and unit.name.startswith("resnet")
+
+
+def selected(target: str, dtype: str, everything: bool = False) -> list[Unit]:
+    """The units compiled for a target and dtype, by their ``reach``.
+
+    A whole matrix takes a quarter of an hour; the targets beside sm_90 show with a few units that
+    every kernel compiles for them, sm_90 shows what each tile becomes.
+    """
+    if everything or (target, dtype) == ("sm_90", "bf16"):
+        return list(UNITS)
+    if target != "sm_90" and dtype not in ("fp32", "fp16", "bf16"):
+        return []
+    return [unit for unit in UNITS if unit.reach >= (1 if target == "sm_90" else 2)]
+
+
+def steps(
+    unit: Unit, dtype: torch.dtype, stream: torch.dtype
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(label, what a chain does there) for each step of a unit's forward and backward.
+
+    Tensors hold whatever their memory held: nothing runs on them.
+    """
+    engine = dispatch.TritonEngine()
+
+    def activation(channels: int, size: int, dtype: torch.dtype) -> Tensor:
+        shape = (unit.batch, channels, size, size)
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+    def stats_of(channels: int) -> Tensor:
+        return torch.empty(5, channels, dtype=stats_dtype(dtype))
+
+    def forward(
+        h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, residual: Tensor | None
+    ) -> None:
+        _, partials = engine.conv_forward(
+            h, weight, None, geometry, dtype=dtype, stats=stats_of(h.shape[1]), act=unit.act,
+            residual=residual, out_dtype=out.dtype, with_moments=True,
+        )  # fmt: skip
+        assert partials is not None
+        affine = torch.empty(weight.shape[0])
+        engine.norm_stats(partials, affine, affine, 1e-5)
+
+    def backward(
+        h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool
+    ) -> None:
+        grad = Grad(out)
+        if not last:
+            coef = torch.empty(3, out.shape[1], dtype=stats_dtype(dtype))
+            grad = Grad(out, torch.empty_like(out) if unit.training else None, coef)
+        other = torch.empty_like(h) if first else None
+        engine.norm_conv_backward(
+            grad, h, stats_of(h.shape[1]), unit.act, weight, geometry, training=unit.training,
+            gamma=torch.empty(h.shape[1]), dtype=dtype, need_input=True, need_weight=True,
+            need_bias=False, final=first,
+            add=other if unit.projection else None, identity=None if unit.projection else other,
+        )  # fmt: skip
+
+    def between_ranks(h: Tensor) -> None:
+        channels = h.shape[1]
+        affine = torch.empty(channels)
+
+        def gather(values: Tensor) -> Tensor:
+            return torch.empty(8, values.numel())
+
+        rows = h.numel() // channels
+        stats, total = engine.synced_stats(engine.moments(h), rows, gather, affine, affine, 1e-5)
+        sums = ranks.gather_sums(affine, affine, gather)
+        norm_backward.norm_grad(sums, stats, True, total)
+
+    size, last = unit.size, len(unit.convs) - 1
+    x = h = activation(unit.convs[0][0], size, stream)
+    yield "moments", lambda: engine.moments(x)
+    for i, (c, k, kernel, stride) in enumerate(unit.convs):
+        geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
+        size = geometry.output_size((size, size), (kernel, kernel))[0]
+        out = activation(k, size, stream if i == last else dtype)
+        weight = torch.empty(k, c, kernel, kernel).to(memory_format=unit.weights)
+        label = f"{kernel}x{kernel} {c}>{k}" + (f" /{stride}" if stride > 1 else "")
+        residual = torch.empty_like(out) if i == last else None
+        yield f"{label} forward", partial(forward, h, weight, geometry, out, residual)
+        yield f"{label} backward", partial(backward, h, weight, geometry, out, i == 0, i == last)
+        h = out
+    # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
+    yield "act backward", lambda: norm_backward.act_backward(h, h, stats_of(h.shape[1]), unit.act)
+    if unit.reach == 2:
+        yield "merged over ranks", lambda: between_ranks(h)
+    if unit.projection:
+        geometry = Geometry((unit.projection, unit.projection))
+        weight = torch.empty(h.shape[1], x.shape[1], 1, 1).to(memory_format=unit.weights)
+        label = f"shortcut {x.shape[1]}>{h.shape[1]} /{unit.projection}"
+        stats = stats_of(x.shape[1])
+        yield (
+            f"{label} forward",
+            lambda: engine.conv_forward(
+                x, weight, None, geometry, dtype=dtype, stats=stats, act=unit.act
+            ),
+        )
+        yield (
+            f"{label} backward",
+            lambda: engine.conv_backward(
+                h, x, weight, geometry, dtype=dtype, stats=stats, act=unit.act,
+                need_input=True, need_weight=True, need_bias=False,
+            ),
+        )  # fmt: skip

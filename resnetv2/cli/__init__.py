@@ -1,0 +1,5 @@
+"""The command ``resnetv2``."""
+
+from .command import main
+
+__all__ = ["main"]

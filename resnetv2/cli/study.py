@@ -1,0 +1,192 @@
+"""``resnetv2 study``: the paper's experiments, and a page of them all."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .command import MOST_THREADS, PathName, WrongInput, clean_errors
+
+if TYPE_CHECKING:
+    from ..studies import Study
+
+
+class Depths(click.ParamType[tuple[int, ...]]):
+    """Whole numbers separated by commas."""
+
+    name = "N[,N...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a number of layers, nor several separated by commas")
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("--list", "listed", is_flag=True, help="Say what each study asks, and end.")
+@click.option("--preset", help="A named set of values, such as paper; --list has them.")
+@click.option(
+    "--data", metavar="NAME", help="digits (no download), cifar10, imagefolder:PATH, noise, ..."
+)
+@click.option("--root", help="Where CIFAR lies or is downloaded to.  [default: data]")
+@click.option("--image-size", type=int, help="Resize and crop all images to this many pixels.")
+@click.option("--depth", type=Depths(), help="Layers; several where a study compares depths.")
+@click.option("--width", type=int, help="Channels of the blocks.")
+@click.option("--stages", type=int, help="Stages of doubling width, of the trained nets.")
+@click.option("--epochs", type=int, help="Passes over the training images.")
+@click.option("--batch-size", type=int, help="Images a step.")
+@click.option("--lr", type=float, help="Learning rate.")
+@click.option("--momentum", type=float)
+@click.option("--weight-decay", type=float)
+@click.option("--schedule", metavar="NAME", help="constant, step or paper.")
+@click.option("--step-epochs", type=int, help="Epochs to a tenth of the rate, with step.")
+@click.option("--warmup-steps", type=int, help="Steps at lr/10, with paper.")
+@click.option("--augment/--no-augment", default=None, help="Crop and flip training images.")
+@click.option("--seeds", type=int, help="Runs of each variant, with seeds 0, 1, ...")
+@click.option("--train-images", type=int, help="At most so many images to train on.")
+@click.option("--test-images", type=int, help="At most so many images to test on.")
+@click.option("--target", type=float, help="Test accuracy, 0..1, whose first epoch is reported.")
+@click.option("--samples", type=int, help="Random inputs.")
+@click.option("--dtype", metavar="NAME", help="fp32, bf16 or fp16.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]"
+)
+@click.option(
+    "--out",
+    type=PathName(path_type=Path),
+    default="runs/study",
+    show_default=True,
+    help="Folder for NAME/results.json and NAME/*.png, and for index.html.",
+)
+@click.option(
+    "--progress/--no-progress", default=None, help="Progress bars.  [default: on a terminal]"
+)
+def study(
+    names: tuple[str, ...],
+    listed: bool,
+    preset: str | None,
+    threads: int | None,
+    out: Path,
+    **given: Any,
+) -> None:
+    """Run experiments of ResNet V2 and print what they find.
+
+    \b
+    architecture  both blocks as diagrams       bn-position  no BN, BN after or before conv
+    block         one block step by step        identity     |F(x)| of both blocks
+    depth         20 to 1000 layers             gradients    gradient norm at every layer
+    versions      ResNet against ResNet V2      norms        batch, group and layer norm
+    ordering      the paper's Table 2           activations  ReLU, GELU, SiLU
+    shortcuts     the paper's Table 1           hybrid       pre- and post-activation mixed
+    recipe        what the recipe gives against what the architecture gives
+
+    "all", or several names, also writes one HTML page. Defaults take minutes on two CPU cores;
+    each study has its own, and names those of these options that it does not listen to. With
+    several studies an option goes to those that listen to it.
+
+    \b
+    resnetv2 study depth --depth 20,50,1000
+    resnetv2 study versions --preset paper --device cuda
+    resnetv2 study all --out results
+    """
+    with clean_errors():
+        import torch
+
+        from ..studies import STUDIES
+        from ..studies.page import write_page
+
+        if listed:
+            for each in STUDIES.values():
+                click.echo(_describe(each))
+            return
+        chosen = _choose(names, STUDIES)
+        _check_out(out)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        changes = {name: value for name, value in given.items() if value is not None}
+        several = len(chosen) > 1
+        settings = [_settings(each, preset, changes, lenient=several) for each in chosen]
+        if several:
+            _check_heard(chosen, preset, changes)
+        results = []
+        started = time.perf_counter()
+        for number, (each, values) in enumerate(zip(chosen, settings), 1):
+            if several:
+                minutes = (time.perf_counter() - started) / 60
+                click.echo(f"[{number}/{len(chosen)}, {minutes:.1f} min] {each.title}", err=True)
+            results.append(each(**values))
+            paths = results[-1].save(out / each.name)
+            click.echo(f"{results[-1]}\n\nwrote {', '.join(map(str, paths))}\n")
+            if several:
+                # After every study: a run that is stopped has its page up to there.
+                page = write_page(results, out / "index.html")
+        if several:
+            click.echo(f"wrote {page} in {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def _choose(names: tuple[str, ...], studies: dict[str, Study]) -> list[Study]:
+    known = f"{', '.join(studies)}, all"
+    if not names:
+        raise WrongInput(f"name a study: {known}")
+    for name in names:
+        if name not in studies and name != "all":
+            raise WrongInput(f"unknown study {name!r}: choose from {known}")
+    if "all" in names:
+        return list(studies.values())
+    return [studies[name] for name in dict.fromkeys(names)]
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that cannot be made before a study takes its minutes, not after."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise WrongInput(f"cannot write to {out}: {existing} is not a folder that takes files")
+
+
+def _settings(
+    study: Study, preset: str | None, changes: dict[str, Any], lenient: bool
+) -> dict[str, Any]:
+    """The arguments of a study's call, checked now rather than after the studies before it.
+
+    lenient: leave out what the study does not listen to.
+    """
+    if lenient:
+        heard = {*study.defaults, "device", "progress"}
+        changes = {name: value for name, value in changes.items() if name in heard}
+        preset = preset if preset in study.presets else None
+    values = {"preset": preset, **changes}
+    if len(values.get("depth", ())) == 1:
+        (values["depth"],) = values["depth"]
+    study.options(**values)
+    return values
+
+
+def _check_heard(studies: list[Study], preset: str | None, changes: dict[str, Any]) -> None:
+    """With several studies, every option given must be of use to one of them."""
+    for name in changes:
+        heard = any(name in study.defaults for study in studies)
+        if not heard and name not in ("device", "progress"):
+            raise WrongInput(f"none of these studies has the option --{name.replace('_', '-')}")
+    if preset is not None and not any(preset in study.presets for study in studies):
+        raise WrongInput(f"none of these studies has the preset {preset!r}")
+
+
+def _describe(study: Study) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in study.defaults.items())
+    lines = [study.name, f"    {study.question}", f"    {options}"]
+    lines += [
+        f"    --preset {name}: {', '.join(f'{key}={value}' for key, value in values.items())}"
+        for name, values in study.presets.items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,355 @@
+"""The one forward and the one backward of a chain of pre-activation units (design 2, 3).
+
+He et al. 2016, equation (4): x_{l+1} = x_l + F(x_l). With h_0 = x, a unit computes
+z_i = act(norm_i(h_{i-1})), h_i = conv_i(z_i) for i = 1..k, and adds its shortcut to h_k.
+Blocks, models and ``fuse`` all run these functions; a memory mode only says which h_i are kept
+(``Spec.kept_of``), and what is missing is computed again from what is there.
+
+Everything here is below autograd: plain tensors in and out. ``ops`` registers it as operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.dispatch import AtenEngine
+from ..kernels.operands import Grad, running_stats
+from ..kernels.ranks import Ranks
+from .spec import IDENTITY_PREACT, PROJECTION_PREACT, Spec, Unit, UnitParams
+from .sync import gather_over
+
+Kept = dict[tuple[int, int], Tensor]
+
+
+class Chain:
+    """A chain's record, tensors and engine, bound for one forward or backward.
+
+    Args:
+        spec: the record. params: its tensors, flat, where ``spec.positions`` says.
+        engine: the implementation. stats: each norm's (5, C) statistics where they are known
+            already (a backward); computed and appended otherwise.
+        totals: with ``stats``, the rows (1,) of each norm that is synchronised over ranks.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        params: Sequence[Tensor],
+        engine: AtenEngine,
+        stats: list[Tensor] | None = None,
+        totals: list[Tensor] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.params = params
+        self.engine = engine
+        self.known_stats = stats is not None
+        self.stats: list[Tensor] = [] if stats is None else stats
+        self.totals: list[Tensor] = [] if totals is None else totals
+
+    def _param(self, position: int) -> Tensor | None:
+        return None if position < 0 else self.params[position]
+
+    def _stats(self, unit: Unit, at: UnitParams, i: int, h: Tensor, partials: Any) -> Tensor:
+        """Statistics of norm i: those known, the running ones, or those of the batch h."""
+        if self.known_stats:
+            return self.stats[at.first_stats + i]
+        norm = unit.norms[i]
+        weight, bias = self._param(at.norm_weight[i]), self._param(at.norm_bias[i])
+        if norm.training:
+            if norm.sync:
+                partials = self.engine.rank_moments(h) if partials is None else partials
+                rows, gather = h.numel() // h.shape[1], gather_over(norm.sync)
+                stats, total = self.engine.synced_stats(
+                    partials, rows, gather, weight, bias, norm.eps
+                )
+                self.totals.append(total)
+            else:
+                partials = self.engine.moments(h) if partials is None else partials
+                stats = self.engine.norm_stats(partials, weight, bias, norm.eps)
+        else:
+            mean, var = self.params[at.running_mean[i]], self.params[at.running_var[i]]
+            wide = torch.promote_types(mean.dtype, h.dtype)
+            stats = running_stats(mean.to(wide), var.to(wide), weight, bias, norm.eps)
+        self.stats.append(stats)
+        return stats
+
+    def _conv(
+        self,
+        number: int,
+        i: int,
+        h: Tensor,
+        stats: Tensor,
+        residual: Tensor | None = None,
+        residual_stats: Tensor | None = None,
+        subtract: bool = False,
+        with_moments: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """h_{i+1} = conv(act(norm(h_i))) [+ residual] of unit ``number``."""
+        unit, at, dtype = self.spec.units[number], self.spec.positions[number], self.spec.dtype
+        wide = dtype
+        if residual is not None and not unit.add_in_place:
+            wide = torch.promote_types(residual.dtype, dtype)
+        if self.spec.wide and i == len(unit.convs) - 1:
+            wide = torch.float32
+        return self.engine.conv_forward(
+            h,
+            self.params[at.conv_weight[i]],
+            self._param(at.conv_bias[i]),
+            unit.convs[i].geometry,
+            dtype=dtype,
+            stats=stats,
+            act=unit.act,
+            residual=residual,
+            residual_stats=residual_stats,
+            subtract=subtract,
+            out_dtype=wide,
+            with_moments=with_moments,
+        )
+
+    def _shortcut(self, number: int, x: Tensor, stats: Tensor) -> Tensor:
+        """What unit ``number`` adds to h_k, but for an identity's own norm and activation."""
+        unit, at = self.spec.units[number], self.spec.positions[number]
+        if unit.projection is None:
+            return x
+        out, _ = self.engine.conv_forward(
+            x,
+            self.params[at.projection_weight],
+            self._param(at.projection_bias),
+            unit.projection.geometry,
+            dtype=self.spec.dtype,
+            stats=stats if unit.shortcut == PROJECTION_PREACT else None,
+            act=unit.act,
+        )
+        return out
+
+    def forward(
+        self,
+        x: Tensor,
+        start: int,
+        stop: int,
+        keys: Sequence[tuple[int, int]],
+        need_out: bool = True,
+    ) -> tuple[Tensor | None, Kept]:
+        """Run units [start, stop) on x and keep the h_i named by ``keys``.
+
+        need_out=False leaves out the last convolution of the last unit, whose output is at hand.
+        """
+        spec = self.spec
+        wanted = frozenset(keys)
+        kept: Kept = {}
+        out: Tensor | None = x
+        partials: Any = None
+        for number in range(start, stop):
+            unit, at = spec.units[number], spec.positions[number]
+            h = x
+            first_stats: Tensor | None = None
+            for i in range(len(unit.convs)):
+                if (number, i) in wanted:
+                    kept[number, i] = h
+                stats = self._stats(unit, at, i, h, partials)
+                if first_stats is None:
+                    first_stats = stats
+                last = i == len(unit.convs) - 1
+                residual = residual_stats = None
+                if last:
+                    if number == stop - 1 and not need_out:
+                        return None, kept
+                    residual = self._shortcut(number, x, first_stats)
+                    residual_stats = first_stats if unit.shortcut == IDENTITY_PREACT else None
+                h, partials = self._conv(
+                    number,
+                    i,
+                    h,
+                    stats,
+                    residual,
+                    residual_stats,
+                    with_moments=self._next_needs_moments(number, i),
+                )
+            out = x = h
+        return out, kept
+
+    def _next_needs_moments(self, number: int, i: int) -> bool:
+        """Whether the norm after convolution i of a unit wants the moments of what is written."""
+        if self.known_stats:
+            return False
+        units = self.spec.units
+        if i + 1 < len(units[number].convs):
+            norm = units[number].norms[i + 1]
+        elif number + 1 < len(units):
+            norm = units[number + 1].norms[0]
+        else:
+            return False
+        return norm.training and (not norm.sync or self.engine.rank_moments_from_conv)
+
+    def backward(
+        self, g: Tensor, x: Tensor, out: Tensor, kept: Kept, grads: list[Tensor | None]
+    ) -> Tensor | None:
+        """Gradient of x for the gradient g of the chain's output; fills ``grads`` per param.
+
+        x, out: the chain's input and output. kept: what ``forward`` kept; emptied as it is used,
+        so that one unit's intermediates are alive at a time.
+        """
+        spec = self.spec
+        if spec.memory != "segment":
+            return self._walk([g], x, out, 0, len(spec.units), kept, grads)
+        starts = list(range(0, len(spec.units), spec.segment))
+        held = [g]
+        del g
+        for start in reversed(starts):
+            stop = min(start + spec.segment, len(spec.units))
+            segment_x = kept.pop((start, 0)) if start else x
+            _, inner = self.forward(
+                segment_x, start, stop, spec.kept_of(start, stop, "invert"), need_out=False
+            )
+            grad = self._walk(held, segment_x, out, start, stop, inner, grads)
+            if grad is None:
+                return None
+            out = segment_x
+            held = [grad]
+            del grad
+        return held.pop()
+
+    def _walk(
+        self,
+        held: list[Tensor],
+        x: Tensor,
+        out: Tensor,
+        start: int,
+        stop: int,
+        kept: Kept,
+        grads: list[Tensor | None],
+    ) -> Tensor | None:
+        """Backward through units [start, stop), the stream being walked back where not kept.
+
+        held: the gradient of the output, taken out of its list, so that no caller keeps it alive.
+        """
+        grad: Tensor | None = held.pop()
+        for number in reversed(range(start, stop)):
+            assert grad is not None
+            last = len(self.spec.units[number].convs) - 1
+            h = x if number == start else kept.pop((number, 0), None)
+            if h is None:
+                h = self._previous(number, kept[number, last], out)
+            hs = [h]
+            out = h
+            for i in range(last):
+                h = kept.pop((number, i + 1), None)
+                if h is None:
+                    h, _ = self._conv(number, i, hs[i], self._at(number, i))
+                hs.append(h)
+            del h
+            grad = self._unit_backward(number, grad, hs, grads)
+            del hs
+            if grad is None:
+                break
+        return grad
+
+    def _ranks(self, unit: Unit, i: int) -> Ranks | None:
+        """What norm i's backward, the next one of a chain from its end, exchanges with others."""
+        number = unit.norms[i].sync
+        return Ranks(gather_over(number), self.totals.pop()) if number else None
+
+    def _at(self, number: int, i: int) -> Tensor:
+        return self.stats[self.spec.positions[number].first_stats + i]
+
+    def _previous(self, number: int, h_last: Tensor, out: Tensor) -> Tensor:
+        """x_l = x_{l+1} - F_last(h_{k-1}): one step back along the identity path (design 3).
+
+        F_last is computed by the kernel and from the inputs that computed it in the forward, so
+        its bits are the same and the only error is that of one addition and one subtraction.
+        """
+        i = len(self.spec.units[number].convs) - 1
+        return self._conv(number, i, h_last, self._at(number, i), residual=out, subtract=True)[0]
+
+    def _unit_backward(
+        self, number: int, g: Tensor, hs: list[Tensor], grads: list[Tensor | None]
+    ) -> Tensor | None:
+        """Backward of one unit: the shortcut's, then repetition k..1 (design 2)."""
+        spec, engine = self.spec, self.engine
+        unit, at = spec.units[number], spec.positions[number]
+        x = hs[0]
+        identity: Tensor | None = g
+        add: Tensor | None = None
+        # The first norm's parameters come before the unit's other ones, so this also says whether
+        # the gradient of z_1, which a shortcut may share, is wanted.
+        if unit.shortcut == IDENTITY_PREACT:
+            add, identity = g, None
+        elif unit.projection is not None:
+            preact = unit.shortcut == PROJECTION_PREACT
+            result = engine.conv_backward(
+                g,
+                x,
+                self.params[at.projection_weight],
+                unit.projection.geometry,
+                dtype=spec.dtype,
+                stats=self._at(number, 0) if preact else None,
+                act=unit.act,
+                need_input=spec.needs_before(at.conv_weight[0]),
+                need_weight=spec.needs[at.projection_weight],
+                need_bias=unit.projection.bias and spec.needs[at.projection_bias],
+            )
+            _store(grads, at.projection_weight, result.dweight)
+            _store(grads, at.projection_bias, result.dbias)
+            dz = None if result.grad is None else result.grad.q
+            add, identity = (dz, None) if preact else (None, dz)
+        grad = Grad(g)
+        for i in reversed(range(len(unit.convs))):
+            result = engine.norm_conv_backward(
+                grad,
+                hs[i],
+                self._at(number, i),
+                unit.act,
+                self.params[at.conv_weight[i]],
+                unit.convs[i].geometry,
+                training=unit.norms[i].training,
+                gamma=self._param(at.norm_weight[i]),
+                dtype=spec.dtype,
+                need_input=spec.needs_before(at.conv_weight[i]),
+                need_weight=spec.needs[at.conv_weight[i]],
+                need_bias=unit.convs[i].bias and spec.needs[at.conv_bias[i]],
+                add=add if i == 0 else None,
+                identity=identity if i == 0 else None,
+                final=i == 0,
+                sync=self._ranks(unit, i),
+            )
+            _store(grads, at.conv_weight[i], result.dweight)
+            _store(grads, at.conv_bias[i], result.dbias)
+            _store(grads, at.norm_weight[i], result.dgamma, spec, self.params)
+            _store(grads, at.norm_bias[i], result.dbeta, spec, self.params)
+            if result.grad is None:
+                return None
+            grad = result.grad
+        return grad.q
+
+
+def _store(
+    grads: list[Tensor | None],
+    position: int,
+    value: Tensor | None,
+    spec: Spec | None = None,
+    params: Sequence[Tensor] | None = None,
+) -> None:
+    """Put a gradient where it belongs; a norm's may be rows of one tensor and are then copied."""
+    if position < 0 or value is None:
+        return
+    if spec is not None and params is not None:
+        if not spec.needs[position]:
+            return
+        param = params[position]
+        if value._is_view() or value.dtype != param.dtype:
+            value = torch.empty_like(param).copy_(value)
+    grads[position] = value
+
+
+def stream_dtypes(spec: Spec, dtype: torch.dtype) -> list[torch.dtype]:
+    """Dtype of each unit's input and of the chain's output in eager, for an input of ``dtype``."""
+    dtypes = [dtype]
+    for unit in spec.units:
+        shortcut = dtype if unit.projection is None else spec.dtype
+        dtype = spec.dtype if unit.add_in_place else torch.promote_types(shortcut, spec.dtype)
+        dtypes.append(dtype)
+    return dtypes

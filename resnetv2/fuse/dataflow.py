@@ -1,0 +1,586 @@
+"""What a module computes, read off its dataflow: is it one pre-activation unit (design 2)?
+
+``read_unit`` traces a module's forward on a copy (``trace``) and compares the graph with the one
+thing that this library computes: k times norm -> act -> conv, then the addition of a shortcut.
+Names of classes and attributes say nothing (modules of one name compute different functions), so
+none is looked at. A module is either exactly a unit or is left alone; and what the trace says is
+tried against the module's own forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..core.run import NO_PAD, Pad, Recipe, act_of, is_norm, is_plain, run_chain
+from ..core.spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
+from ..core.sync import NORMS, SyncBatchNorm
+from ..kernels.operands import Act
+from .trace import (
+    ACT_FUNCTIONS,
+    ADDITIONS,
+    UNTRACEABLE,
+    guards_of,
+    keep_groups,
+    make_local,
+    meta_copy,
+    trace,
+    unhook,
+)
+from .unit_plan import (
+    Container,
+    NotAUnitError,
+    Path,
+    UnitPlan,
+    child_at,
+    dotted,
+    is_leaf,
+    recipe_of,
+)
+
+# More norms than any unit has: a whole stage or model, whose children are looked at instead.
+MOST_NORMS = 16
+
+# Of images for a trial; some blocks take only even sizes, or squares.
+_TRIAL_SIZES = ((8, 6), (16, 16), (7, 7))
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+
+_NO_EFFECT = (torch._assert, getattr, operator.getitem)
+
+
+def read_unit(module: nn.Module) -> tuple[UnitPlan, ...]:
+    """The plans of a module that is one pre-activation unit: one, or two if training differs.
+
+    Raises:
+        NotAUnitError: it is not, or that cannot be told; says why.
+    """
+    plans: list[UnitPlan] = []
+    reason: NotAUnitError | None = None
+    for training in (True, False):
+        try:
+            plan = _plan(module, training)
+            _try(module, plan, training)
+            plans.append(plan)
+        except NotAUnitError as error:
+            reason = reason or error
+    if not plans:
+        assert reason is not None
+        raise reason
+    plain = [p._replace(guards=tuple(g for g in p.guards if g[1] != "training")) for p in plans]
+    if len(plans) == 2 and plain[0] == plain[1]:
+        return (plain[0],)
+    if reason is not None:
+        return (plans[0]._replace(otherwise=str(reason)),)
+    return tuple(plans)
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a node adds two tensors in the traced module's own forward."""
+    known = node.target in ADDITIONS or (node.op == "call_method" and "add" in str(node.target))
+    return known and len(node.all_input_nodes) == 2 and not node.meta.get("nn_module_stack")
+
+
+def _plan(module: nn.Module, training: bool) -> UnitPlan:
+    """The plan of a module in one mode.
+
+    A forward may ask for the channels of its input: those of the norm that reads it, which mostly
+    is the first of the module.
+    """
+    norms = (m for m in module.modules() if isinstance(m, NORMS))
+    reasons: list[NotAUnitError] = []
+    for channels in dict.fromkeys(norm.num_features for norm in norms):
+        try:
+            return _plan_for(module, training, channels)
+        except NotAUnitError as error:
+            reasons.append(error)
+    if not reasons:
+        return _plan_for(module, training, None)
+    # A trace that fails for the wrong number of channels says less than one that does not.
+    raise next((r for r in reasons if not str(r).startswith(UNTRACEABLE)), reasons[0])
+
+
+def _plan_for(module: nn.Module, training: bool, channels: int | None) -> UnitPlan:
+    """The same for an input of so many channels."""
+    try:
+        traced = meta_copy(module)
+    except Exception as error:
+        raise NotAUnitError(f"cannot be copied: {error}") from error
+    resembles = True
+    try:
+        fx_graph, log = trace(traced, training, channels)
+        resembles = any(_adds(node) for node in fx_graph.nodes)
+        graph = Graph(fx_graph, traced)
+        match = match_unit(graph)
+    except NotAUnitError as error:
+        error.resembles = resembles
+        raise
+    norms = [norm for norm, _, _ in match.links]
+    first = child_at(module, norms[0].path).num_features
+    if first != channels:
+        raise NotAUnitError(f"{dotted(norms[0].path)} takes {first} channels, not {channels}", True)
+    guards = [*guards_of(module, log), *graph.guards]
+    reads = {path for path, name, _ in guards if name == "training"}
+    guards = [
+        (path, name, training if name == "training" and path in reads else value)
+        for path, name, value in guards
+    ]
+    identity = Act("identity")
+    acts = [identity if act is None or act.act is None else act.act for _, act, _ in match.links]
+    convs = [conv for _, _, conv in match.links]
+    pads = [conv.pad for conv in (*convs, match.projection) if conv is not None]
+    pads += [NO_PAD] * (match.projection is None)
+    plan = UnitPlan(
+        norms=tuple(norm.path for norm in norms),
+        norm_types=tuple(norm.norm_type for norm in norms),
+        convs=tuple(conv.path for conv in convs),
+        acts=tuple(acts),
+        shortcut=match.shortcut,
+        projection=None if match.projection is None else match.projection.path,
+        add_in_place=match.add.in_place,
+        pads=tuple(pads) if any(map(any, pads)) else (),
+        inert=tuple(dict.fromkeys(graph.inert)),
+        containers=(),
+        others=(),
+        guards=tuple(guards),
+    )
+    return plan._replace(**_structure(module, plan))
+
+
+def _structure(module: nn.Module, plan: UnitPlan) -> dict[str, Any]:
+    """The containers of a block, and its descendants that a plan does not read at every call."""
+    read = {*plan.norms, *plan.convs, *plan.inert, plan.projection, *plan.acts}
+    containers: list[Container] = []
+    others: list[tuple[Path, type]] = []
+
+    def visit(child: nn.Module | None, path: Path) -> None:
+        if path and (child is None or is_leaf(child)):
+            if path not in read:
+                others.append((path, type(child)))
+            return
+        assert child is not None
+        children = tuple((*path, name) for name in child._modules)
+        containers.append(Container(path, type(child), children, tuple(child._parameters)))
+        for name, grandchild in child._modules.items():
+            visit(grandchild, (*path, name))
+
+    visit(module, ())
+    return {"containers": tuple(containers), "others": tuple(others)}
+
+
+def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
+    """Run a copy's own forward and its plan on a trial input; raise unless they are the same.
+
+    A trace cannot see what Python decided on the type of its input (``isinstance(x, Tensor)``).
+    In float64, on a CPU, with random parameters, so that no zero hides a difference.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[int, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        values = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if tensor.is_floating_point():
+            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+        tensors[id(tensor)] = values
+
+    def trial_copy() -> nn.Module:
+        memo: dict[int, Any] = {}
+        for parameter in module.parameters():
+            # Signs in weights, so that activations see both.
+            value = tensors[id(parameter)]
+            value = value - (value.dim() > 1) * 1.0
+            memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        for buffer in module.buffers():
+            memo[id(buffer)] = tensors[id(buffer)].clone()
+        keep_groups(module, memo)
+        twin = copy.deepcopy(module, memo)
+        for child in twin.modules():
+            child.training = training
+            unhook(child)
+        make_local(twin)
+        return twin
+
+    if isinstance(recipe_of(trial_copy(), plan), str):
+        return  # nothing would run fused now: there is nothing to compare
+    failure: Exception | None = None
+    for height, width in _TRIAL_SIZES:
+        mine, theirs = trial_copy(), trial_copy()
+        recipe = recipe_of(mine, plan)
+        assert isinstance(recipe, Recipe)
+        size = (2, recipe.norms[0].num_features, height, width)
+        x = torch.randn(size, generator=generator, dtype=torch.float64)
+        try:
+            with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                expected = theirs(x.clone())
+                found = run_chain([recipe], x, backend="aten")
+            break
+        except Exception as error:
+            failure = failure or error
+    else:
+        line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise NotAUnitError(f"its forward fails on a trial input: {line}", True) from failure
+    pairs = [(found, expected), *zip(mine.buffers(), theirs.buffers())]
+    for a, b in pairs:
+        same = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        if not same or not torch.allclose(a, b, rtol=1e-6, atol=1e-9 * float(b.abs().max())):
+            raise NotAUnitError("its forward computes something else than its trace", True)
+
+
+class Op(NamedTuple):
+    """One step of a graph that has been read. inputs, number: positions in the list of steps."""
+
+    number: int
+    kind: str  # input, norm, act, pad, conv, add, other
+    inputs: tuple[int, ...]
+    path: Path = ()
+    act: Path | Act | None = None
+    norm_type: type | None = None
+    in_place: bool = False
+    what: str = ""
+    pad: Pad = NO_PAD  # before a convolution
+
+
+class Graph:
+    """A traced forward as a list of ``Op``, what passes its input on being left out."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.root = root
+        self.ops: list[Op] = []
+        self.inert: list[Path] = []
+        self.guards: list[tuple[Path, str, Any]] = []
+        self._number: dict[fx.Node, int] = {}
+        self.result: int = -1
+        for node in reversed(list(graph.nodes)):
+            if not node.users and self._harmless(node):
+                graph.erase_node(node)
+        for node in graph.nodes:
+            self._read(node)
+        self._fold_pads()
+        self.users: list[set[int]] = [set() for _ in self.ops]
+        for op in self.ops:
+            for number in op.inputs:
+                self.users[number].add(op.number)
+
+    def _fold_pads(self) -> None:
+        """Make padding a matter of the convolutions that read it, where no one else does."""
+        for op in self.ops:
+            if op.kind == "conv" and self.ops[op.inputs[0]].kind == "pad":
+                pad = self.ops[op.inputs[0]]
+                self.ops[op.number] = op._replace(inputs=pad.inputs, pad=pad.pad)
+        read = {number for op in self.ops for number in op.inputs} | {self.result}
+        for op in self.ops:
+            if op.kind == "pad":
+                what = "padding that something else than a convolution reads"
+                kind = "other" if op.number in read else "folded"
+                self.ops[op.number] = op._replace(kind=kind, inputs=(), what=what)
+
+    @staticmethod
+    def _harmless(node: fx.Node) -> bool:
+        if node.op == "call_method":
+            return node.target in ("size", "dim")
+        return node.op == "get_attr" or (node.op == "call_function" and node.target in _NO_EFFECT)
+
+    def _add(self, node: fx.Node | None, kind: str, inputs: tuple[int, ...], **rest: Any) -> int:
+        op = Op(len(self.ops), kind, inputs, **rest)
+        self.ops.append(op)
+        if node is not None:
+            self._number[node] = op.number
+        if op.in_place:
+            # What is read of the changed tensor from here on is the result, under any name.
+            for name, number in self._number.items():
+                if number == inputs[0]:
+                    self._number[name] = op.number
+        return op.number
+
+    def _read(self, node: fx.Node) -> None:
+        inputs = tuple(self._number[n] for n in node.all_input_nodes)
+        if node.op == "placeholder":
+            self._add(node, "input", ())
+        elif node.op == "output":
+            result = node.args[0]
+            if not isinstance(result, fx.Node):
+                raise NotAUnitError(f"returns a {type(result).__name__}, not one tensor")
+            self.result = self._number[result]
+        elif node.op == "call_module":
+            self._read_module(node, inputs)
+        elif node.op == "call_function":
+            self._read_function(node, inputs)
+        elif node.op == "call_method":
+            self._read_method(node, inputs)
+        else:
+            self._add(node, "other", inputs, what=f"the tensor {node.target}")
+
+    def _read_module(self, node: fx.Node, inputs: tuple[int, ...]) -> None:
+        name = str(node.target)
+        path = tuple(name.split("."))
+        module = self.root.get_submodule(name)
+        one = len(inputs) == 1 and len(node.args) == 1 and not node.kwargs
+        if not one:
+            self._add(node, "other", inputs, what=f"{type(module).__name__} ({name})")
+        elif isinstance(module, NORMS) and is_norm(module):
+            self._add(node, "norm", inputs, path=path)
+        elif isinstance(module, nn.BatchNorm2d) and not isinstance(module, SyncBatchNorm):
+            act, inert, guards = _read_norm(module)
+            number = self._add(None, "norm", inputs, path=path, norm_type=type(module))
+            self.inert += [(*path, *p) for p in inert]
+            self.guards += [((*path, *p), name, value) for p, name, value in guards]
+            if act is None:
+                self._number[node] = number
+            else:
+                act = act if isinstance(act, Act) else (*path, *act)
+                self._add(node, "act", (number,), act=act)
+        elif isinstance(module, nn.Conv2d):
+            # A parametrization can go again; whether there is one is asked at every call.
+            own = type(module).forward is not nn.Conv2d.forward
+            if own or not (is_plain(module, nn.Conv2d) or hasattr(module, "parametrizations")):
+                raise NotAUnitError(f"{type(module).__name__} ({name}) is not a plain Conv2d")
+            self._add(node, "conv", inputs, path=path)
+        elif type(module) is nn.Identity or (
+            isinstance(module, _DropoutNd) and type(module).__module__ == _DropoutNd.__module__
+        ):
+            self.inert.append(path)
+            self._number[node] = inputs[0]
+        elif act_of(module) is not None:
+            in_place = getattr(module, "inplace", False)
+            self._add(node, "act", inputs, act=path, in_place=in_place)
+        elif type(module) is nn.ZeroPad2d and min(module.padding) >= 0:
+            self.guards.append((path, "padding", module.padding))
+            left, right, top, bottom = module.padding
+            self._add(node, "pad", inputs, path=path, pad=(left, right, top, bottom))
+        else:
+            self._add(node, "other", inputs, what=f"{type(module).__name__} ({name})")
+
+    def _read_function(self, node: fx.Node, inputs: tuple[int, ...]) -> None:
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.target in ACT_FUNCTIONS and len(inputs) == 1:
+            act = ACT_FUNCTIONS[node.target](*node.args, **node.kwargs)
+            flag = node.kwargs.get("inplace", False) or any(a is True for a in node.args)
+            if act is not None:
+                self._add(node, "act", inputs, act=act, in_place=flag or name.endswith("_"))
+                return
+        elif node.target in ADDITIONS and self._is_addition(node):
+            in_place = node.target is operator.iadd
+            self._add(node, "add", self._operands(node), in_place=in_place)
+            return
+        elif node.target is F.pad and len(inputs) == 1:
+            given: Any = node.kwargs
+            pad = _pad(*node.args[1:], **given)
+            if pad is not None:
+                self._add(node, "pad", inputs, pad=pad)
+                return
+        elif node.target in _DROPOUTS and len(inputs) == 1:
+            # F.dropout(input, p=0.5, training=True, inplace=False)
+            p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            on = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+            if p == 0 or on is False:
+                self._number[node] = inputs[0]
+                return
+            name = f"dropout with p = {p} in training"
+        self._add(node, "other", inputs, what=name)
+
+    def _read_method(self, node: fx.Node, inputs: tuple[int, ...]) -> None:
+        plain = len(node.args) == 1 and not node.kwargs
+        if node.target in ("relu", "relu_") and plain:
+            in_place = node.target == "relu_"
+            self._add(node, "act", inputs, act=Act("relu"), in_place=in_place)
+        elif node.target in ("clone", "contiguous") and plain:
+            # A copy of what nobody writes to: ``match_unit`` refuses what writes into its input.
+            self._number[node] = inputs[0]
+        elif node.target in ("add", "add_") and self._is_addition(node):
+            self._add(node, "add", self._operands(node), in_place=node.target == "add_")
+        else:
+            self._add(node, "other", inputs, what=f"the method {node.target}")
+
+    @staticmethod
+    def _is_addition(node: fx.Node) -> bool:
+        two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+        return two and set(node.kwargs) <= {"alpha"} and node.kwargs.get("alpha", 1) in (1, None)
+
+    def _operands(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(self._number[a] for a in node.args if isinstance(a, fx.Node))
+
+
+def _pad(pad: Any, mode: Any = "constant", value: Any = None, **rest: Any) -> Pad | None:
+    """The zeros that ``torch.nn.functional.pad`` adds to height and width, or None."""
+    if mode != "constant" or value not in (None, 0) or (rest and set(rest) != {"input"}):
+        return None
+    given = list(pad) if isinstance(pad, (list, tuple)) else []
+    if not all(isinstance(n, int) and n >= 0 for n in given) or len(given) not in (2, 4, 6, 8):
+        return None
+    given += [0] * (8 - len(given))
+    return None if any(given[4:]) else (given[0], given[1], given[2], given[3])
+
+
+class Match(NamedTuple):
+    links: list[tuple[Op, Op | None, Op]]  # norm, act, conv in the order of the computation
+    shortcut: int
+    projection: Op | None
+    add: Op
+
+
+def match_unit(graph: Graph) -> Match:
+    """The unit that a graph is; raises ``NotAUnitError`` with the difference."""
+    ops, users = graph.ops, graph.users
+    for op in ops:
+        if op.kind == "other":
+            raise NotAUnitError(f"{op.what} is no part of a pre-activation unit")
+    add = ops[graph.result]
+    if add.kind != "add":
+        if add.kind in ("act", "norm") and any(op.kind == "add" for op in ops):
+            raise NotAUnitError("post-activation: its output is activated or normalised")
+        raise NotAUnitError("no shortcut is added at its end")
+    if len(set(add.inputs)) != 2:
+        raise NotAUnitError("a tensor is added to itself")
+    reasons = []
+    for branch, other in (add.inputs, add.inputs[::-1]):
+        try:
+            links = _branch(graph, ops[branch], add)
+            return Match(links, *_shortcut(graph, links, ops[other], add), add)
+        except NotAUnitError as reason:
+            reasons.append(reason)
+    assert users
+    # The first side that has convolutions says more than one that is the bare input.
+    bare = ops[add.inputs[0]].kind == "input"
+    raise reasons[1] if bare else reasons[0]
+
+
+def _branch(graph: Graph, last: Op, add: Op) -> list[tuple[Op, Op | None, Op]]:
+    ops, users = graph.ops, graph.users
+    links: list[tuple[Op, Op | None, Op]] = []
+    conv, reader = last, add.number
+    while True:
+        if conv.kind != "conv":
+            place = f"{dotted(conv.path)} " if conv.path else ""
+            raise NotAUnitError(f"{conv.kind} {place}stands where a convolution would")
+        if users[conv.number] != {reader}:
+            raise NotAUnitError(f"the output of {dotted(conv.path)} is read more than once")
+        z = ops[conv.inputs[0]]
+        act = z if z.kind == "act" else None
+        norm = ops[act.inputs[0]] if act is not None else z
+        if norm.kind != "norm":
+            raise NotAUnitError(f"{dotted(conv.path)} does not read an activated norm")
+        if act is not None and users[norm.number] != {act.number}:
+            raise NotAUnitError(f"the output of {dotted(norm.path)} is read more than once")
+        links.insert(0, (norm, act, conv))
+        source = ops[norm.inputs[0]]
+        if source.kind == "input":
+            break
+        if users[z.number] != {conv.number}:
+            raise NotAUnitError(f"the input of {dotted(conv.path)} is read elsewhere too")
+        conv, reader = source, norm.number
+    return links
+
+
+def _shortcut(
+    graph: Graph, links: list[tuple[Op, Op | None, Op]], other: Op, add: Op
+) -> tuple[int, Op | None]:
+    ops, users = graph.ops, graph.users
+    norm, act, _ = links[0]
+    z = act or norm
+    x = norm.inputs[0]
+    projection = None
+    if other.number == x:
+        shortcut = IDENTITY_RAW
+    elif other.number == z.number:
+        shortcut = IDENTITY_PREACT
+    elif other.kind == "conv" and users[other.number] == {add.number}:
+        projection = other
+        if other.inputs[0] == x:
+            shortcut = PROJECTION_RAW
+        elif other.inputs[0] == z.number:
+            shortcut = PROJECTION_PREACT
+        else:
+            raise NotAUnitError(f"{dotted(other.path)} reads neither x nor act(norm(x))")
+    else:
+        raise NotAUnitError(f"its shortcut ends in {other.kind} {dotted(other.path)}")
+    part = {op.number for link in links for op in link if op is not None}
+    part |= {x, add.number, *([] if projection is None else [projection.number])}
+    for op in ops:
+        if op.number not in part and op.kind != "folded":
+            raise NotAUnitError(f"{op.kind} {dotted(op.path)} is computed besides")
+    if add.in_place and add.inputs[0] in (x, z.number):
+        raise NotAUnitError("the addition writes into its input")
+    return shortcut, projection
+
+
+def _read_norm(
+    module: nn.BatchNorm2d,
+) -> tuple[Path | Act | None, tuple[Path, ...], tuple[tuple[Path, str, Any], ...]]:
+    """The activation in a norm whose class has a forward of its own, what is inert, and guards.
+
+    Raises:
+        NotAUnitError: the forward is not F.batch_norm as BatchNorm2d calls it, then an activation.
+    """
+    name = type(module).__name__
+    if module.running_mean is None or module.num_batches_tracked is None:
+        raise NotAUnitError(f"{name} has a forward of its own and no running statistics")
+    found = []
+    # Values that nothing else has: where they turn up in the call, these attributes were read.
+    constants = {"momentum": 0.1257, "eps": 3.75e-4}
+    for training in (True, False):
+        trial = copy.deepcopy(module)
+        for key, value in constants.items():
+            setattr(trial, key, value)
+        graph, log = trace(trial, training, module.num_features)
+        ignored = {"training", "momentum", "eps", "track_running_stats", "affine", "num_features"}
+        guards = tuple(
+            (path, key, value)
+            for path, key, value in guards_of(module, log)
+            if path or key not in ignored
+        )
+        found.append((_norm_activation(graph, trial, training), guards))
+    if found[0] != found[1]:
+        raise NotAUnitError(f"{name} computes something else in training than in evaluation")
+    (act, inert), guards = found[0]
+    return act, inert, guards
+
+
+def _norm_activation(
+    graph: fx.Graph, module: nn.BatchNorm2d, training: bool
+) -> tuple[Path | Act | None, tuple[Path, ...]]:
+    name = type(module).__name__
+    counted = normed = False
+    node = None
+    for call in list(graph.nodes):
+        if call.op == "call_method" and call.target == "add_":
+            source = call.args[0]
+            counted = isinstance(source, fx.Node) and str(source.target) == "num_batches_tracked"
+            if not counted or call.args[1:] != (1,):
+                raise NotAUnitError(f"{name} changes more than num_batches_tracked")
+            call.replace_all_uses_with(source)
+            graph.erase_node(call)
+        elif call.op == "call_function" and call.target is F.batch_norm:
+            if normed or node is None:
+                raise NotAUnitError(f"{name} normalises twice")
+            normed = True
+            names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+            given = dict(zip(names, call.args[1:])) | call.kwargs
+            read = {k: v.target if isinstance(v, fx.Node) else v for k, v in given.items()}
+            affine = {k: k if getattr(module, k) is not None else None for k in ("weight", "bias")}
+            expected = {
+                "running_mean": "running_mean",
+                "running_var": "running_var",
+                **affine,
+                "training": training,
+                "momentum": module.momentum,
+                "eps": module.eps,
+            }
+            if call.args[0] is not node or read != expected:
+                raise NotAUnitError(
+                    f"{name} calls batch_norm with something else than BatchNorm2d does"
+                )
+            call.replace_all_uses_with(node)
+            graph.erase_node(call)
+        elif call.op == "placeholder":
+            node = call
+    if not normed or counted != training:
+        raise NotAUnitError(f"{name} does not compute what BatchNorm2d does")
+    rest = Graph(graph, module)
+    if any(op.kind not in ("input", "act") for op in rest.ops) or len(rest.ops) > 2:
+        raise NotAUnitError(f"{name} computes more than a norm and an activation")
+    return rest.ops[rest.result].act, tuple(rest.inert)

@@ -1,0 +1,404 @@
+"""``fuse(model)``: pre-activation blocks that somebody else wrote, run as fused chains.
+
+A block is recognised by its dataflow (``dataflow``), and only its class changes, to a subclass
+whose forward reads the block's children at every call and runs them as a chain (``run``).
+Parameters, buffers and children stay the objects that they were. Where the children are not what
+was recognised any more (a hook, another child, another attribute) the block's own forward runs.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..blocks import BACKENDS, PreActUnit
+from ..core.run import (
+    AUTO,
+    EAGER,
+    ChainUnit,
+    Recipe,
+    accepts,
+    globally_hooked,
+    hooked,
+    run_blocks,
+    run_chain,
+)
+from ..core.spec import MEMORY
+from ..core.sync import NORMS
+from .dataflow import MOST_NORMS, read_unit
+from .unit_plan import NotAUnitError, UnitPlan, describe_unit, recipe_of, signature
+
+_FUSION = "_resnetv2_fusion"
+# Larger modules are stages or models, whose children are looked at instead.
+_MOST_MODULES = 128
+
+
+class Fusion(NamedTuple):
+    """What ``fuse`` leaves in a block: how to read it, and how its chains run.
+
+    original: the class to give back. plans: empty for a Sequential.
+    """
+
+    original: type[nn.Module]
+    plans: tuple[UnitPlan, ...]
+    memory: str
+    backend: str
+
+
+def _fusion(module: nn.Module) -> Fusion:
+    fusion = module.__dict__[_FUSION]
+    assert isinstance(fusion, Fusion)
+    return fusion
+
+
+class _Fused:
+    """What the fused classes share: pickling by the original class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made at run time and cannot be imported, but can be made again.
+        made = super().__reduce_ex__(protocol)
+        if made[0] is copyreg.__newobj__ and made[1][0] is type(self):  # type: ignore[attr-defined]
+            mixin, original = type(self).__bases__
+            return (_rebuild, (mixin, original, *made[1][1:]), *made[2:])
+        return made
+
+
+class FusedUnit(_Fused, ChainUnit):
+    """Mixed into the class of a recognised block."""
+
+    def chain_unit(self) -> Recipe | str:
+        """The block's children as a unit of a chain, or why its own forward must run."""
+        assert isinstance(self, nn.Module)
+        fusion = _fusion(self)
+        if fusion.backend == EAGER:
+            return 'backend is "eager"'
+        reasons = []
+        for plan in fusion.plans:
+            recipe = recipe_of(self, plan)
+            if isinstance(recipe, Recipe):
+                return recipe
+            reasons.append(recipe)
+        # Of two plans one is for training, the other for evaluation; what stands in the way of
+        # the one for the present mode is the reason.
+        return next((r for r in reasons if not r.startswith("training is")), reasons[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's function, fused where its children and the input allow."""
+        if len(args) == 1 and not kwargs:
+            recipe = self.chain_unit()
+            if isinstance(recipe, Recipe) and accepts(recipe, args[0]):
+                fusion = _fusion(self)  # type: ignore[arg-type]
+                return run_chain([recipe], args[0], backend=fusion.backend, memory=fusion.memory)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class FusedSequential(_Fused):
+    """Mixed into an ``nn.Sequential`` of blocks: consecutive units run as one chain."""
+
+    def forward(self, input: Any) -> Any:
+        """input through every child; see ``run_blocks``."""
+        fusion = _fusion(self)  # type: ignore[arg-type]
+        return run_blocks(_flat(self), input, backend=fusion.backend, memory=fusion.memory)  # type: ignore[arg-type]
+
+    def __getitem__(self, idx: Any) -> Any:
+        """A child, or a slice that runs as this does."""
+        part = super().__getitem__(idx)  # type: ignore[misc]
+        if isinstance(idx, slice):
+            part.__dict__[_FUSION] = _fusion(self)  # type: ignore[arg-type]
+        return part
+
+
+def _flat(sequence: nn.Module) -> Iterator[nn.Module]:
+    """A Sequential's children, and in place of a fused Sequential among them its own."""
+    called = not torch.compiler.is_compiling() and globally_hooked()
+    for child in sequence.children():
+        if isinstance(child, FusedSequential) and not called and not hooked(child):
+            yield from _flat(child)
+        else:
+            yield child
+
+
+def _fused_class(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``original`` with the mixin; always the same one.
+
+    It is found among the original's subclasses, so that no table keeps either alive. Initialisers
+    look for "Conv" and "BatchNorm" in class names, so these are left out.
+    """
+    for existing in original.__subclasses__():
+        if existing.__bases__ == (mixin, original):
+            return existing
+    name = "Fused" + original.__name__.replace("Conv", "").replace("BatchNorm", "")
+    namespace = {"__module__": original.__module__, "__doc__": original.__doc__}
+    metaclass: Any = type(original)
+    made: type[nn.Module] = metaclass(name, (mixin, original), namespace)
+    return made
+
+
+def _rebuild(mixin: type, original: type[nn.Module], *args: Any) -> nn.Module:
+    kind = _fused_class(mixin, original)
+    return kind.__new__(kind, *args)  # type: ignore[misc]
+
+
+class BlockReport(NamedTuple):
+    """One row of a ``Report``: a module that is a pre-activation block or resembles one.
+
+    path: dotted, from the model. class_name: of the original class. fused: whether it runs fused
+    now. kind: as what, such as "basic, projection from preact"; empty where it is none. reason:
+    why it does not run fused, or empty.
+    """
+
+    path: str
+    class_name: str
+    fused: bool
+    kind: str
+    reason: str
+
+
+class Report(NamedTuple):
+    """What ``explain`` found; prints as a table, like rows in one line.
+
+    blocks: all rows, in the model's order. chains: paths of the Sequentials whose blocks run as
+    one chain.
+    """
+
+    blocks: tuple[BlockReport, ...]
+    chains: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> tuple[BlockReport, ...]:
+        """The rows of the blocks that run fused."""
+        return tuple(row for row in self.blocks if row.fused)
+
+    def __str__(self) -> str:
+        if not self.blocks:
+            return "no pre-activation block, and nothing that resembles one"
+        lines: list[tuple[str, ...]] = [("path", "class", "fused", "as", "reason")]
+        start = 0
+        for stop in range(1, len(self.blocks) + 1):
+            row = self.blocks[start]
+            if stop < len(self.blocks) and self.blocks[stop][1:] == row[1:]:
+                continue
+            last = self.blocks[stop - 1].path
+            number = stop - start
+            path = row.path or "(the model)"
+            path = path if number == 1 else f"{path} ... {last} ({number})"
+            lines.append((path, row.class_name, "yes" if row.fused else "no", *row[3:]))
+            start = stop
+        widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        lines.insert(1, tuple("-" * width for width in widths))
+        text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
+        text.append(f"{len(self.fused)} of {len(self.blocks)} fused")
+        if self.chains:
+            text.append(
+                f"run as chains: {', '.join(path or '(the model)' for path in self.chains)}"
+            )
+        return "\n".join(text)
+
+
+class _Finding(NamedTuple):
+    path: str
+    module: nn.Module
+    plans: tuple[UnitPlan, ...]
+    reason: str
+
+
+def _survey(model: nn.Module) -> list[_Finding]:
+    """The model's blocks, recognised ones and such as resemble one; innermost first.
+
+    Blocks that are alike share one trace.
+    """
+    findings: list[_Finding] = []
+    seen: set[int] = set()
+    known: dict[Any, tuple[UnitPlan, ...] | NotAUnitError] = {}
+
+    def visit(module: nn.Module, path: str) -> bool:
+        """Whether there is a block in the module, or the module is one."""
+        if id(module) in seen:
+            return False
+        seen.add(id(module))
+        if isinstance(module, (FusedUnit, PreActUnit)):
+            findings.append(_Finding(path, module, (), ""))
+            return True
+        before = len(findings)
+        inside = [
+            visit(child, f"{path}.{name}" if path else name)
+            for name, child in module.named_children()
+        ]
+        if any(inside) or not _plausible(module):
+            return any(inside)
+        key = signature(module)
+        if key not in known:
+            try:
+                known[key] = read_unit(module)
+            except NotAUnitError as reason:
+                known[key] = reason
+        result = known[key]
+        if isinstance(result, NotAUnitError):
+            if result.resembles and len(findings) == before:
+                findings.append(_Finding(path, module, (), str(result)))
+            return False
+        findings.append(_Finding(path, module, result, ""))
+        return True
+
+    visit(model, "")
+    return findings
+
+
+def _plausible(module: nn.Module) -> bool:
+    """Whether a module is small enough for a block and has what one is made of."""
+    kind = type(module)
+    if isinstance(module, (torch.jit.ScriptModule, nn.ModuleList, nn.ModuleDict)):
+        return False
+    if kind.__call__ is not nn.Module.__call__ or not callable(getattr(kind, "forward", None)):
+        return False
+    inner = list(module.modules())[: _MOST_MODULES + 1]
+    norms = sum(isinstance(m, NORMS) for m in inner)
+    convs = sum(isinstance(m, nn.Conv2d) for m in inner)
+    return convs > 0 and norms <= MOST_NORMS and 1 < len(inner) <= _MOST_MODULES
+
+
+def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) -> nn.Module:
+    """Run the pre-activation blocks of ``model`` fused, in place, and return it.
+
+    A block is a module whose forward computes k times norm -> act -> conv and adds a shortcut
+    (He et al. 2016, equation (4)), however it is written; ``explain`` lists them. Consecutive
+    blocks in an ``nn.Sequential`` run as one chain. Blocks and stages of this library are fused
+    already and keep their own settings. Parameters, buffers, children and
+    ``state_dict`` stay as they are. Modules keep what they compute: what cannot be fused, at
+    recognition or at a call, runs as it did. ``unfuse`` takes it back.
+
+    Args:
+        model: any module. memory: what is kept for the backward: recompute, invert, invert_h1 or
+            segment (see README). backend: "auto", "triton" (GPU), "aten", or "eager" for the
+            blocks' own forwards.
+
+    Warns:
+        UserWarning: no pre-activation block was found; the model is unchanged.
+
+    Raises:
+        TypeError: not a module. ValueError: an unknown memory mode or backend.
+    """
+    _check_module(model)
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    found = False
+    for finding in _survey(model):
+        module = finding.module
+        if isinstance(module, FusedUnit):
+            module.__dict__[_FUSION] = _fusion(module)._replace(memory=memory, backend=backend)
+        elif finding.plans:
+            _swap(module, FusedUnit, Fusion(type(module), finding.plans, memory, backend))
+        found = found or not finding.reason
+    if not found:
+        warnings.warn(
+            f"no pre-activation block was found in {type(model).__name__}; nothing was changed "
+            "(explain(model) lists what resembles one, and the reasons)",
+            stacklevel=2,
+        )
+        return model
+    for module in _sequences(model):
+        if isinstance(module, FusedSequential):
+            module.__dict__[_FUSION] = _fusion(module)._replace(memory=memory, backend=backend)
+        else:
+            _swap(module, FusedSequential, Fusion(type(module), (), memory, backend))
+    return model
+
+
+def _swap(module: nn.Module, mixin: type, fusion: Fusion) -> None:
+    kind = _fused_class(mixin, fusion.original)
+    module.__dict__[_FUSION] = fusion
+    module.__class__ = kind
+
+
+def _sequences(model: nn.Module) -> list[nn.Module]:
+    """The Sequentials that hold two consecutive units or more, and those inside of these."""
+
+    def is_sequence(module: nn.Module) -> bool:
+        plain = type(module).forward is nn.Sequential.forward and type(module).__call__ is (
+            nn.Module.__call__
+        )
+        return isinstance(module, FusedSequential) or (isinstance(module, nn.Sequential) and plain)
+
+    def flat(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            yield from flat(child) if is_sequence(child) else [child]
+
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if not is_sequence(module):
+            continue
+        units = [isinstance(child, ChainUnit) for child in flat(module)]
+        if any(a and b for a, b in itertools.pairwise(units)):
+            for inner in module.modules():
+                if is_sequence(inner) and any(isinstance(c, ChainUnit) for c in flat(inner)):
+                    found[id(inner)] = inner
+    return list(found.values())
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every fused block and Sequential of ``model`` its own class again, and return it.
+
+    Raises:
+        TypeError: not a module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            module.__class__ = module.__dict__.pop(_FUSION).original
+    return model
+
+
+def explain(model: nn.Module) -> Report:
+    """Which blocks of ``model`` run fused, as what, and why the others do not; changes nothing.
+
+    Listed are pre-activation blocks, fused or not, and modules that resemble one: they add a
+    shortcut, and have convolutions.
+
+    Raises:
+        TypeError: not a module.
+    """
+    _check_module(model)
+    rows = []
+    for path, module, plans, reason in _survey(model):
+        kind = ""
+        if isinstance(module, FusedUnit):
+            kind = describe_unit(module, _fusion(module).plans[0])
+            name = _fusion(module).original.__name__
+            reason = _reason(module.chain_unit())
+        elif isinstance(module, PreActUnit):
+            name = type(module).__name__
+            kind = type(module).__name__
+            reason = _reason(module.chain_unit())
+        else:
+            name = type(module).__name__
+            if plans:
+                kind = describe_unit(module, plans[0])
+                reason = "can be fused: call fuse(model)"
+        rows.append(BlockReport(path, name, not reason, kind, reason))
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    rows.sort(key=lambda row: order[row.path])
+    outer = [name for name, m in model.named_modules() if isinstance(m, FusedSequential)]
+    chains = [
+        p for p in outer if not any(p != q and (not q or p.startswith(q + ".")) for q in outer)
+    ]
+    return Report(tuple(rows), tuple(chains))
+
+
+def _reason(recipe: Recipe | str) -> str:
+    return recipe if isinstance(recipe, str) else ""
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+__all__: Sequence[str] = ("BlockReport", "Report", "explain", "fuse", "unfuse")

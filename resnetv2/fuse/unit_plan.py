@@ -1,0 +1,224 @@
+"""Where a recognised block's children are, and whether they still are what was recognised.
+
+A trace fixes what Python decided on the way. Whatever plain attribute a forward read is therefore
+written down as a guard, and ``recipe_of`` looks at the guards, the hooks and the children again at
+every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..core.run import Pad, Recipe, act_of, hooked, why_not
+from ..core.spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
+from ..kernels.operands import Act
+
+Path = tuple[str, ...]
+
+SIMPLE = (bool, int, float, str, type(None), torch.dtype)
+
+# What every nn.Module has, besides ``training``, is no choice of a forward.
+INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+
+
+class NotAUnitError(Exception):
+    """Why a module is not exactly a pre-activation unit.
+
+    resembles: whether its own forward adds two tensors, or cannot be traced.
+    """
+
+    def __init__(self, reason: str, resembles: bool = False) -> None:
+        super().__init__(reason)
+        self.resembles = resembles
+
+
+class Container(NamedTuple):
+    """A module that holds others: its class, its children's paths and its own parameters' names."""
+
+    path: Path
+    kind: type
+    children: tuple[Path, ...]
+    parameters: tuple[str, ...]
+
+
+class UnitPlan(NamedTuple):
+    """Where a block's children are, in the order of the computation; paths are relative to it.
+
+    norms, convs: one each per repetition. norm_types: None, or the subclass of BatchNorm2d whose
+    own forward was found to compute BatchNorm2d's function and the activation. acts: per
+    repetition a module's path, or the activation that was called as a function. projection: its
+    path, if any. pads: as in ``Recipe``. inert: modules that pass their input on (identity,
+    dropout that is off).
+    containers: the block and the modules between it and these, whose calls are bypassed. others:
+    all other descendants (path, type; NoneType for a child that is None). guards: (path,
+    attribute, value) of the plain attributes that the forward read. otherwise: why the block is
+    no unit in the other mode (training, evaluation), or empty.
+    """
+
+    norms: tuple[Path, ...]
+    norm_types: tuple[type | None, ...]
+    convs: tuple[Path, ...]
+    acts: tuple[Path | Act, ...]
+    shortcut: int
+    projection: Path | None
+    add_in_place: bool
+    pads: tuple[Pad, ...]
+    inert: tuple[Path, ...]
+    containers: tuple[Container, ...]
+    others: tuple[tuple[Path, type], ...]
+    guards: tuple[tuple[Path, str, Any], ...]
+    otherwise: str = ""
+
+
+def child_at(module: nn.Module, path: Path) -> Any:
+    """The descendant at ``path``, or None where there is none."""
+    for name in path:
+        module = getattr(module, name, None)  # type: ignore[assignment]
+    return module
+
+
+def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
+    """The block's children as they are now, or why they must run one by one."""
+    # Every child once, container by container: a call of ``child_at`` for each costs as much again.
+    at: dict[Path, Any] = {(): block}
+    for path, kind, children, parameters in plan.containers:
+        module = at[path]
+        if path and type(module) is not kind:
+            return f"{dotted(path)} was replaced by {type(module).__name__}"
+        inner = module._modules
+        if len(inner) != len(children) or tuple(module._parameters) != parameters:
+            return f"{dotted(path)} has other children than when the block was fused"
+        if path and hooked(module):
+            return f"a hook on {dotted(path)}"
+        for child in children:
+            if child[-1] not in inner:
+                return f"{dotted(child)} is gone"
+            at[child] = inner[child[-1]]
+    for path, name, value in plan.guards:
+        module = at[path] if path in at else child_at(block, path)
+        now = getattr(module, name, NotAUnitError)
+        if now is not value and not (isinstance(value, SIMPLE) and now == value):
+            if name == "training" and plan.otherwise:
+                return plan.otherwise
+            return f"{dotted((*path, name))} is {now!r}, was {value!r} when the block was fused"
+    for path, kind in plan.others:
+        if type(at[path]) is not kind:
+            return f"{dotted(path)} was replaced by {type(at[path]).__name__}"
+    for path in plan.inert:
+        module = at[path] if path in at else child_at(block, path)
+        reason = _why_active(module)
+        if reason is not None:
+            return f"{dotted(path)}: {reason}"
+    act: Act | None = None
+    for where in plan.acts:
+        here = where
+        if not isinstance(here, Act):
+            module = at[here] if here in at else child_at(block, here)
+            if not isinstance(module, nn.Module):
+                return f"{dotted(here)} is gone"
+            if hooked(module):
+                return f"a hook on {dotted(here)}"
+            found = act_of(module)
+            if found is None:
+                return f"activation {type(module).__name__} is not one that kernels know"
+            here = found
+        if act is not None and here != act:
+            return f"activations differ: {act.kind} and {here.kind}"
+        act = here
+    assert act is not None
+    if plan.projection is not None and at[plan.projection] is None:
+        return f"{dotted(plan.projection)} is gone"
+    recipe = Recipe(
+        tuple([at[path] for path in plan.norms]),
+        tuple([at[path] for path in plan.convs]),
+        act,
+        plan.shortcut,
+        None if plan.projection is None else at[plan.projection],
+        plan.add_in_place,
+        plan.pads,
+    )
+    return why_not(recipe, plan.norm_types) or recipe
+
+
+def _why_active(module: Any) -> str | None:
+    """Why a module that was the identity when it was traced is not now, or None."""
+    if not isinstance(module, nn.Module):
+        return "is gone"
+    if hooked(module):
+        return "a hook"
+    if type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module)):
+        return None
+    if isinstance(module, _DropoutNd) and type(module).__module__ == _DropoutNd.__module__:
+        active = module.training and module.p > 0
+        return f"dropout with p = {module.p} in training" if active else None
+    return f"{type(module).__name__} in place of an identity"
+
+
+def describe_unit(block: nn.Module, plan: UnitPlan) -> str:
+    """In words what a plan is: "basic, projection from raw"."""
+    kernels = [child_at(block, path).kernel_size for path in plan.convs]
+    k = len(kernels)
+    bottleneck = k == 3 and kernels[0] == kernels[2] == (1, 1)
+    name = "basic" if k == 2 else "bottleneck" if bottleneck else f"{k} convolutions"
+    shortcuts = {
+        IDENTITY_RAW: "identity",
+        IDENTITY_PREACT: "identity from preact",
+        PROJECTION_RAW: "projection from raw",
+        PROJECTION_PREACT: "projection from preact",
+    }
+    return f"{name}, {shortcuts[plan.shortcut]}"
+
+
+def signature(module: nn.Module) -> Any:
+    """Equal for modules that compute the same: classes, plain attributes, children, parameters.
+
+    Whatever else a module holds goes in by identity, so that only like blocks are alike.
+    """
+    parts: list[Any] = []
+    for name, child in module.named_modules(remove_duplicate=False):
+        values = []
+        for key, value in vars(child).items():
+            if key in INTERNAL:
+                continue
+            simple = isinstance(value, (*SIMPLE, tuple)) and _hashable(value)
+            values.append((key, type(value), value if simple else id(value)))
+        tensors = [
+            (key, None if tensor is None else tensor.dim())
+            for group in (child._parameters, child._buffers)
+            for key, tensor in group.items()
+        ]
+        none = tuple(key for key, value in child._modules.items() if value is None)
+        hooks = "forward" in vars(child)
+        parts.append((name, type(child), tuple(values), tuple(tensors), none, hooks))
+    # A module that is called in two places is not two modules that are alike.
+    numbers: dict[int, int] = {}
+    for _, child in module.named_modules(remove_duplicate=False):
+        numbers.setdefault(id(child), len(numbers))
+    same = tuple(numbers[id(c)] for _, c in module.named_modules(remove_duplicate=False))
+    return tuple(parts), same
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def is_leaf(module: nn.Module) -> bool:
+    if isinstance(module, (_BatchNorm, _ConvNd, _DropoutNd)):
+        return True
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path) or "the block"

@@ -1,0 +1,509 @@
+"""The plots of ResNet V2's experiments, for a notebook or a page.
+
+    from resnetv2.visualization import ResNetV2Visualizer
+    ResNetV2Visualizer().plot_curves(comparison)   # a cell's last line shows it
+
+Every method returns a matplotlib Figure and draws what it is given, nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .architecture import Diagram
+    from .block import Step
+    from .training import Comparison, History
+
+__all__ = ["Picture", "ResNetV2Visualizer"]
+
+# Okabe and Ito's palette without its yellow, which is pale on white: told apart with any colour
+# vision; line styles and markers tell the same apart in print.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999"),
+    *("#882255", "#117733"),  # Tol's, for the ninth and tenth curve
+)
+STYLES = ("-", "--", "-.", ":")
+HISTOGRAM_BINS = 30
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h")
+
+METRICS = {
+    "train_loss": "training loss",
+    "train_accuracy": "training accuracy (%)",
+    "test_loss": "test loss",
+    "test_accuracy": "test accuracy (%)",
+    "gradient_norm": "gradient norm",
+    "seconds": "seconds of training",
+}
+
+
+class Picture(Figure):
+    """A Figure that notebooks show without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+    def png(self, dpi: int = 150) -> bytes:
+        """The picture as the content of a PNG file."""
+        file = io.BytesIO()
+        self.savefig(file, dpi=dpi, format="png")
+        return file.getvalue()
+
+
+class ResNetV2Visualizer:
+    """Draws curves, bars, diagrams and distributions in one style.
+
+    Args:
+        out: folder that each picture is also written to, as NAME.png after the method
+            (`plot_curves` writes curves.png); created if missing. None writes nothing.
+        panel: width and height of one panel in inches.
+    """
+
+    def __init__(
+        self, out: str | Path | None = None, panel: tuple[float, float] = (4.0, 3.2)
+    ) -> None:
+        self.out = None if out is None else Path(out)
+        self.panel = panel
+
+    def plot_curves(
+        self,
+        histories: Comparison | Mapping[str, Sequence[History]],
+        metrics: str | Sequence[str] = ("train_loss", "test_accuracy", "gradient_norm"),
+        title: str = "",
+    ) -> Picture:
+        """A panel a metric against epochs: the mean over seeds, shaded from least to greatest.
+
+        Args:
+            histories: of a comparison, or by variant.
+            metrics: of `METRICS`. Losses and gradient norms that span a factor of ten are drawn
+                on a logarithmic scale.
+            title: one line above the panels.
+
+        A cross marks the last finite value of a run that diverged.
+        """
+        runs_of = _histories(histories)
+        metrics = (metrics,) if isinstance(metrics, str) else metrics
+        picture, panels = self._panels(len(metrics), title)
+        for axes, metric in zip(panels, metrics):
+            scale = 100 if metric.endswith("accuracy") else 1
+            drawn: list[float] = []
+            for number, (name, runs) in enumerate(runs_of.items()):
+                look = _look(number)
+                curves = [[scale * value for value in run.curve(metric)] for run in runs]
+                epochs, low, mean, high = _envelope(curves)
+                drawn += mean
+                few = look | {"markersize": 4} if len(epochs) <= 20 else look | {"marker": ""}
+                axes.plot(epochs, mean, label=name, **few)
+                axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                for run, curve in zip(runs, curves):
+                    finite = [(i, v) for i, v in enumerate(curve, 1) if math.isfinite(v)]
+                    if run.diverged is not None and finite:
+                        axes.plot(*finite[-1], "x", color=look["color"], markersize=10, mew=2.5)
+            axes.set(xlabel="epoch", ylabel=METRICS.get(metric, metric))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            if drawn and scale == 1 and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+                axes.set_yscale("log")
+        _legend(picture, panels[0])
+        return self._finish(picture, "curves")
+
+    def plot_bars(
+        self,
+        histories: Comparison | Mapping[str, Sequence[History]],
+        metric: str = "test_accuracy",
+        title: str = "",
+    ) -> Picture:
+        """A bar a variant: the metric after the last epoch, mean over seeds, a dot a seed.
+
+        The whisker is the standard deviation over seeds. Bars of accuracy begin at 0, so that
+        their lengths may be compared. Seeds that diverged in a loss have no dot; the label says.
+        """
+        runs_of = _histories(histories)
+        scale = 100 if metric.endswith("accuracy") else 1
+        values_of: dict[str, list[float]] = {}
+        for name, runs in runs_of.items():
+            values = [run.seconds if metric == "seconds" else run.final(metric) for run in runs]
+            lost = sum(not math.isfinite(value) for value in values)
+            label = f"{name}\n({lost} of {len(runs)} diverged)" if lost else name
+            values_of[label] = [scale * value for value in values if math.isfinite(value)]
+        return self._finish(
+            self._bars(values_of, METRICS.get(metric, metric), title), f"bars-{metric}"
+        )
+
+    def plot_values(
+        self, values: Mapping[str, float | Sequence[float]], ylabel: str, title: str = ""
+    ) -> Picture:
+        """Bars of any values: a number a name, or several whose mean and spread are drawn."""
+        as_lists = {
+            name: list(value) if isinstance(value, Sequence) else [value]
+            for name, value in values.items()
+        }
+        return self._finish(self._bars(as_lists, ylabel, title), "values")
+
+    def plot_groups(
+        self,
+        values: Mapping[str, Mapping[str, Sequence[float]]],
+        ylabel: str,
+        title: str = "",
+    ) -> Picture:
+        """A line a name through its groups: mean with standard deviation, a dot a value.
+
+        Args:
+            values: by line, then by group; every line has the same groups.
+        """
+        picture, (axes,) = self._panels(1, title, scale=1.4)
+        groups = list(next(iter(values.values())))
+        for number, (name, of_group) in enumerate(values.items()):
+            look = _look(number) | {"markersize": 5}
+            # Side by side, so that whiskers of one group do not cover each other.
+            shift = 0.12 * (number - (len(values) - 1) / 2)
+            x = [index + shift for index in range(len(groups))]
+            means = [statistics.fmean(of_group[group]) for group in groups]
+            spreads = [
+                statistics.stdev(of_group[group]) if len(of_group[group]) > 1 else 0.0
+                for group in groups
+            ]
+            axes.errorbar(x, means, yerr=spreads, capsize=4, label=name, **look)
+            for place, group in zip(x, groups):
+                dots = of_group[group]
+                axes.plot([place] * len(dots), dots, ".", color="black", markersize=3)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(ylabel)
+        _legend(picture, axes)
+        return self._finish(picture, "groups")
+
+    def _bars(self, values_of: Mapping[str, list[float]], label: str, title: str) -> Picture:
+        # Horizontal: names of variants are words, and words are read from left to right.
+        picture = Picture(figsize=(6.4, 1.2 + 0.5 * len(values_of)), layout="constrained")
+        axes = picture.subplots()
+        ends = {number: _reach(values) for number, values in enumerate(values_of.values())}
+        largest = max(ends.values(), default=1.0)
+        for number, values in enumerate(values_of.values()):
+            if not values:
+                continue
+            mean = statistics.fmean(values)
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            colour = COLOURS[number % len(COLOURS)]
+            axes.barh(number, mean, color=colour, alpha=0.75, xerr=spread, capsize=4)
+            if len(values) > 1:
+                axes.plot(values, [number] * len(values), "o", color="black", markersize=3)
+            text = f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g}"
+            axes.text(ends[number] + 0.015 * largest, number, text, va="center", fontsize=9)
+        axes.set_yticks(range(len(values_of)), list(values_of))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.25 * largest)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        if title:
+            picture.suptitle(title, fontsize=10)  # over the labels too: a wide title fits
+        return picture
+
+    def plot_lines(
+        self,
+        lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        xlabel: str,
+        ylabel: str,
+        *,
+        log: str = "",
+        threshold: float | None = None,
+        title: str = "",
+    ) -> Picture:
+        """Any curves, (x values, y values) by name.
+
+        Args:
+            log: axes on a logarithmic scale: "", "x", "y" or "xy".
+            threshold: a horizontal line there.
+        """
+        picture, (axes,) = self._panels(1, title, scale=1.4)
+        for number, (name, (x, y)) in enumerate(lines.items()):
+            look = _look(number)
+            axes.plot(x, y, label=name, **look | {"markersize": 4 if len(x) <= 40 else 0})
+        if threshold is not None:
+            axes.axhline(threshold, color="black", linewidth=1, linestyle=(0, (1, 1)))
+            axes.annotate(
+                f"{threshold:g}",
+                (1, threshold),
+                xycoords=("axes fraction", "data"),
+                xytext=(-3, 3),
+                textcoords="offset points",
+                ha="right",
+            )
+        if "x" in log:
+            axes.set_xscale("log")
+            ticks = _apart({value for x, _ in lines.values() for value in x})
+            if len(ticks) <= 10:
+                axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+                axes.set_xticks([], minor=True)
+        if "y" in log:
+            axes.set_yscale("log")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        _legend(picture, axes)
+        return self._finish(picture, "lines")
+
+    def plot_architecture(self, blocks: Mapping[str, Diagram | nn.Module]) -> Picture:
+        """Blocks side by side as boxes and arrows, from the input down to the output.
+
+        Args:
+            blocks: diagrams by `resnetv2.studies.architecture.trace`, or modules with a `conv1`,
+                which are traced.
+        """
+        from .architecture import Diagram, trace
+
+        diagrams = {
+            name: block if isinstance(block, Diagram) else trace(block, _in_channels(block))
+            for name, block in blocks.items()
+        }
+        levels = 1 + max(node.level for diagram in diagrams.values() for node in diagram.nodes)
+        picture = Picture(figsize=(4.2 * len(diagrams), 0.62 * levels + 0.7), layout="constrained")
+        panels = picture.subplots(1, len(diagrams), squeeze=False)[0]
+        for axes, (name, diagram) in zip(panels, diagrams.items()):
+            _draw_block(axes, diagram)
+            axes.set(title=name, xlim=(-1.25, 2.5), ylim=(levels - 0.25, -0.4))
+            axes.axis("off")
+        return self._finish(picture, "architecture")
+
+    def plot_steps(self, steps: Sequence[Step], gradients: Sequence[float]) -> Picture:
+        """How values are distributed after each step of a block, and the gradient's norm there.
+
+        Args:
+            steps: as of `resnetv2.studies.block.trace_block`.
+            gradients: one norm a step.
+        """
+        picture, (values, norms) = self._panels(2, "")
+        outputs = [step.output.detach().float().flatten().cpu().numpy() for step in steps]
+        names = [step.name for step in steps]
+        positions = range(len(steps))
+        values.boxplot(
+            outputs,
+            positions=positions,
+            whis=(1, 99),
+            showfliers=False,
+            showmeans=True,
+            widths=0.6,
+            medianprops={"color": COLOURS[0]},
+            meanprops={"marker": "D", "markerfacecolor": COLOURS[1], "markeredgecolor": "none"},
+        )
+        values.set(ylabel="value", xlabel="box: quartiles; whiskers: 1 % and 99 %; diamond: mean")
+        norms.bar(positions, gradients, color=COLOURS[2], alpha=0.75)
+        norms.set_ylabel("gradient norm")
+        norms.set_ylim(0, 1.15 * max(gradients))
+        for i, gradient in enumerate(gradients):
+            norms.text(i, gradient, f"{gradient:.2f}", ha="center", va="bottom", fontsize=8)
+        for axes in (values, norms):
+            axes.set_xticks(positions, names, rotation=35)
+            axes.grid(axis="x", visible=False)
+            axes.set_axisbelow(True)
+        return self._finish(picture, "steps")
+
+    def plot_distributions(self, values: Mapping[str, Sequence[float]], label: str) -> Picture:
+        """Histogram and box plot of samples by name, over one range of values."""
+        picture, (histogram, boxes) = self._panels(2, "")
+        everything = [value for sample in values.values() for value in sample]
+        low, high = min(everything), max(everything)
+        margin = 0.02 * (high - low) or 0.5
+        edges = [
+            low - margin + (high - low + 2 * margin) * i / HISTOGRAM_BINS
+            for i in range(HISTOGRAM_BINS + 1)
+        ]
+        for number, (name, sample) in enumerate(values.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            histogram.hist(sample, edges, color=colour, alpha=0.6, label=name)
+        histogram.set(xlabel=label, ylabel="inputs")
+        drawn = boxes.boxplot(
+            list(values.values()), patch_artist=True, widths=0.5, medianprops={"color": "black"}
+        )
+        for number, box in enumerate(drawn["boxes"]):
+            box.set(facecolor=COLOURS[number % len(COLOURS)], alpha=0.6)
+        names = [name.replace(" (", "\n(") for name in values]
+        boxes.set_xticks(range(1, len(names) + 1), names)
+        boxes.set_ylabel(label)
+        _legend(picture, histogram)
+        return self._finish(picture, "distributions")
+
+    def plot_block_norms(self, nets: Mapping[str, Mapping[str, Sequence[float]]]) -> Picture:
+        """Norms along a net: |x| and |out - x| of every block, and their ratio.
+
+        Args:
+            nets: by name, "identity", "residual" and "ratio", a value a block.
+        """
+        picture, panels = self._panels(3, "")
+        labels = ("|x|", "|out - x|", "|out - x| / |x|")
+        for axes, part, label in zip(panels, ("identity", "residual", "ratio"), labels):
+            for number, (name, norms) in enumerate(nets.items()):
+                look = _look(number) | {"markersize": 4 if len(norms[part]) <= 30 else 0}
+                axes.plot(range(len(norms[part])), norms[part], label=name, **look)
+            axes.set(xlabel="block", ylabel=label, ylim=(0, None))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _legend(picture, panels[0])
+        return self._finish(picture, "block_norms")
+
+    def plot_gradients(
+        self, norms: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, ylabel: str
+    ) -> Picture:
+        """A panel a depth: a gradient norm for each layer, a curve a net, on a logarithmic scale.
+
+        Args:
+            norms: by the panel's title and the net's name, from the first layer to the last.
+        """
+        picture, panels = self._panels(len(norms), "")
+        values = [v for nets in norms.values() for curve in nets.values() for v in curve if v > 0]
+        for axes, (title, nets) in zip(panels, norms.items()):
+            for number, (name, curve) in enumerate(nets.items()):
+                look = _look(number) | {"markersize": 4 if len(curve) <= 30 else 0}
+                axes.plot(range(len(curve)), curve, label=name, **look)
+            axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log", title=title)
+            if values:
+                axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _legend(picture, panels[0])
+        return self._finish(picture, "gradients")
+
+    def _panels(
+        self, count: int, title: str, scale: float = 1.0, columns: int = 3
+    ) -> tuple[Picture, list[Axes]]:
+        columns = min(count, columns)
+        rows = -(-count // columns)
+        width, height = (scale * side for side in self.panel)
+        picture = Picture(figsize=(columns * width, rows * height + 0.3), layout="constrained")
+        grid = picture.subplots(rows, columns, squeeze=False)
+        panels = list(grid.flat)
+        for spare in panels[count:]:
+            spare.remove()
+        for axes in panels[:count]:
+            axes.grid(alpha=0.3)
+        if title:
+            picture.suptitle(title, fontsize=11)
+        return picture, panels[:count]
+
+    def _finish(self, picture: Picture, name: str) -> Picture:
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / f"{name}.png").write_bytes(picture.png())
+        return picture
+
+
+def _in_channels(block: nn.Module) -> int:
+    for attribute in ("in_channels", "conv1.in_channels"):
+        value: Any = block
+        for name in attribute.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"{type(block).__name__} has no in_channels and no conv1 that has")
+
+
+_BOX = {
+    "input": "#FFFFFF",
+    "norm": "#CFE6F5",
+    "act": "#FBE3B5",
+    "conv": "#CDE9DE",
+    "add": "#FFFFFF",
+    "other": "#EEEEEE",
+}
+_SIDE = 1.75  # where the shortcut runs, in boxes' half widths from the middle
+
+
+def _draw_block(axes: Axes, diagram: Diagram) -> None:
+    """Boxes on the residual path below one another, the shortcut beside them."""
+    place = {node.name: (0.0 if node.main else _SIDE, node.level) for node in diagram.nodes}
+    for node in diagram.nodes:
+        x, y = place[node.name]
+        for source in node.inputs:
+            _connect(axes, place[source], (x, y))
+        style = "circle,pad=0.25" if node.kind == "add" else "round,pad=0.35"
+        axes.text(
+            x,
+            y,
+            node.label,
+            ha="center",
+            va="center",
+            fontsize=10 if node.main else 9,
+            bbox={"boxstyle": style, "facecolor": _BOX[node.kind], "edgecolor": "#333333"},
+            zorder=3,
+        )
+    last = diagram.nodes[-1]
+    axes.annotate("", (0, last.level + 0.65), (0, last.level), arrowprops=_ARROW, zorder=1)
+
+
+_ARROW = {"arrowstyle": "-|>", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
+
+
+def _connect(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """An arrow straight down, or round the boxes between by the side."""
+    (x0, y0), (x1, y1) = start, end
+    half, gap = 0.2, 0.14  # half a box's height; how close an arrow comes to the sum's circle
+    if x0 == x1 and y1 - y0 == 1:
+        axes.annotate("", (x1, y1 - half), (x0, y0), arrowprops=_ARROW, zorder=1)
+        return
+    if x1 == 0:  # into the sum from the side
+        axes.plot([x0, _SIDE, _SIDE], [y0, y0, y1], color="#333333", linewidth=1, zorder=1)
+        axes.annotate("", (gap, y1), (_SIDE, y1), arrowprops=_ARROW, zorder=1)
+    else:  # out to a projection
+        axes.plot([x0, x1], [y0, y0], color="#333333", linewidth=1, zorder=1)
+        axes.annotate("", (x1, y1 - half), (x1, y0), arrowprops=_ARROW, zorder=1)
+
+
+def _histories(
+    given: Comparison | Mapping[str, Sequence[History]],
+) -> Mapping[str, Sequence[History]]:
+    return given if isinstance(given, Mapping) else given.histories
+
+
+def _apart(values: set[float]) -> list[float]:
+    """Positive values in order, without those less than a quarter above the one before."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value > 1.25 * kept[-1]:
+            kept.append(value)
+    return kept
+
+
+def _reach(values: Sequence[float]) -> float:
+    """Where a bar with its whisker and dots ends; 0 for one without values."""
+    if len(values) < 2:
+        return max(values, default=0.0)
+    return max(*values, statistics.fmean(values) + statistics.stdev(values))
+
+
+def _look(number: int) -> dict[str, Any]:
+    again = number // len(COLOURS)  # a colour's second line has another style and marker
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": STYLES[(number + again) % len(STYLES)],
+        "marker": MARKERS[(number + 3 * again) % len(MARKERS)],
+    }
+
+
+def _envelope(
+    curves: Sequence[Sequence[float]],
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Epochs from 1, and at each the least, mean and greatest of the curves' finite values."""
+    epochs, low, mean, high = [], [], [], []
+    for epoch in range(1, 1 + max(map(len, curves))):
+        values = [c[epoch - 1] for c in curves if len(c) >= epoch and math.isfinite(c[epoch - 1])]
+        if values:
+            epochs.append(epoch)
+            low.append(min(values))
+            mean.append(statistics.fmean(values))
+            high.append(max(values))
+    return epochs, low, mean, high
+
+
+def _legend(picture: Figure, axes: Axes) -> None:
+    """One legend for all panels, below them, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        widest = max(map(len, labels))
+        fit = max(1, int(picture.get_figwidth() * 11 / (widest + 6)))
+        picture.legend(handles, labels, loc="outside lower center", ncols=fit, frameon=False)

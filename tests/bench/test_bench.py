@@ -1,0 +1,410 @@
+"""The benchmarks' own promises: wrong providers refused, failures their own rows, one schema."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bench import cases, compare, report, schema
+from bench.kernel_steps import measure as measure_kernels
+from bench.measure import Bench, Inline, Process, Settings, disagreement, quantiles, spread
+from bench.providers import EAGER, Provider, all_providers
+from bench.schema import Row
+from bench.suites import SUITES, accuracy_rows, kernel_rows, largest, limit_rows, timed_rows
+from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
+from resnetv2.cli.plan import plan as plan_command
+from resnetv2.planning.cost import Rates, chain_costs, floor_seconds, h100_rates, step_costs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOY = cases.network("basic", 8, 2, "fp32")._replace(size=8)
+SETTINGS = Settings(seconds=0.0, rounds=(2, 2), patience=120.0, threads=1)
+
+
+def plain():
+    """The providers that need no compiler."""
+    return [p for p in all_providers() if not p.compiles and not p.missing]
+
+
+def raises(case):
+    raise RuntimeError("taken out")
+
+
+def slightly_wrong(case):
+    """Eager, but for one weight of many."""
+    module = case.build(backend="eager")
+    with torch.no_grad():
+        module.stage2[0].conv1.weight[0, 0, 0, 0] += 0.01
+    return module
+
+
+def without_gradient(case):
+    module = case.build(backend="eager")
+    module.fc.bias.requires_grad_(False)
+    return module
+
+
+def out_of_memory(case):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
+
+
+def run(providers, case=TOY, host=Inline):
+    bench = Bench(providers, SETTINGS, host=host)
+    try:
+        outcomes = bench.run(case)
+    finally:
+        bench.close()
+    return outcomes, list(timed_rows("depth", case, outcomes))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return run(plain())
+
+
+def test_every_provider_is_measured(measured):
+    outcomes, rows = measured
+    assert set(outcomes) == {p.name for p in plain()}
+    for name in outcomes:
+        mine = {r.metric: r for r in rows if r.provider == name}
+        assert not outcomes[name].problem, name
+        assert mine["time"].value > 0
+        assert mine["time"].trials == 2
+        assert mine["peak"].value > 0
+        assert mine["throughput"].value == pytest.approx(1e3 * TOY.batch / mine["time"].value)
+    eager = next(r for r in rows if r.provider == EAGER and r.metric == "time")
+    assert eager.ratio_to_eager == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (slightly_wrong, "refused: relative error of out"),
+        (without_gradient, "failed: no gradient for fc.bias"),
+        (raises, "failed: RuntimeError: taken out"),
+        (out_of_memory, "out of memory"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_what_is_wrong_is_refused_and_has_no_figures(broken, reason):
+    outcomes, rows = run([plain()[0], Provider("broken", broken)])
+    mine = [r for r in rows if r.provider == "broken"]
+    assert outcomes["broken"].problem.startswith(reason)
+    assert [(r.value, r.note) for r in mine] == [(None, outcomes["broken"].problem)]
+    assert not outcomes["broken"].times
+    assert not outcomes["broken"].peaks
+    assert all(r.value is not None for r in rows if r.provider == EAGER)
+
+
+def test_disabling_this_project_changes_its_rows_only(measured):
+    disabled = [p._replace(prepare=raises) if p.ours else p for p in plain()]
+    _, rows = run(disabled)
+    ours = {p.name for p in disabled if p.ours}
+    assert ours
+    for row in rows:
+        assert (row.value is None) == (row.provider in ours), row
+
+    def deterministic(found):
+        return [
+            (r.provider, r.metric, r.value)
+            for r in found
+            if r.provider not in ours and r.metric == "peak"
+        ]
+
+    assert deterministic(rows) == deterministic(measured[1])
+
+
+def test_providers_in_processes_of_their_own(measured):
+    providers = [plain()[0], Provider("broken", raises)]
+    outcomes, rows = run(providers, host=Process)
+    assert outcomes["broken"].problem == "failed: RuntimeError: taken out"
+    inline = {(r.provider, r.metric): r.value for r in measured[1]}
+    peak = next(r for r in rows if (r.provider, r.metric) == (EAGER, "peak"))
+    assert peak.value == pytest.approx(inline[EAGER, "peak"], rel=0.02)
+
+
+def test_compiling_has_a_limit():
+    compiled = Provider("compile", plain()[0].prepare, compiles=True)
+    bench = Bench([plain()[0], compiled], SETTINGS, host=Inline)
+    bench.new_suite(10.0)
+    bench.compiled.append((8, 6.0))
+    assert "compiling 8 layers took 6 s, 14 layers would pass" in bench._skip(
+        TOY._replace(depth=14), compiled
+    )
+    bench.new_suite(10.0)
+    assert bench._skip(TOY._replace(depth=14), compiled) == ""
+
+
+def test_peers_that_are_not_there_are_rows():
+    peers = [p for p in all_providers(graphs=True) if p.missing]
+    _, rows = run([plain()[0], *peers])
+    notes = {r.provider: r.note for r in rows if r.value is None}
+    assert notes == {p.name: f"not run: {p.missing}" for p in peers}
+    if not torch.cuda.is_available():
+        assert "attorch" in notes
+        assert notes["eager + graph"] == "not run: CUDA graphs need a GPU"
+
+
+def test_yardstick():
+    case = cases.unit("a unit", "basic", 64, 32, 64, "fp32")
+    eager = {"out": 1e-3, "gradients": 1e-3}
+    assert not disagreement({"out": 1.9e-3, "gradients": 1e-3}, eager, case)
+    assert "out" in disagreement({"out": 2.1e-3, "gradients": 1e-3}, eager, case)
+    assert "out" in disagreement({"out": float("nan"), "gradients": 1e-3}, eager, case)
+    assert "gradients" in disagreement({"out": 1e-3, "gradients": 4e-3}, eager, case)
+
+
+def test_half_wrong_is_wrong_whatever_eager_is():
+    case = cases.network("bottleneck", 1001, 8, "fp32")
+    eager = {"out": 1e-3, "gradients": 0.7}
+    assert "gradients" in disagreement({"out": 1e-3, "gradients": 1.0}, eager, case)
+
+
+def test_a_flipped_sign_is_no_error():
+    """Where eager has rounding alone, a provider may have the other sign of a few values near 0."""
+    case = cases.unit("a unit", "basic", 16, 32, 64, "fp32")
+    assert case.narrowest == 16 * 32 * 32 * 64
+    eager = {"out": 1e-6, "dx": 1e-6, "gradients": 1e-6}
+    one = case.narrowest**-0.5
+    assert not disagreement({"out": 1e-6, "dx": one, "gradients": one}, eager, case)
+    assert "dx" in disagreement({"out": 1e-6, "dx": 3 * one, "gradients": one}, eager, case)
+    assert "out" in disagreement({"out": one, "dx": one, "gradients": one}, eager, case)
+
+
+def test_accuracy_rows(measured):
+    rows = list(accuracy_rows(TOY, measured[0]))
+    found = {(r.provider, r.metric): r for r in rows}
+    assert 0 < found[EAGER, "error of gradients"].value < 1e-2
+    assert found["recompute", "error of gradients"].ratio_to_eager <= 2
+    # torch.utils.checkpoint moves running statistics twice (pytorch#96136), this project once.
+    assert found["checkpoint", "error of buffers"].value > 1e-3
+    assert found["segment", "error of buffers"].value < 1e-5
+
+
+def test_quantiles():
+    assert quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert quantiles([float(n) for n in range(11)]) == (2, 5, 8)
+    assert spread([float(n) for n in range(11)]) == pytest.approx(6 / 5)
+
+
+@pytest.mark.parametrize("first", [1, 2, 50])
+def test_largest_is_the_largest(first):
+    asked = []
+
+    def needs(n):
+        asked.append(n)
+        return 1000 + 37 * n + 5 * (n % 3)
+
+    n, used, trials = largest(needs, 5000, first)
+    assert used == needs(n) <= 5000 < needs(n + 1)
+    assert {n, n + 1} <= set(asked[:trials])
+    assert trials <= 10
+    assert largest(needs, 10, first)[0] == 0
+
+
+def test_limits_of_a_budget():
+    providers = [p for p in plain() if p.name in (EAGER, "segment")]
+    bench = Bench([*providers, Provider("broken", raises)], SETTINGS, host=Inline)
+    rows = limit_rows(bench, TOY, "batch", 4 * 10**6, 2)
+    eager, segment = rows[EAGER][1], rows["segment"][1]
+    assert segment.value > eager.value > 1
+    assert segment.ratio_to_eager == segment.value / eager.value
+    assert rows["broken"][1].note == "failed: RuntimeError: taken out"
+
+
+def test_kernel_rows():
+    case = cases.unit("toy", "bottleneck", 16, 8, 2, "fp32")
+    times = measure_kernels(case, 5, 0.0, lambda label: None)
+    assert [t.name for t in times] == [
+        "moments",
+        "1x1 16>4 forward",
+        "3x3 4>4 forward",
+        "1x1 4>16 forward + shortcut",
+        "1x1 4>16 backward",
+        "3x3 4>4 backward",
+        "1x1 16>4 backward + shortcut",
+    ]
+    rates = {"copy cold": 1e9, "copy warm": 2e9, "multiply": 1e9}
+    rows = list(kernel_rows(case, times, rates))
+    for time in times:
+        mine = {(r.mode, r.metric): r.value for r in rows if r.provider == time.name}
+        gap = mine["cold", "time"] / mine["cold", "floor"]
+        assert mine["cold", "gap"] == pytest.approx(gap)
+
+
+def test_schema_round_trip(tmp_path):
+    rows = [
+        Row("unit", "a, b", EAGER, "forward", "time", "ms", 1.23456789, p50=1.25, trials=3),
+        Row("unit", "a, b", "x", "forward", "time", "ms", None, note='said "no", twice'),
+    ]
+    schema.write(tmp_path / "r.csv", rows)
+    assert schema.read(tmp_path / "r.csv") == [replace(rows[0], value=1.2346), rows[1]]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns suite"):
+        schema.read(tmp_path / "other.csv")
+
+
+def test_a_suite_run_again_replaces_its_rows():
+    old = [Row(s, "c", "p", "m", "time", "ms", 1.0) for s in ("unit", "depth", "extreme depth")]
+    new = [Row("depth", "c", "p", "m", "time", "ms", 2.0)]
+    merged = schema.merge(old, new, SUITES)
+    assert [(r.suite, r.value) for r in merged] == [
+        ("unit", 1.0), ("depth", 2.0), ("extreme depth", 1.0),
+    ]  # fmt: skip
+
+
+def test_report_from_csv(measured, tmp_path):
+    rows = [*measured[1], *accuracy_rows(TOY, measured[0])]
+    broken = Row("depth", TOY.name, "attorch", "forward+backward", "time", "ms", None)
+    rows.append(replace(broken, note="not run: not installed"))
+    schema.write(tmp_path / schema.CSV_NAME, rows)
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / report.PAGE).read_text()
+    assert text.index("| a step |") < text.index("Time: median of 2 rounds") < text.index("## ")
+    assert "`attorch`: not run: not installed" in text
+    assert (tmp_path / "depth.png").stat().st_size > 10_000
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+
+
+# --- the cost model -----------------------------------------------------------------------------
+
+# Design 7, in w channels times M rows; 2w more for each operand of a 3x3 that is written once, and
+# in the backward what the waiting gradient of a written operand saves.
+PER_UNIT = {
+    (BottleneckPreActBlock, 4): {"forward": (18, 7), "backward": (47, 12)},
+    (PreActBlock, 1): {"forward": (9, 6), "backward": (21, 10)},
+}
+
+
+@pytest.mark.parametrize("unit", list(PER_UNIT), ids=lambda u: u[0].__name__)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_cost_of_a_unit(unit, direction):
+    block, expansion = unit
+    width, rows = 16, 128 * 32 * 32
+    with torch.device("meta"):
+        blocks = [block(expansion * width, expansion * width) for _ in range(2)]
+    x = torch.empty(128, expansion * width, 32, 32, dtype=torch.bfloat16, device="meta")
+    one, two = (
+        getattr(
+            chain_costs([b.recipe() for b in part], x, torch.bfloat16, triton=True)[0], direction
+        )
+        for part in (blocks[:1], blocks)
+    )
+    moved = sum(c.nbytes for c in two) - sum(c.nbytes for c in one)
+    nbytes, launches = PER_UNIT[unit][direction]
+    assert moved / (2 * width * rows) == pytest.approx(nbytes, rel=0.01)
+    assert len(two) - len(one) == launches
+
+
+def test_cost_is_what_the_interpreter_counts():
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("bytes are counted in Triton's interpreter")
+    from resnetv2.core.run import run_chain
+    from resnetv2.kernels.inspect import counting
+
+    torch.manual_seed(0)
+    recipes = [BottleneckPreActBlock(32, 32).recipe()]
+    x = torch.randn(2, 32, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    with counting.count() as forward:
+        out = run_chain(recipes, x, backend="triton", memory="recompute")
+    with counting.count() as backward:
+        out.backward(torch.randn_like(out))
+    predicted, _ = chain_costs(recipes, x, torch.float32, triton=True)
+    large = 8 * 2 * 16 * 16  # elements of the smallest activation
+    for counted, costs in ((forward, predicted.forward), (backward, predicted.backward)):
+        moved = sum(launch.bytes_where(lambda t: t.numel >= large) for launch in counted.launches)
+        assert sum(c.nbytes for c in costs) == pytest.approx(moved, rel=0.1)
+        # A weight gradient split over programs is added up by one more launch, of a workspace.
+        launches = [x for x in counted.launches if x.name != "_wgrad_reduce_kernel"]
+        assert len(launches) == len(costs)
+
+
+def test_floor_of_resnet1001_is_the_designs():
+    """Design 7: about 4 ms forward and 12 to 15 ms a step at the memory floor."""
+    with torch.device("meta"):
+        model = PreActResNet.from_depth(1001, "bottleneck")
+    rates = h100_rates(torch.bfloat16)
+    step = step_costs(model, 128, 32, torch.bfloat16, triton=True)
+    assert 3.5e-3 < floor_seconds(step.forward, rates) < 4.8e-3
+    assert 12e-3 < floor_seconds(step.all, rates) < 17e-3
+
+
+def test_modes_cost_what_they_compute_again():
+    with torch.device("meta"):
+        model = PreActResNet.from_depth(29, "bottleneck")
+    rates = Rates(1e9, 1e9, torch.float32, "")
+    count = functools.partial(step_costs, model, 4, triton=True)
+    floors = [
+        floor_seconds(count(memory=m).all, rates)
+        for m in ("recompute", "invert_h1", "invert", "segment")
+    ]
+    assert floors == sorted(floors)
+    assert len(set(floors)) == 4
+
+
+def test_h100_has_no_float64_rate_here():
+    with pytest.raises(ValueError, match="expected float32, float16 or bfloat16"):
+        h100_rates(torch.float64)
+
+
+# --- comparing runs -----------------------------------------------------------------------------
+
+
+def test_compare(tmp_path, capsys):
+    def run_of(ratio, name):
+        row = Row("unit", "c", "recompute", "forward", "time", "ms", 1.0, ratio_to_eager=ratio)
+        schema.write(tmp_path / name, [row])
+        return str(tmp_path / name)
+
+    one, near, far = run_of(1.0, "a"), run_of(1.1, "b"), run_of(1.3, "c")
+    assert compare.main([one, near]) == 0
+    assert compare.main([one, far]) == 1
+    assert "largest 30.0% (c, recompute, forward: 1.000 and 1.300)" in capsys.readouterr().out
+    assert compare.main([one, str(tmp_path / "nowhere")]) == 2
+
+
+# --- resnetv2 plan --time -----------------------------------------------------------------------
+
+
+def plan(*arguments):
+    return CliRunner().invoke(plan_command, ["--depth", "29", "--block", "bottleneck", *arguments])
+
+
+def test_plan_prints_floors_per_mode():
+    result = plan("--batch-size", "8", "--dtype", "bf16", "--time", "--rates", "h100")
+    assert result.exit_code == 0, result.output
+    floors = result.output[result.output.index("launches") :]
+    with torch.device("meta"):
+        model = PreActResNet.from_depth(29, "bottleneck")
+    for mode in ("recompute", "invert_h1", "invert", "segment"):
+        cost = step_costs(model, 8, 32, torch.bfloat16, mode, triton=True)
+        seconds = floor_seconds(cost.all, h100_rates(torch.bfloat16))
+        line = next(x for x in floors.splitlines() if x.startswith(f"{mode} "))
+        assert line.endswith(f"{1e3 * seconds:.2f} ms")
+        assert f" {len(cost.all)} " in line
+    assert "data sheet of an H100 SXM" in floors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rates", "h100", "--budget", "1GB"], "--rates belongs to --time"),
+        (["--time", "--rates", "a100"], "'a100' is not one of"),
+    ],
+)
+def test_plan_refuses(arguments, message):
+    result = plan(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_plan_measures_only_what_is_here():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU whose rates can be measured")
+    result = plan("--time", "--rates", "measured", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "there is no GPU whose rates could be measured" in result.output

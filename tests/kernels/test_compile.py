@@ -1,0 +1,127 @@
+"""Every kernel compiles for GPUs that are not here, without spills and with their matrix units.
+
+What an H100 would launch for the shapes of ResNet-1001, ResNet-110 and others, in all dtypes, and a
+selection for the other targets (kernels/cases.py); compiled in processes of their own, since this
+one may interpret kernels.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from resnetv2.kernels.inspect import compile as matrix
+from resnetv2.kernels.inspect.cases import DTYPES, UNITS, selected
+from tests.support.compile_checks import MULTIPROCESSORS, RATIOS, kernel_size, over_the_ratio, told
+
+LOW = ("fp16", "bf16", "bf16+fp32")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return matrix.compile_all()
+
+
+@pytest.fixture(scope="module")
+def rated(rows):
+    """The convolutions of ResNet-1001 and ResNet-110 at batch 128 on sm_90 in bf16."""
+    return [
+        r
+        for r in rows
+        if (r.target, r.dtype) == ("sm_90", "bf16")
+        and r.convolution
+        and r.case.startswith(("resnet1001", "resnet110"))
+    ]
+
+
+@pytest.mark.parametrize("target", matrix.TARGETS)
+def test_no_spills(rows, target):
+    spilled = [r for r in rows if r.target == target and (r.spilled or r.local)]
+    assert not spilled, told(spilled)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_wgmma_on_sm_90(rows, dtype):
+    convolutions = [r for r in rows if (r.target, r.dtype) == ("sm_90", dtype) and r.convolution]
+    assert {r.convolution for r in convolutions} == {"forward", "dgrad", "wgrad"}
+    without = [r for r in convolutions if not r.wgmma]
+    assert not without, told(without)
+
+
+@pytest.mark.parametrize("target", matrix.TARGETS)
+def test_matrix_units_in_half_precision(rows, target):
+    without = [
+        r for r in rows if r.target == target and r.dtype in LOW and r.convolution and not r.matrix
+    ]
+    assert not without, told(without)
+
+
+def test_tf32_uses_matrix_units_and_float32_does_not(rows):
+    convolutions = [r for r in rows if r.target == "sm_90" and r.convolution]
+    assert all(r.matrix for r in convolutions if r.dtype == "tf32")
+    assert not any(r.matrix for r in convolutions if r.dtype == "fp32")
+
+
+@pytest.mark.parametrize("target", matrix.TARGETS)
+def test_every_kernel_is_compiled_in_every_dtype(rows, target):
+    """A kernel that no case launches would not be checked."""
+    folder = Path(matrix.__file__).parents[1]
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    names = set(re.findall(r"@triton\.jit.*\ndef (\w+_kernel)\(", text))
+    assert len(names) >= 9
+    for dtype in DTYPES:
+        if selected(target, dtype):
+            assert names <= {r.kernel for r in rows if (r.target, r.dtype) == (target, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("size", "convolution"), list(RATIOS), ids=["-".join(key) for key in RATIOS]
+)
+def test_ratio_of_issue_to_memory_cycles(rated, size, convolution):
+    found = [r for r in rated if (kernel_size(r), r.convolution) == (size, convolution)]
+    assert found
+    slow = over_the_ratio(found)
+    assert not slow, told(slow)
+
+
+def test_ratio_is_of_a_certain_count(rated):
+    """Loops of the machine code were matched with the source's, and cover its arithmetic."""
+    for r in rated:
+        assert not r.unsure, told([r])
+        rows_of_result, c, k, taps = result_rows(r), *channels(r)
+        own = rows_of_result * c * k * taps
+        # wgmma is 64 wide on one side: 16 columns and 16 channels are padded to that.
+        assert own <= r.multiply_adds <= 4.5 * own, told([r])
+
+
+def channels(row):
+    """C, K and the number of taps of a convolution."""
+    c = row.constants
+    taps = c["R"] * c["S"] if "R" in c else c["KERNEL_H"] * c["KERNEL_W"]
+    return c["C"], c["K"], taps
+
+
+def result_rows(row):
+    """Rows that a convolution multiplies: of its result, or of the gradient."""
+    c = row.constants
+    unit = next(unit for unit in UNITS if row.case.startswith(f"{unit.name}:"))
+    names = {"forward": ("P", "Q"), "dgrad": ("H", "W"), "wgrad": ("OUT_HEIGHT", "OUT_WIDTH")}
+    height, width = (c[name] for name in names[row.convolution])
+    return unit.batch * height * width
+
+
+def test_two_programs_for_each_multiprocessor(rated):
+    few = [r for r in rated if r.programs < 2 * MULTIPROCESSORS]
+    assert not few, told(few)
+
+
+def test_command_line_prints_the_table(capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    arguments = ["--target", "sm_80", "--dtype", "fp16", "--case", "odd channels: moments"]
+    assert matrix.main([*arguments, "--jobs", "1", "--json", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["target", "dtype", "kernel"]
+    assert lines[1].startswith("sm_80  fp16      _moments")
+    assert file.read_text().startswith('[{"target": "sm_80"')

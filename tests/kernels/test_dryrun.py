@@ -1,0 +1,278 @@
+"""A training step of the real models in a dry run, and the dry run's own parts.
+
+The configurations that really launch for ResNet-1001's and ResNet-110's stages at batch 128 on an
+H100 (dryrun_models.py, in a process of its own): what test_compile.py asserts of the cases holds
+for them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from resnetv2.kernels.inspect import compile as matrix  # noqa: E402
+from resnetv2.kernels.inspect import dryrun, sass, trips  # noqa: E402
+from tests.support.compile_checks import MULTIPROCESSORS, over_the_ratio, told  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def compiled(*command):
+    """Run Python on ``command`` where kernels are compiled, not interpreted; its output."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def step():
+    """Model to its launches, (kernel, bytes) in order, and its distinct kernels as rows."""
+    result = json.loads(compiled("-m", "tests.support.dryrun_models"))
+    return {
+        name: (found["launches"], [matrix.Row(**row) for row in found["rows"]])
+        for name, found in result.items()
+    }
+
+
+MODELS = pytest.mark.parametrize("model", ["resnet1001", "resnet110"])
+
+
+@MODELS
+def test_no_spills_and_wgmma(step, model):
+    faults = [r for r in step[model][1] if r.fault]
+    assert not faults, told(faults)
+
+
+@MODELS
+def test_shared_memory_fits_twice(step, model):
+    """Two programs have to stand on one multiprocessor beside each other."""
+    large = [r for r in step[model][1] if r.shared > dryrun.DEVICES["sm_90"].shared_memory // 2]
+    assert not large, told(large)
+
+
+@MODELS
+def test_two_programs_for_each_multiprocessor(step, model):
+    few = [r for r in step[model][1] if r.convolution and r.programs < 2 * MULTIPROCESSORS]
+    assert not few, told(few)
+
+
+@MODELS
+def test_ratio_of_issue_to_memory_cycles(step, model):
+    slow = over_the_ratio(step[model][1])
+    assert not slow, told(slow)
+
+
+@MODELS
+def test_a_step_launches_every_part(step, model):
+    names = {name for name, _ in step[model][0]}
+    assert {"conv_forward_kernel", "conv_dgrad_kernel", "_conv_wgrad_kernel"} <= names
+
+
+def test_refuses_where_kernels_are_interpreted():
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("kernels are compiled in this process")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), dryrun.dry_run():
+        pass
+
+
+def test_refuses_an_unknown_target():
+    with pytest.raises(ValueError, match="sm_90"), dryrun.dry_run("sm_42"):
+        pass
+
+
+TOY = """
+import json
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+from resnetv2.kernels.dryrun import dry_run
+
+
+@triton.jit
+def total(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        acc += tl.load(x_ptr + start + lanes, mask=start + lanes < n, other=0.0)
+    tl.store(out_ptr + lanes, acc)
+
+
+@triton.jit
+def product(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.dot(x, x).to(x.dtype))
+
+
+before = triton.runtime.driver._active
+result = {}
+with dry_run("sm_90") as run:
+    total[(3,)](torch.empty(1000), torch.empty(64), 1000, BLOCK=64, num_warps=1)
+launch = run.launches[0]
+count = launch.count()
+result["total"] = {
+    "grid": launch.grid,
+    "nbytes": launch.nbytes,
+    "signature": launch.kernel.signature,
+    "registers": launch.kernel.registers,
+    "spilled": launch.kernel.spilled,
+    "loads": sum(n for name, n in count.memory.items() if name.startswith("LDG.")),
+    "unsure": count.unsure,
+}
+for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+    with dry_run(target) as run:
+        x = torch.empty(64, 64, dtype=torch.bfloat16)
+        product[(1,)](x, torch.empty_like(x), N=64)
+    kernel = run.kernels[0]
+    result[target] = [kernel.target, kernel.registers, kernel.spilled]
+    if target.startswith("sm"):
+        count = run.launches[0].count()
+        result[target] += [count.matrix, count.wgmma, count.multiply_adds(kernel.num_warps)]
+with dry_run("gfx942") as run:
+    x = torch.empty(256, 256, dtype=torch.float32)
+    try:
+        product[(1,)](x, torch.empty_like(x), N=256)
+    except triton.runtime.errors.OutOfResources as error:
+        result["too large"] = [str(error), run.failures]
+result["spills"] = 0
+with dry_run("sm_90") as run:
+    x = torch.empty(256, 256, dtype=torch.bfloat16)
+    product[(1,)](x, torch.empty_like(x), N=256, num_warps=4)
+kernel = run.kernels[0]
+result["spills"] = [kernel.spilled, run.launches[0].count().local]
+result["restored"] = triton.runtime.driver._active is before
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    file = tmp_path_factory.mktemp("toy") / "toy.py"
+    file.write_text(textwrap.dedent(TOY))
+    return json.loads(compiled(str(file)))
+
+
+def test_records_a_launch(toy):
+    launch = toy["total"]
+    assert launch["grid"] == [3, 1, 1]
+    assert launch["nbytes"] == 4 * (1000 + 64)
+    assert launch["signature"] == {"x_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32"}
+    assert 0 < launch["registers"] < 64
+    assert launch["spilled"] == 0
+
+
+def test_a_loop_counts_as_often_as_it_runs(toy):
+    """64 elements are two loads of a warp, 1000 are 16 times that.
+
+    The assembler unrolls by four, and the rest of up to three is counted though it does not run.
+    """
+    assert toy["total"]["unsure"] == ""
+    assert 2 * 16 <= toy["total"]["loads"] <= 2 * (16 + 3)
+
+
+def test_matrix_instructions(toy):
+    for target in ("sm_80", "sm_90", "sm_100"):
+        name, registers, spilled, matrix_instructions, wgmma, multiply_adds = toy[target]
+        assert name == target
+        assert registers > 0
+        assert spilled == 0
+        assert matrix_instructions > 0
+        assert (wgmma > 0) == (target == "sm_90")
+        if target != "sm_100":
+            assert multiply_adds == 64**3
+    assert toy["gfx942"][2] == 0
+
+
+def test_names_what_does_not_fit(toy):
+    error, failures = toy["too large"]
+    assert "shared memory" in error
+    assert len(failures) == 1
+
+
+def test_sees_spills(toy):
+    assert all(toy["spills"])
+
+
+def test_restores_the_driver(toy):
+    assert toy["restored"]
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA 0x50 ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   HGMMA.64x16x16.F32.BF16 R8, gdesc[UR4], R8 ;
+        /*0040*/               @P0 BRA 0x20 ;
+        /*0050*/                   STL [R1], R4 ;
+        /*0060*/                   CALL.REL.NOINC 0x90 ;
+        /*0070*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   MUFU.RCP R0, R0 ;
+        /*00a0*/                   RET.REL.NODEC R20 0x0 ;
+        /*00b0*/                   BRA 0xb0 ;
+"""
+
+
+def test_counts_instructions():
+    count = sass.count(SASS, [5])
+    # The subroutine and the padding behind it do not count.
+    assert count.instructions == 2 + 5 * 3 + 4
+    assert count.wgmma == count.matrix == 5
+    assert count.local == 1
+    assert count.memory == {"LDG.16": 5, "STG.2": 1}
+    assert count.multiply_adds(num_warps=8) == 5 * 64 * 16 * 16 * 2
+    assert count.issue_cycles(4) == 21
+    assert count.ratio(4, 14.5 * 42) == 0.5
+
+
+def test_an_unrolled_loop_runs_less_often():
+    assert sass.count(SASS, [8], bodies=[1]).wgmma == 4
+    assert sass.count(SASS, [8], bodies=[2]).wgmma == 8
+
+
+def test_is_unsure_of_a_loop_without_trips():
+    assert "1 loops in the code, 0 in TTGIR" in sass.count(SASS).unsure
+
+
+TTGIR = """
+  tt.func public @kernel(%x: !tt.ptr<f32>, %n: i32, %split: i32 {tt.divisibility = 16 : i32}) attributes {noinline = false} {
+    %c0_i32 = arith.constant 0 : i32
+    %c9_i32 = arith.constant 9 : i32
+    %c1_i32 = arith.constant 1 : i32
+    %c64_i32 = arith.constant 64 : i32
+    %pid = tt.get_program_id x : i32
+    %start = arith.muli %pid, %split : i32
+    %next = arith.addi %start, %split : i32
+    %stop = arith.minsi %next, %n : i32
+    %acc:2 = scf.for %i = %start to %stop step %c64_i32 iter_args(%a = %x, %k = %c0_i32) -> (f32, i32)  : i32 {
+      scf.for %tap = %c0_i32 to %c9_i32 step %c1_i32  : i32 {
+      } loc(#loc3)
+      scf.yield %a, %k : f32, i32
+    }
+    scf.for %j = %c0_i32 to %n step %c64_i32  : i32 {
+    }
+"""  # noqa: E501
+
+
+def test_trips_of_loops():
+    found = trips.loop_trips(TTGIR, [None, 1000, 256], (4, 1, 1))
+    assert found == [
+        trips.Trip(4, 0, False),
+        trips.Trip(9, 1, True),
+        trips.Trip(16, 0, False),
+    ]
+    with pytest.raises(ValueError, match="not known"):
+        trips.loop_trips(TTGIR, [None, None, 256], (4, 1, 1))

@@ -1,0 +1,410 @@
+"""The elementwise kernels and reductions around a norm, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.support.kernel_checks import (
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    activation,
+    assert_accurate,
+    assert_same_bits,
+    assert_same_specials,
+    exactly,
+    per_channel,
+    poisoned_memory,  # noqa: F401
+    streams,
+)
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from resnetv2.kernels import launch, moments, norm_act, norm_backward, reference
+from resnetv2.kernels.operands import ACTS, MEAN, RSTD, SCALE, SHIFT, VAR, Act, Grad, Partials
+
+SHAPES = {
+    "one-row": (1, 17, 1, 1),
+    "one-channel": (2, 1, 17, 3),
+    "c3": (2, 3, 5, 7),
+    "c16-whole-blocks": (4, 16, 16, 8),
+    "c17": (3, 17, 11, 9),
+    "c48": (3, 48, 5, 9),
+    "c80": (2, 80, 7, 5),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+acts = pytest.mark.parametrize("act", [Act(kind, 0.2) for kind in ACTS], ids=ACTS)
+dtypes = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are cut as on a device of several multiprocessors, into more tiles than one."""
+    monkeypatch.setattr(moments, "multiprocessors", lambda: 3)
+
+
+def norm(channels: int) -> Tensor:
+    """Statistics of a norm whose channels all differ."""
+    weight, bias = per_channel(2, channels)
+    mean, var = per_channel(channels), per_channel(channels).square() + 0.1
+    rstd = (var + EPS).rsqrt()
+    return torch.stack((mean, var, rstd, weight * rstd, bias - mean * weight * rstd))
+
+
+def merged(partials: Partials) -> Tensor:
+    """Sums over all tiles, (2, C)."""
+    return partials.data.double().sum(0)
+
+
+# --- moments, norm_stats ------------------------------------------------------------------------
+
+
+@shapes
+@dtypes
+def test_statistics(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    affine = dtype != F16  # affine=False as well
+    x = activation(shape, dtype, 0.5, 2.0)
+    weight, bias = per_channel(2, shape[1]).to(dtype) if affine else (None, None)
+    stats = moments.norm_stats(moments.moments(x), weight, bias, EPS)
+    eager = reference.norm_stats(reference.moments(x), weight, bias, EPS)
+    exact = reference.norm_stats(reference.moments(x.double()), exactly(weight), exactly(bias), EPS)
+    spread = exact[VAR].sqrt().max().item()
+    assert_accurate(stats[MEAN], eager[MEAN], exact[MEAN], scale=spread)
+    for row in (VAR, RSTD, SCALE):
+        assert_accurate(stats[row], eager[row], exact[row])
+    scale = spread * exact[SCALE].abs().max().item()
+    assert_accurate(stats[SHIFT], eager[SHIFT], exact[SHIFT], scale=scale)
+
+
+def test_tiles_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "MAX_TILES", 3)
+    x = activation((3, 17, 17, 16), F32, 3.0)
+    monkeypatch.setattr(norm_backward, "MAX_TILES", 3)
+    partials = moments.moments(x)
+    assert partials.data.shape[0] <= 3
+    stats = moments.norm_stats(partials, None, None, EPS)
+    exact = reference.norm_stats(reference.moments(x.double()), None, None, EPS)
+    torch.testing.assert_close(stats.double(), exact, rtol=1e-6, atol=1e-6)
+    _, sums = norm_backward.act_backward(x, x, stats, Act("silu"))
+    assert sums.data.shape[0] <= 3
+    _, expected = reference.act_backward(x.double(), x.double(), stats.double(), Act("silu"))
+    torch.testing.assert_close(merged(sums), merged(expected), rtol=1e-5, atol=1e-4)
+
+
+@dtypes
+def test_statistics_far_from_zero(dtype: torch.dtype) -> None:
+    """Design 6: statistics hold at |mean| >> std, where E[x^2] - E[x]^2 cancels."""
+    x = activation((4, 24, 17, 13), dtype, 1e3, 1.0)
+    stats = moments.norm_stats(moments.moments(x), None, None, EPS).double()
+    exact = reference.norm_stats(reference.moments(x.double()), None, None, EPS)
+    torch.testing.assert_close(stats[MEAN], exact[MEAN], rtol=1e-7, atol=0)
+    torch.testing.assert_close(stats[VAR], exact[VAR], rtol=2e-5, atol=0)
+    torch.testing.assert_close(stats[RSTD], exact[RSTD], rtol=1e-5, atol=0)
+
+
+def test_normalising_far_from_zero() -> None:
+    x = activation((4, 24, 17, 13), F32, 1e3, 1.0)
+    stats = moments.norm_stats(moments.moments(x), None, None, EPS)
+    z = norm_act.norm_act(x, stats, Act("identity"), F32)
+    eager = F.batch_norm(x, None, None, training=True, eps=EPS)
+    exact = F.batch_norm(x.double(), None, None, training=True, eps=EPS)
+    # b = -mean*a and a*h round at 1e3, as in any form of the affine with float32 statistics.
+    assert_accurate(z, eager, exact, scale=1e3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile_rows"), [(7, 64), (1234, 5), (4500, 2), (2048, 1024)], ids=str
+)
+def test_merge_of_any_tiling(rows: int, tile_rows: int) -> None:
+    """Partials may come from any kernel's epilogue, up to some thousands of tiles."""
+    x = torch.randn(rows, 19, dtype=torch.float64) * 2 + torch.linspace(-50, 50, 19)
+    tiles = x.split(tile_rows)
+    moments_ = [torch.stack((t.mean(0), (t - t.mean(0)).square().sum(0))) for t in tiles]
+    partials = Partials(torch.stack(moments_).float().to(DEVICE), rows, tile_rows)
+    stats = moments.norm_stats(partials, None, None, EPS).double().cpu()
+    torch.testing.assert_close(stats[MEAN], x.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats[VAR], x.var(0, correction=0), rtol=1e-5, atol=1e-6)
+
+
+# --- elementwise --------------------------------------------------------------------------------
+
+
+def check_norm_act(
+    shape: tuple[int, ...], act: Act, stream: torch.dtype, dtype: torch.dtype
+) -> None:
+    h, stats = activation(shape, stream), norm(shape[1])
+    z = norm_act.norm_act(h, stats, act, dtype)
+    eager = reference.norm_act(h, stats, act, dtype)
+    exact = reference.norm_act(h.double(), stats.double(), act, torch.float64)
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    assert_accurate(z, eager, exact)
+
+
+@shapes
+@streams
+def test_norm_act_of_any_shape(
+    shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype
+) -> None:
+    check_norm_act(shape, Act("relu"), stream, dtype)
+
+
+@acts
+@streams
+def test_norm_act_of_any_act(act: Act, stream: torch.dtype, dtype: torch.dtype) -> None:
+    check_norm_act((2, 17, 5, 3), act, stream, dtype)
+
+
+@dtypes
+def test_norm_act_without_norm_casts(dtype: torch.dtype) -> None:
+    h = activation((2, 17, 5, 3), F32)
+    z = norm_act.norm_act(h, None, Act("relu"), dtype)
+    assert z.data_ptr() != h.data_ptr()
+    torch.testing.assert_close(z, h.to(dtype), rtol=0, atol=0)
+
+
+def check_act_backward(
+    shape: tuple[int, ...], act: Act, stream: torch.dtype, dtype: torch.dtype, add: bool
+) -> None:
+    h, dz, stats = activation(shape, stream), activation(shape, dtype), norm(shape[1])
+    extra = activation(shape, dtype) if add else None
+    q, sums = norm_backward.act_backward(dz, h, stats, act, extra)
+    eager, _ = reference.act_backward(dz, h, stats, act, extra)
+    exact, _ = reference.act_backward(dz.double(), h.double(), stats.double(), act, exactly(extra))
+    assert q.is_contiguous(memory_format=torch.channels_last)
+    assert_accurate(q, eager, exact)
+    # The sums are of q as stored, so their yardstick is too.
+    eager_sums = reference.gradient_sums(q, h, stats)
+    exact_sums = reference.gradient_sums(q.double(), h.double(), stats.double())
+    scale = q.double().abs().sum((0, 2, 3)).max().item()
+    error = (merged(sums) - merged(exact_sums)).abs().max().item()
+    own = (merged(eager_sums) - merged(exact_sums)).abs().max().item()
+    assert error <= 2 * own + 4 * torch.finfo(F32).eps * scale + 1e-30
+
+
+@shapes
+@streams
+def test_act_backward_of_any_shape(
+    shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype
+) -> None:
+    check_act_backward(shape, Act("relu"), stream, dtype, add=False)
+
+
+@acts
+@streams
+def test_act_backward_of_any_act(act: Act, stream: torch.dtype, dtype: torch.dtype) -> None:
+    check_act_backward((2, 17, 5, 3), act, stream, dtype, add=True)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+@pytest.mark.parametrize("tiles", [1, 5, 300, 2000])
+def test_norm_grad(tiles: int, training: bool) -> None:
+    data, stats = per_channel(tiles, 2, 21), norm(21)
+    partials = Partials(data, tiles * 3 - 1, 3)
+    results = norm_backward.norm_grad(partials, stats, training)
+    eager = reference.norm_grad(partials, stats, training)
+    exact = reference.norm_grad(partials._replace(data=data.double()), stats.double(), training)
+    for result, own, goal in zip(results, eager, exact, strict=True):
+        assert_accurate(result, own, goal, scale=data.abs().sum(0).max().item())
+    if not training:
+        assert not results[0][1:].any()
+
+
+def check_input_grad(
+    shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype, identity: bool, form: str
+) -> None:
+    q = activation(shape, dtype)
+    h = activation(shape, stream) if form == "ABC" else None
+    grad = Grad(q, h, None if form == "q" else per_channel(3, shape[1]))
+    extra = activation(shape, stream) if identity else None
+    g = norm_backward.input_grad(grad, extra, stream)
+    eager = reference.input_grad(grad, extra, stream)
+    exact = reference.input_grad(Grad(*map(exactly, grad)), exactly(extra))
+    assert g.data_ptr() != q.data_ptr()
+    assert g.is_contiguous(memory_format=torch.channels_last)
+    assert_accurate(g, eager, exact)
+
+
+@shapes
+@streams
+def test_input_grad_of_any_shape(
+    shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype
+) -> None:
+    check_input_grad(shape, stream, dtype, identity=True, form="ABC")
+
+
+@streams
+@pytest.mark.parametrize("identity", [False, True], ids=["alone", "identity"])
+@pytest.mark.parametrize("form", ["q", "A", "ABC"])
+def test_input_grad_of_any_form(
+    stream: torch.dtype, dtype: torch.dtype, identity: bool, form: str
+) -> None:
+    check_input_grad((2, 17, 5, 3), stream, dtype, identity, form)
+
+
+def test_input_grad_has_the_dtype_of_q_unless_told() -> None:
+    grad = Grad(activation((1, 3, 2, 2), BF16))
+    assert norm_backward.input_grad(grad).dtype == BF16
+
+
+# --- promises -----------------------------------------------------------------------------------
+
+
+@acts
+def test_nan_and_inf_pass_as_in_eager(act: Act) -> None:
+    h, dz, stats = activation((2, 16, 4, 4), F32), activation((2, 16, 4, 4), F32), norm(16)
+    specials = torch.tensor([float("nan"), float("inf"), -float("inf")], device=DEVICE)
+    h[0, :3, 0, 0] = specials
+    dz[1, 3:6, 1, 1] = specials
+    z = norm_act.norm_act(h, stats, act, F32)
+    assert_same_specials(z, reference.norm_act(h, stats, act, F32))
+    q, sums = norm_backward.act_backward(dz, h, stats, act)
+    eager, eager_sums = reference.act_backward(dz, h, stats, act)
+    assert_same_specials(q, eager)
+    assert torch.equal(merged(sums).isfinite(), merged(eager_sums).isfinite())
+
+
+def test_nan_and_inf_reach_the_statistics_of_their_channel_alone() -> None:
+    x = activation((2, 5, 4, 4), F32)
+    x[0, 1, 2, 2], x[1, 3, 0, 0] = float("nan"), float("inf")
+    stats = moments.norm_stats(moments.moments(x), None, None, EPS)
+    bad = torch.tensor([False, True, False, True, False], device=DEVICE)
+    assert torch.equal(stats[VAR].isnan(), bad)
+    assert torch.equal(stats.isfinite().all(0), ~bad)
+
+
+def test_a_zero_coefficient_blanks_what_it_multiplies() -> None:
+    """With running statistics B = C = 0, and an Inf in h must not become a NaN in g."""
+    q, h = activation((1, 4, 3, 3), F32), activation((1, 4, 3, 3), F32)
+    h[0, 0, 0, 0] = float("inf")
+    coef = per_channel(3, 4)
+    coef[1:] = 0
+    g = norm_backward.input_grad(Grad(q, h, coef))
+    torch.testing.assert_close(g, q * coef[0].view(1, 4, 1, 1))
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    x, dz, stats = activation((3, 48, 9, 9), BF16), activation((3, 48, 9, 9), BF16), norm(48)
+
+    def run() -> list[Tensor]:
+        q, sums = norm_backward.act_backward(dz, x, stats, Act("gelu"))
+        coef, dweight, dbias = norm_backward.norm_grad(sums, stats, True)
+        return [
+            moments.norm_stats(moments.moments(x), None, None, EPS),
+            norm_act.norm_act(x, stats, Act("gelu"), BF16),
+            q,
+            coef,
+            dweight,
+            dbias,
+            norm_backward.input_grad(Grad(q, x, coef), dz, F32),
+        ]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert_same_bits(first, second)
+
+
+def test_inputs_stay_as_they_are() -> None:
+    x, dz, stats = activation((2, 17, 5, 5), F32), activation((2, 17, 5, 5), F32), norm(17)
+    before = [t.clone() for t in (x, dz, stats)]
+    moments.moments(x)
+    norm_act.norm_act(x, stats, Act("relu"), F32)
+    norm_backward.act_backward(dz, x, stats, Act("relu"), x)
+    norm_backward.input_grad(Grad(dz, x, stats[:3].contiguous()), x)
+    for tensor, old in zip((x, dz, stats), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_each_function_is_one_launch() -> None:
+    x, stats = activation((2, 17, 5, 5), F32), norm(17)
+    names: list[str] = []
+    with launch.record(lambda name, grid, constants: names.append(name)):
+        moments.norm_stats(moments.moments(x), None, None, EPS)
+        norm_act.norm_act(x, stats, Act("relu"), BF16)
+        _, sums = norm_backward.act_backward(x, x, stats, Act("relu"))
+        coef, _, _ = norm_backward.norm_grad(sums, stats, True)
+        norm_backward.input_grad(Grad(x, x, coef))
+    assert names == [
+        "_moments_kernel",
+        "_norm_stats_kernel",
+        "_norm_act_kernel",
+        "_act_backward_kernel",
+        "_norm_grad_kernel",
+        "_input_grad_kernel",
+    ]
+
+
+def test_bad_arguments_are_named() -> None:
+    x, stats = activation((2, 17, 5, 5), F32), norm(17)
+    with pytest.raises(ValueError, match="x must be a 4-D tensor in channels_last"):
+        moments.moments(x.contiguous())
+    with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
+        moments.moments(x.double())
+    with pytest.raises(ValueError, match="at least one value per channel"):
+        moments.moments(x[:0])
+    with pytest.raises(ValueError, match=r"stats must be a contiguous \(5, 17\)"):
+        norm_act.norm_act(x, stats[:, :16], Act("relu"), F32)
+    with pytest.raises(TypeError, match="stats must be float32"):
+        norm_act.norm_act(x, stats.double(), Act("relu"), F32)
+    with pytest.raises(ValueError, match="dz must have shape"):
+        norm_backward.act_backward(x[:1], x, stats, Act("relu"))
+    with pytest.raises(ValueError, match="identity must have shape"):
+        norm_backward.input_grad(Grad(x), x[:1])
+    with pytest.raises(ValueError, match="weight must be a contiguous"):
+        moments.norm_stats(moments.moments(x), per_channel(3), None, EPS)
+    with pytest.raises(ValueError, match=r"partials.data must be a contiguous \(4, 2, C\)"):
+        norm_backward.norm_grad(Partials(per_channel(3, 2, 17), 13, 4), stats, True)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*(st.integers(1, top) for top in (3, 80, 17, 11))),
+    dtype=st.sampled_from([F32, F16, BF16]),
+    act=st.builds(Act, st.sampled_from(ACTS), st.sampled_from([0.0, 0.01, 0.3])),
+    mean=st.sampled_from([0.0, -3.0, 100.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_norm_forward_and_backward(
+    shape: tuple[int, ...], dtype: torch.dtype, act: Act, mean: float, seed: int
+) -> None:
+    """Statistics, z, q, coefficients and dx in a row, each from the same inputs as eager's."""
+    torch.manual_seed(seed)
+    x, dz, identity = (activation(shape, dtype, m) for m in (mean, 0.0, 0.0))
+    weight, bias = per_channel(2, shape[1])
+    stats = moments.norm_stats(moments.moments(x), weight, bias, EPS)
+    x64, dz64, stats64 = x.double(), dz.double(), stats.double()
+
+    exact = reference.norm_stats(reference.moments(x64), weight.double(), bias.double(), EPS)
+    eager = reference.norm_stats(reference.moments(x), weight, bias, EPS)
+    # A mean far from 0 is stored rounded, and the variance sees the square of that alone.
+    spread = exact[VAR].sqrt().max().item()
+    assert_accurate(stats[MEAN], eager[MEAN], exact[MEAN], scale=spread)
+    assert_accurate(stats[VAR], eager[VAR], exact[VAR], scale=spread * (spread + abs(mean)))
+
+    # Where a*h and b cancel, their size is what rounds.
+    size = (stats64[SCALE] * x64.abs().amax((0, 2, 3))).abs() + stats64[SHIFT].abs()
+    scale = size.max().item() * torch.finfo(F32).eps / torch.finfo(dtype).eps
+    assert_accurate(
+        norm_act.norm_act(x, stats, Act("identity"), dtype),
+        reference.norm_act(x, stats, Act("identity"), dtype),
+        reference.norm_act(x64, stats64, Act("identity"), torch.float64),
+        scale=scale,
+    )
+    if mean == 0.0:
+        q, sums = norm_backward.act_backward(dz, x, stats, act, identity)
+        eager_q, _ = reference.act_backward(dz, x, stats, act, identity)
+        exact_q, _ = reference.act_backward(dz64, x64, stats64, act, identity.double())
+        assert_accurate(q, eager_q, exact_q, scale=scale)
+        coef, _, _ = norm_backward.norm_grad(sums, stats, True)
+        grad = Grad(q, x, coef)
+        assert_accurate(
+            norm_backward.input_grad(grad, identity),
+            reference.input_grad(grad, identity),
+            reference.input_grad(Grad(*map(exactly, grad)), identity.double()),
+            scale=scale,
+        )

@@ -1,0 +1,296 @@
+"""The convolution's weight gradient against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.support.kernel_checks import (
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    activation,
+    assert_accurate,
+    assert_same_bits,
+    exactly,
+    per_channel,
+    poisoned_memory,  # noqa: F401
+    streams,
+)
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from resnetv2.kernels import conv_wgrad, launch, reference, wgrad_config
+from resnetv2.kernels.operands import ACTS, IDENTITY, Act, Geometry, Grad
+from resnetv2.kernels.wgrad_config import WgradConfig
+
+# (N, C, H, W), K, kernel, stride, padding
+CASES = {
+    "1x1-c64-k16": ((2, 64, 8, 8), 16, (1, 1), (1, 1), (0, 0)),
+    "1x1-c16-k64": ((1, 16, 5, 13), 64, (1, 1), (1, 1), (0, 0)),
+    "1x1-c3-k17": ((5, 3, 3, 7), 17, (1, 1), (1, 1), (0, 0)),
+    "1x1-c80-k48": ((2, 80, 4, 5), 48, (1, 1), (1, 1), (0, 0)),
+    "1x1-stride2": ((2, 17, 7, 9), 33, (1, 1), (2, 2), (0, 0)),
+    "1x1-padded": ((1, 17, 3, 4), 3, (1, 1), (1, 1), (1, 2)),
+    "3x3-c16-k16": ((3, 16, 8, 16), 16, (3, 3), (1, 1), (1, 1)),
+    "3x3-c17-k3": ((2, 17, 5, 7), 3, (3, 3), (1, 1), (1, 1)),
+    "3x3-c48-k17": ((1, 48, 9, 6), 17, (3, 3), (1, 1), (1, 1)),
+    "3x3-c3-k64": ((2, 3, 11, 5), 64, (3, 3), (1, 1), (1, 1)),
+    "3x3-c64-k65": ((1, 64, 4, 4), 65, (3, 3), (1, 1), (1, 1)),
+    "3x3-stride2": ((2, 16, 17, 9), 32, (3, 3), (2, 2), (1, 1)),
+    "3x3-unpadded": ((2, 5, 6, 7), 7, (3, 3), (1, 1), (0, 0)),
+    "3x3-one-pixel": ((4, 9, 1, 1), 6, (3, 3), (1, 1), (1, 1)),
+    "7x7-stem": ((1, 3, 17, 17), 20, (7, 7), (2, 2), (3, 3)),
+    "5x3-uneven": ((2, 6, 9, 8), 5, (5, 3), (1, 2), (2, 0)),
+}
+RELU = Act("relu")
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+Case = tuple[tuple[int, int, int, int], int, tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+class Problem:
+    """Operands of one weight gradient, and its answers: the kernel's, eager's, exact."""
+
+    def __init__(
+        self,
+        case: Case,
+        stream: torch.dtype = F32,
+        dtype: torch.dtype = F32,
+        *,
+        form: str = "ABC",
+        act: Act | None = RELU,
+        bias: bool = False,
+        weight_dtype: torch.dtype = F32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        shape, k, kernel, stride, padding = case
+        n, c, height, width = shape
+        self.geometry = Geometry(stride, padding)
+        out = (n, k, *self.geometry.output_size((height, width), kernel))
+        self.h = activation(shape, stream)
+        q = activation(out, dtype)
+        gh = activation(out, stream) if form == "ABC" else None
+        self.grad = Grad(q, gh, None if form == "q" else per_channel(3, k))
+        weight = torch.empty(k, c, *kernel, device=DEVICE, dtype=weight_dtype)
+        self.weight = weight.to(memory_format=memory_format)
+        self.stats = None if act is None else per_channel(5, c)
+        self.options = {"act": act or IDENTITY, "with_bias": bias}
+        self.dtype = dtype
+
+    def kernel(self) -> tuple[Tensor, Tensor | None]:
+        return conv_wgrad.conv_wgrad(
+            self.grad, self.h, self.weight, self.geometry,
+            dtype=self.dtype, stats=self.stats, **self.options,
+        )  # fmt: skip
+
+    def eager(self) -> tuple[Tensor, Tensor | None]:
+        return reference.conv_wgrad(
+            self.grad, self.h, self.weight, self.geometry,
+            dtype=self.dtype, stats=self.stats, **self.options,
+        )  # fmt: skip
+
+    def exact(self) -> tuple[Tensor, Tensor | None]:
+        return reference.conv_wgrad(
+            Grad(*map(exactly, self.grad)), self.h.double(), self.weight.double(), self.geometry,
+            dtype=torch.float64, stats=exactly(self.stats), **self.options,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        (dweight, dbias), (eager, eager_bias) = self.kernel(), self.eager()
+        exact, exact_bias = self.exact()
+        assert dweight.stride() == self.weight.stride()
+        assert_accurate(dweight, eager, exact, scale=self.sum_scale())
+        if self.options["with_bias"]:
+            assert dbias is not None
+            assert eager_bias is not None
+            assert exact_bias is not None
+            size = self.grad.q.double().abs().sum((0, 2, 3)).max().item()
+            assert_accurate(dbias, eager_bias, exact_bias, scale=size)
+        else:
+            assert dbias is None
+
+    def sum_scale(self) -> float:
+        """The size of a random sum's largest partial sums: what rounds in float32."""
+        return float(self.grad.q.numel() // self.grad.q.shape[1]) ** 0.5
+
+
+@pytest.fixture(autouse=True)
+def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are split over rows as on a device of several multiprocessors."""
+    monkeypatch.setattr(wgrad_config, "multiprocessors", lambda: 3)
+
+
+@cases
+@streams
+def test_with_both_prologues(case: Case, stream: torch.dtype, dtype: torch.dtype) -> None:
+    Problem(case, stream, dtype, memory_format=torch.channels_last).check()
+
+
+@cases
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
+def test_of_written_operands(case: Case, dtype: torch.dtype) -> None:
+    """As the dispatcher calls it for a 3x3: z and g as they lie in memory, and a bias."""
+    Problem(case, dtype, dtype, form="q", act=None, bias=True, weight_dtype=dtype).check()
+
+
+@pytest.mark.parametrize("kind", ACTS)
+@pytest.mark.parametrize("form", ["q", "A", "ABC"])
+def test_every_prologue(kind: str, form: str) -> None:
+    Problem(
+        ((2, 6, 5, 4), 9, (3, 3), (1, 1), (1, 1)), F32, BF16,
+        form=form, act=Act(kind, 0.2), bias=True,
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 7, 132])
+@pytest.mark.parametrize("case", ["1x1-c16-k64", "3x3-c17-k3"])
+def test_any_number_of_splits(
+    case: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wgrad_config, "multiprocessors", lambda: multiprocessors)
+    Problem(CASES[case], BF16, BF16, bias=True).check()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        WgradConfig(64, 128, 128, 1, 8, 2),
+        WgradConfig(32, 64, 128, 1, 4, 2),
+        WgradConfig(64, 64, 16, 1, 4, 2),
+        WgradConfig(64, 16, 64, 3, 4, 1),
+        WgradConfig(16, 16, 16, 2, 4, 1),
+    ],
+    ids=lambda c: "x".join(map(str, c)),
+)
+def test_every_kind_of_tile(config: WgradConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_wgrad, "wgrad_config", lambda *shape, **options: config)
+    Problem(((1, 20, 7, 6), 24, (3, 3), (1, 1), (1, 1)), BF16, BF16, bias=True).check()
+
+
+def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_wgrad, "is_wide", lambda *tensors: True)
+    Problem(CASES["3x3-stride2"]).check()
+
+
+# --- promises -----------------------------------------------------------------------------------
+
+
+def test_the_border_is_zero_after_the_activation() -> None:
+    """act(b) is not 0: a padded position must not give it."""
+    problem = Problem(((1, 4, 3, 3), 4, (3, 3), (1, 1), (1, 1)), form="q")
+    problem.h.zero_()
+    assert problem.stats is not None
+    problem.stats[4] = 5.0
+    problem.grad.q.fill_(1.0)
+    dweight, _ = problem.kernel()
+    # Rows of the output that see the tap inside the image: 2 of 3 at the rim, 3 in the middle.
+    seen = torch.tensor([2.0, 3.0, 2.0], device=DEVICE)
+    torch.testing.assert_close(dweight, 5 * torch.outer(seen, seen).expand(4, 4, 3, 3))
+
+
+def test_nan_and_inf_pass_as_in_eager() -> None:
+    problem = Problem(CASES["3x3-c17-k3"])
+    problem.h[0, 3, 2, 2] = float("nan")
+    problem.h[1, 5, 0, 0] = float("inf")
+    # Away from the border: there, an Inf in g times the padding's 0 is a NaN here, as in any
+    # product of matrices, and nothing in convolutions that skip the padding.
+    problem.grad.q[0, 1, 2, 4] = float("inf")
+    dweight, _ = problem.kernel()
+    eager, _ = problem.eager()
+    assert torch.equal(dweight.isfinite(), eager.isfinite())
+    assert not dweight.isfinite().all()
+
+
+def test_a_row_of_another_split_does_not_leak() -> None:
+    """Rows past the end are masked in both operands: Inf times a masked 0 would be a NaN."""
+    problem = Problem(((1, 16, 1, 9), 16, (1, 1), (1, 1), (0, 0)), form="q", act=None)
+    problem.h[0, :, 0, 8] = float("inf")
+    problem.grad.q[0, :, 0, 8] = 1.0
+    dweight, _ = problem.kernel()
+    assert dweight.isposinf().all()
+
+
+def test_a_zero_coefficient_blanks_what_it_multiplies() -> None:
+    """With running statistics B = C = 0, and an Inf in h' must not become a NaN."""
+    problem = Problem(CASES["1x1-c3-k17"], bias=True)
+    _, gh, coef = problem.grad
+    assert gh is not None
+    assert coef is not None
+    gh[0, 0, 0, 0] = float("inf")
+    coef[1:] = 0
+    dweight, dbias = problem.kernel()
+    problem.grad = problem.grad._replace(h=None)
+    plain, plain_bias = problem.kernel()
+    assert dbias is not None
+    assert plain_bias is not None
+    torch.testing.assert_close(dweight, plain)
+    torch.testing.assert_close(dbias, plain_bias)
+
+
+@pytest.mark.parametrize("case", ["1x1-c64-k16", "3x3-c48-k17"])
+def test_the_same_inputs_give_the_same_bits(case: str) -> None:
+    problem = Problem(CASES[case], BF16, BF16, bias=True)
+    for first, second in zip(problem.kernel(), problem.kernel(), strict=True):
+        assert first is not None
+        assert second is not None
+        assert_same_bits(first, second)
+
+
+def test_two_launches_with_bias() -> None:
+    names: list[str] = []
+    with launch.record(lambda name, grid, constants: names.append(name)):
+        Problem(CASES["3x3-c16-k16"], bias=True).kernel()
+    assert names == ["_conv_wgrad_kernel", "_wgrad_reduce_kernel"]
+
+
+def test_bad_arguments_are_named() -> None:
+    problem = Problem(CASES["3x3-c17-k3"])
+    for geometry in (Geometry(padding=(2, 2), dilation=(2, 2)), Geometry(groups=17)):
+        with pytest.raises(NotImplementedError):
+            conv_wgrad.conv_wgrad(problem.grad, problem.h, problem.weight, geometry, dtype=F32)
+    with pytest.raises(ValueError, match=r"grad.q must have shape \(2, 3, 3, 5\)"):
+        conv_wgrad.conv_wgrad(problem.grad, problem.h, problem.weight, Geometry(), dtype=F32)
+    with pytest.raises(ValueError, match="weight must have 17 input channels"):
+        conv_wgrad.conv_wgrad(
+            problem.grad, problem.h, problem.weight[:, :5], problem.geometry, dtype=F32
+        )
+    with pytest.raises(ValueError, match="h must be a 4-D tensor in channels_last"):
+        conv_wgrad.conv_wgrad(
+            problem.grad, problem.h.contiguous(), problem.weight, problem.geometry, dtype=F32
+        )
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*(st.integers(1, top) for top in (3, 80, 11, 11))),
+    k=st.integers(1, 80),
+    kernel=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3])),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padded=st.booleans(),
+    form=st.sampled_from(["q", "A", "ABC"]),
+    act=st.none() | st.builds(Act, st.sampled_from(ACTS), st.just(0.1)),
+    dtype=st.sampled_from([F32, F16, BF16]),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_convolution(
+    shape: tuple[int, int, int, int],
+    k: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padded: bool,
+    form: str,
+    act: Act | None,
+    dtype: torch.dtype,
+    bias: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    reach = tuple(size // 2 for size in kernel)
+    padding = reach if padded or shape[2] < kernel[0] or shape[3] < kernel[1] else (0, 0)
+    case = (shape, k, kernel, stride, (padding[0], padding[1]))
+    Problem(case, dtype, dtype, form=form, act=act, bias=bias).check()

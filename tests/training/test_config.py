@@ -1,0 +1,511 @@
+"""Options of a run: defaults, conversions, recipes, and every way to get them wrong."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from resnetv2.errors import InputError
+from resnetv2.training import config as module
+from resnetv2.training.config import (
+    DECIDES,
+    FIELDS,
+    FREE,
+    ROUNDS,
+    TrainConfig,
+    check_resumable,
+    check_steps,
+    make_config,
+    recipe_names,
+    saved_config,
+)
+from resnetv2.training.schedule import learning_rate
+
+
+def message(call: Any, *args: Any, **options: Any) -> str:
+    """The one line that `call` refuses its arguments with."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **options)
+    text = str(caught.value)
+    assert text.isprintable(), f"more than one line: {text!r}"
+    return text
+
+
+def test_defaults_are_the_papers_in_proportion() -> None:
+    config = TrainConfig()
+    assert (config.epochs, config.steps, config.batch_size) == (30, None, 128)
+    assert (config.lr, config.momentum, config.weight_decay) == (0.1, 0.9, 1e-4)
+    assert (config.schedule, config.warmup_steps, config.decay_all) == ("step", None, True)
+    assert (config.ema, config.label_smoothing, config.nesterov) == (0, 0, False)
+
+
+def test_every_option_is_documented() -> None:
+    arguments, _, _ = (TrainConfig.__doc__ or "").partition("Raises:")
+    documented = re.findall(r"^ {8}(\w+): ", arguments, flags=re.MULTILINE)
+    assert documented == list(FIELDS)
+
+
+def test_every_option_has_one_meaning_for_a_resumed_run() -> None:
+    assert sorted((*DECIDES, *ROUNDS, *FREE)) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lr", "1e-4", 1e-4),
+        ("lr", 1, 1.0),
+        ("lr", np.float32(0.5), 0.5),
+        ("steps", "64_000", 64_000),
+        ("steps", "64e3", 64_000),
+        ("steps", 64e3, 64_000),
+        ("batch_size", np.int64(8), 8),
+        ("nesterov", 1, True),
+        ("nesterov", "Yes", True),
+        ("flip", "off", False),
+        ("flip", None, None),
+        ("root", Path("images"), "images"),
+        ("device", torch.device("cuda", 1), "cuda:1"),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}",
+)
+def test_values_become_their_fields_type(name: str, value: Any, expected: Any) -> None:
+    found = getattr(TrainConfig(**{name: value}), name)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("budget", ["8GiB", "500 MB", "2e9", 8_000_000_000, 8e9])
+def test_budgets(budget: str | float) -> None:
+    found = TrainConfig(memory="auto", budget=budget).budget  # type: ignore[arg-type]
+    assert found == (budget if isinstance(budget, str) else "8000000000")
+
+
+INTEGER = "a whole number of at least"
+PART = "a number of at least 0 and below 1"
+BYTES = 'bytes, such as "8GiB" or a number above 0'
+WRONG = [
+    ("batch_size", 0, f"{INTEGER} 1"),
+    ("batch_size", -128, f"{INTEGER} 1"),
+    ("batch_size", 1.5, f"{INTEGER} 1"),
+    ("batch_size", "many", f"{INTEGER} 1"),
+    ("batch_size", True, f"{INTEGER} 1"),
+    ("batch_size", None, f"{INTEGER} 1"),
+    ("batch_size", [128], f"{INTEGER} 1"),
+    ("batch_size", float("nan"), f"{INTEGER} 1"),
+    ("batch_size", float("inf"), f"{INTEGER} 1"),
+    ("epochs", 0, f"{INTEGER} 1"),
+    ("steps", 0, f"{INTEGER} 1"),
+    ("steps", "", f"{INTEGER} 1"),
+    ("depth", -20, f"{INTEGER} 1 and below 100000"),
+    ("image_size", 0, f"{INTEGER} 1"),
+    ("limit_batches", 0, f"{INTEGER} 1"),
+    ("checkpoint_every", 0, f"{INTEGER} 1"),
+    ("keep", 0, f"{INTEGER} 1"),
+    ("workers", -1, f"{INTEGER} 0 and below 1024"),
+    ("crop_padding", -1, f"{INTEGER} 0"),
+    ("warmup_steps", -1, f"{INTEGER} 0"),
+    ("seed", -1, f"{INTEGER} 0"),
+    ("lr", 0, "a number above 0"),
+    ("lr", -0.1, "a number above 0"),
+    ("lr", "nan", "a number above 0"),
+    ("lr", float("inf"), "a number above 0"),
+    ("lr", "1e400", "a number above 0"),
+    ("lr", "0,1", "a number above 0"),
+    ("lr", True, "a number above 0"),
+    ("lr", {"start": 0.1}, "a number above 0"),
+    ("lr", torch.tensor(0.1), "a number above 0"),
+    ("weight_decay", -1e-4, "a number of at least 0"),
+    ("weight_decay", float("nan"), "a number of at least 0"),
+    ("momentum", 1, PART),
+    ("momentum", -0.1, PART),
+    ("ema", 1.0, PART),
+    ("ema", -0.5, PART),
+    ("label_smoothing", 1.5, PART),
+    ("label_smoothing", float("nan"), PART),
+    ("nesterov", 2, "true or false"),
+    ("nesterov", "maybe", "true or false"),
+    ("nesterov", None, "true or false"),
+    ("flip", [True], "true or false"),
+    ("data", "", "some text"),
+    ("data", 10, "some text"),
+    ("data", "imagefolder:a\0b", "some text"),
+    ("root", None, "some text"),
+    ("device", 0, "some text"),
+    ("budget", "8 bananas", BYTES),
+    ("budget", 0, BYTES),
+    ("budget", -1, BYTES),
+    ("budget", "1.5.2GB", BYTES),
+    ("budget", True, BYTES),
+    ("block", "wide", "one of basic, bottleneck"),
+    ("stem", 7, "one of cifar, imagenet"),
+    ("memory", None, "one of recompute, invert, invert_h1, segment, auto"),
+    ("dtype", ["fp32"], "one of fp32, bf16, fp16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"), WRONG, ids=[f"{name}={value!r}" for name, value, _ in WRONG]
+)
+def test_wrong_values(name: str, value: Any, expected: str) -> None:
+    shown = " ".join(repr(value).split())
+    assert message(TrainConfig, **{name: value}) == f"{name} must be {expected}, got {shown}"
+    assert message(make_config, "fast", **{name: value}).startswith(f"{name} must be {expected}")
+
+
+@pytest.mark.parametrize("value", [2**63, 10**30, 16**5000], ids=["2**63", "10**30", "16**5000"])
+def test_numbers_beyond_torchs(value: int) -> None:
+    text = message(TrainConfig, steps=value)
+    assert text.startswith("steps is too large, got ")
+    assert len(text) < 120
+    assert message(TrainConfig, memory="auto", budget="1e400") == "budget is too large, got '1e400'"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("schedule", "cosin", "cosine"),
+        ("schedule", "onecycle", "one-cycle"),
+        ("schedule", "One_Cycle", "one-cycle"),
+        ("dtype", "fp23", "fp32"),
+        ("dtype", "BF16", "bf16"),
+        ("block", "bottelneck", "bottleneck"),
+        ("memory", "invert-h1", "invert_h1"),
+        ("backend", "tritn", "triton"),
+        ("cache", "streams", "stream"),
+    ],
+)
+def test_a_misspelt_choice_names_the_nearest(name: str, value: str, nearest: str) -> None:
+    text = message(TrainConfig, **{name: value})
+    assert re.fullmatch(
+        rf"{name} must be one of [\w, -]+, got '{value}': did you mean {nearest}\?", text
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"epochs": 3, "steps": 100},
+            "epochs and steps both say how long to train: give one of them, got epochs 3 and "
+            "steps 100",
+        ),
+        (
+            {"eager": True, "backend": "triton"},
+            "eager contradicts backend 'triton': give one of them",
+        ),
+        (
+            {"nesterov": True, "momentum": 0},
+            "nesterov needs a momentum above 0, got momentum 0",
+        ),
+        (
+            {"budget": "8GiB"},
+            'budget is for memory "auto", which chooses by it: got budget 8GiB with memory '
+            '"recompute"',
+        ),
+        (
+            {"cache": "stream", "data": "cifar10"},
+            "cache \"stream\" is for images in a folder, data imagefolder:PATH: got data 'cifar10'",
+        ),
+    ],
+    ids=["epochs and steps", "eager and backend", "nesterov", "budget", "stream"],
+)
+def test_contradictions(options: dict[str, Any], expected: str) -> None:
+    assert message(TrainConfig, **options) == expected
+
+
+def test_eager_is_a_backend() -> None:
+    assert TrainConfig(eager=True).backend == "eager"
+    assert TrainConfig(eager=True, backend="eager").backend == "eager"
+
+
+def test_a_graph_may_be_asked_for_anywhere() -> None:
+    assert TrainConfig(graph=True, device="cpu").graph
+
+
+def test_a_warmup_has_to_fit() -> None:
+    config = TrainConfig(warmup_steps=400)
+    check_steps(config, 400)
+    check_steps(TrainConfig(), 1)
+    assert message(check_steps, config, 11) == (
+        "warmup_steps must be at most the run's 11 steps, got 400"
+    )
+
+
+def test_paper_recipe() -> None:
+    """He et al. 2016, appendix: each number that it names."""
+    config = make_config("paper")
+    assert (config.batch_size, config.steps, config.epochs) == (128, 64_000, None)
+    assert (config.weight_decay, config.decay_all, config.momentum) == (1e-4, True, 0.9)
+    assert (config.crop_padding, config.flip, config.dtype) == (4, True, "fp32")
+    assert (config.nesterov, config.label_smoothing, config.ema) == (False, 0, 0)
+    rates = [
+        learning_rate(step, config.steps or 0, config.lr, config.warmup_steps, config.schedule)
+        for step in (0, 399, 400, 31_999, 32_000, 47_999, 48_000, 63_999)
+    ]
+    assert rates == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rel=1e-15)
+
+
+def test_fast_recipe() -> None:
+    config = make_config("fast")
+    assert (config.epochs, config.steps, config.nesterov) == (10, None, True)
+    assert config.schedule in ("cosine", "one-cycle")
+    assert not config.decay_all
+    assert 0 < config.label_smoothing <= 0.1
+    assert 0.99 <= config.ema <= 0.999
+
+
+def test_recipes_are_short_and_explain_themselves() -> None:
+    assert recipe_names() == ["fast", "paper"]
+    for name in recipe_names():
+        path = Path(module.__file__).parent / "recipes" / f"{name}.yaml"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("# ")
+        assert len(lines) <= 40
+        assert make_config(path) == make_config(name)
+
+
+def test_what_is_given_overrides_the_recipe() -> None:
+    config = make_config("fast", lr=0.1, epochs=3)
+    assert (config.lr, config.epochs, config.nesterov) == (0.1, 3, True)
+    assert make_config(lr=0.2) == TrainConfig(lr=0.2)
+    assert make_config("paper", crop_padding=None).crop_padding is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        ("paper", {"epochs": 3}, (3, None)),
+        ("paper", {"steps": 100}, (None, 100)),
+        ("fast", {"steps": 100}, (None, 100)),
+        ("fast", {"steps": None}, (10, None)),
+        ("fast", {"steps": 100, "epochs": None}, (None, 100)),
+    ],
+)
+def test_the_length_given_wins(
+    recipe: str, given: dict[str, Any], expected: tuple[int | None, int | None]
+) -> None:
+    config = make_config(recipe, **given)
+    assert (config.epochs, config.steps) == expected
+
+
+def test_unknown_options() -> None:
+    assert message(make_config, bach_size=3) == (
+        "unknown option 'bach_size': did you mean batch_size?"
+    )
+    assert message(make_config, xyz=3) == "unknown option 'xyz'"
+
+
+def test_contradictions_with_a_recipe_name_it() -> None:
+    assert message(make_config, "fast", momentum=0) == (
+        "nesterov needs a momentum above 0, got momentum 0 (with the options of recipe fast)"
+    )
+
+
+def test_own_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "own.yml"
+    path.write_text("lr: 1e-3\nepochs: 2\nflip: no\n")
+    config = make_config(str(path), batch_size="64")
+    assert (config.lr, config.epochs, config.flip, config.batch_size) == (1e-3, 2, False, 64)
+    path.write_bytes(b"\xef\xbb\xbfepochs: 4\r\n")  # as Windows' editor writes it
+    assert make_config(path).epochs == 4
+
+
+NOT_YAML = "is not valid YAML at line"
+BAD_RECIPES = {
+    "unknown option": ("bach_size: 8", ": unknown option 'bach_size': did you mean batch_size?"),
+    "hyphen": ("batch-size: 8", ": unknown option 'batch-size': did you mean batch_size?"),
+    "number for a name": ("1: 8", ": unknown option 1"),
+    "null for a name": ("~: 8", ": unknown option None"),
+    "value": ("lr: -1", ": lr must be a number above 0, got -1"),
+    "text for a number": ("lr: fast", ": lr must be a number above 0, got 'fast'"),
+    "list": ("lr: [0.1, 0.01]", ": lr must be a number above 0, got [0.1, 0.01]"),
+    "mapping": ("lr: {a: 1}", ": lr must be a number above 0, got {'a': 1}"),
+    "no value": ("lr:", ": lr must be a number above 0, got None"),
+    "fraction": ("epochs: 2.5", ": epochs must be a whole number of at least 1, got 2.5"),
+    "nan": ("lr: .nan", ": lr must be a number above 0, got nan"),
+    "date": ("lr: 2020-01-01", ": lr must be a number above 0, got datetime.date(2020, 1, 1)"),
+    "choice": (
+        "schedule: cosinus",
+        ": schedule must be one of step, cosine, one-cycle, constant, got 'cosinus': did you mean "
+        "cosine?",
+    ),
+    "yes for a word": ("block: on", ": block must be one of basic, bottleneck, got True"),
+    "both lengths": (
+        "epochs: 1\nsteps: 2",
+        "epochs and steps both say how long to train: give one of them, got epochs 1 and steps 2 "
+        "(with the options of {path})",
+    ),
+    "twice": ("lr: 1\nepochs: 2\nlr: 2", f" {NOT_YAML} 3, column 1: 'lr' is there twice"),
+    "tab": ("lr: 1\n\tepochs: 2", f" {NOT_YAML} 2, column 1: found character '\\t' that cannot"),
+    "unclosed": ("lr: [1, 2", f" {NOT_YAML} 1, column 10: expected ',' or ']'"),
+    "two documents": ("lr: 1\n---\nlr: 2", f" {NOT_YAML} 2, column 1: but found another document"),
+    "python object": (
+        "lr: !!python/object/apply:os.system [ls]",
+        f" {NOT_YAML} 1, column 5: could not determine a constructor for the tag",
+    ),
+    "unhashable name": ("? [1, 2]\n: 3", f" {NOT_YAML} 1, column 3: found unhashable key"),
+    "no such date": ("lr: 2020-99-99", " is not valid YAML: month must be in 1..12"),
+    "nested": ("lr: " + "[" * 1200, " is not valid YAML: maximum recursion depth exceeded"),
+    "empty": ("", ": expected a line for each option, such as epochs: 10, got nothing"),
+    "comment": (
+        "# epochs: 3",
+        ": expected a line for each option, such as epochs: 10, got nothing",
+    ),
+    "a list of options": (
+        "- epochs: 3",
+        ": expected a line for each option, such as epochs: 10, got [{'epochs': 3}]",
+    ),
+    "a word": ("paper", ": expected a line for each option, such as epochs: 10, got 'paper'"),
+    "control characters": ("lr: \x07", " is not a text file: special characters are not allowed"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD_RECIPES.values(), ids=BAD_RECIPES)
+def test_bad_recipes(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    found = message(make_config, path)
+    if "{path}" in expected:
+        assert found == expected.format(path=path)
+    else:
+        assert found.startswith(f"{path}{expected}")
+
+
+def test_bad_recipe_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.yaml").mkdir()
+    Path("binary.yaml").write_bytes(bytes(range(128, 256)))
+    Path("model.yaml").write_bytes(b"a" * (2**20 + 1))
+    Path("file").touch()
+    refused = {
+        "missing.yaml": "no recipe at missing.yaml",
+        "folder.yaml": "folder.yaml is not a file: a recipe is a YAML file of options",
+        "binary.yaml": "binary.yaml is not a text file: a recipe is YAML in UTF-8",
+        "model.yaml": "model.yaml is longer than 1 MiB: a recipe is a YAML file of options",
+        "a\0.yaml": r"no recipe at 'a\x00.yaml'",
+        "papr": "unknown recipe 'papr': choose from fast, paper, or give the path of a .yaml file: "
+        "did you mean paper?",
+        "": "unknown recipe '': choose from fast, paper, or give the path of a .yaml file",
+        3: "recipe must be a name or a path, got 3",
+    }
+    assert {recipe: message(make_config, recipe) for recipe in refused} == refused
+    assert message(make_config, "a\nb.yaml") == r"no recipe at 'a\nb.yaml'"
+    assert "name too long" in message(make_config, "a" * 5000 + ".yaml")
+    assert "file/x.yaml" in message(make_config, "file/x.yaml")
+    assert "~nobody-at-all" in message(make_config, "~nobody-at-all/x.yaml")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_recipe_without_permission(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.touch(mode=0)
+    assert message(make_config, path) == (f"cannot read the recipe {path}: Permission denied")
+
+
+def test_recipe_that_the_system_does_not_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a folder without permission does, for every user."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "own.yaml"
+    path.touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    assert message(make_config, path) == f"cannot read the recipe {path}: Permission denied"
+
+
+@pytest.mark.parametrize("recipe", [None, "fast", "paper"])
+def test_a_configuration_survives_its_file(recipe: str | None) -> None:
+    config = make_config(recipe, memory="auto", budget="8GiB", eager=True)
+    values = dataclasses.asdict(config)
+    for saved in (values, json.loads(json.dumps(values)), yaml.safe_load(yaml.safe_dump(values))):
+        assert saved_config({**saved, "parameters": 5}, "run") == config
+    assert check_resumable(values, config, "run") == []
+
+
+def test_a_saved_configuration_that_no_run_has() -> None:
+    assert message(saved_config, {"depth": "deep"}, "a.pt") == (
+        "a.pt: depth must be a whole number of at least 1 and below 100000, got 'deep'"
+    )
+    assert message(saved_config, [1], "a.pt") == "a.pt: expected a configuration by name, got [1]"
+
+
+OTHER: dict[str, Any] = {
+    "data": "cifar10",
+    "image_size": 16,
+    "depth": 56,
+    "block": "bottleneck",
+    "stem": "imagenet",
+    "epochs": 31,
+    "batch_size": 64,
+    "drop_last": False,
+    "lr": 0.2,
+    "schedule": "cosine",
+    "warmup_steps": 0,
+    "momentum": 0.8,
+    "nesterov": True,
+    "weight_decay": 0.0,
+    "decay_all": False,
+    "label_smoothing": 0.1,
+    "ema": 0.9,
+    "crop_padding": 4,
+    "flip": True,
+    "dtype": "bf16",
+    "sync_bn": False,
+    "seed": 1,
+    "limit_batches": 2,
+    "memory": "invert",
+    "backend": "aten",
+    "channels_last": False,
+    "device": "cuda",
+    "graph": True,
+    "root": "images",
+    "workers": 2,
+    "checkpoint_every": 10,
+    "keep": 1,
+    "log_steps": True,
+    "tensorboard": True,
+}
+
+
+@pytest.mark.parametrize("name", [*OTHER])
+def test_resuming_with_another_value(name: str) -> None:
+    saved = dataclasses.asdict(TrainConfig())
+    now = TrainConfig(**{name: OTHER[name]})
+    was, here = repr(saved[name]), repr(OTHER[name])
+    if name in DECIDES:
+        assert message(check_resumable, saved, now, Path("runs/a.pt")) == (
+            f"runs/a.pt was written with {name} {was}, this run has {name} {here}: a resumed run "
+            "keeps what decides its result"
+        )
+    else:
+        rounds = ": the same function with other roundings" if name in ROUNDS else ""
+        assert check_resumable(saved, now, Path("runs/a.pt")) == [
+            f"{name} was {was} and is {here}{rounds}"
+        ]
+
+
+def test_options_that_need_another_are_compared_as_well() -> None:
+    """With the test above: every option."""
+    assert {*FIELDS} - OTHER.keys() == {"steps", "cache", "budget", "eager"}
+    saved = dataclasses.asdict(TrainConfig())
+    assert message(check_resumable, saved, TrainConfig(steps=100), "a.pt") == (
+        "a.pt was written with epochs 30, steps None, this run has epochs None, steps 100: a "
+        "resumed run keeps what decides its result"
+    )
+    notes = check_resumable(saved, TrainConfig(memory="auto", budget="1GiB", eager=True), "a.pt")
+    assert [note.split()[0] for note in notes] == ["memory", "budget", "backend", "eager"]
+    folder = TrainConfig(data="imagefolder:a")
+    streamed = dataclasses.replace(folder, cache="stream")
+    assert check_resumable(dataclasses.asdict(folder), streamed, "a.pt") == [
+        "cache was 'auto' and is 'stream'"
+    ]

@@ -1,0 +1,548 @@
+"""The training loop: reproducible bits, what is written, what is refused, and what `eval` gives."""
+
+import json
+import math
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from resnetv2.data.datasets import create_synthetic_dataset
+from resnetv2.errors import InputError
+from resnetv2.training.checkpoint import Checkpoints, read
+from resnetv2.training.config import TrainConfig
+from resnetv2.training.evaluate import evaluate_run
+from resnetv2.training.interrupts import StopRequests
+from resnetv2.training.loop import (
+    DivergenceError,
+    Interrupted,
+    TrainingResult,
+    _Run,
+    train_resnet_v2,
+)
+from resnetv2.training.schedule import learning_rate
+
+SMALL = create_synthetic_dataset(96, 4, image_size=8)  # 76 for training: 4 batches of 16 and 12
+DIGITS = {"data": "digits", "limit_batches": 3}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def train(data: Any = SMALL, **options: Any) -> TrainingResult:
+    """A run of seconds on the plain PyTorch path, whatever the machine."""
+    defaults = {"depth": 8, "backend": "aten", "device": "cpu", "batch_size": 16}
+    if not {"epochs", "steps", "recipe"} & options.keys():
+        defaults["epochs"] = 2
+    return train_resnet_v2(data, **{**defaults, "verbose": False, **options})
+
+
+def weights(result: TrainingResult) -> dict[str, torch.Tensor]:
+    return result.model.state_dict()
+
+
+def same_bits(a: TrainingResult, b: TrainingResult) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
+
+
+def records(folder: Path, event: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Have a run get a signal in its `step`-th step."""
+    one_step = _Run._rate
+
+    def rate(run: _Run, at: int) -> float:
+        if at == step - 1:
+            signal.raise_signal(number)
+        return one_step(run, at)
+
+    monkeypatch.setattr(_Run, "_rate", rate)
+
+
+def test_schedule_scales() -> None:
+    rates = [learning_rate(step, 320, lr=1.0) for step in range(320)]
+    assert [rates.count(value) for value in (1.0, 0.1, 0.01)] == [158, 82, 80]
+    assert learning_rate(7, 100, lr=1.0, warmup_steps=8) == pytest.approx(0.1)
+    assert learning_rate(0, 100, lr=1.0, warmup_steps=0) == 1.0
+
+
+def test_resnet_learns_synthetic_images() -> None:
+    result = train(create_synthetic_dataset(240, 4, image_size=8), epochs=4)
+    assert result.test_accuracy >= 0.9
+    assert result.history[-1].train_loss < 0.5 * result.history[0].train_loss
+    assert len(result.step_losses) == 4 * 12
+
+
+def test_digits_reach_97_percent() -> None:
+    result = train("digits", depth=14, epochs=10, batch_size=64)
+    assert result.test_accuracy >= 0.97
+
+
+def test_two_runs_from_one_seed_are_bitwise_equal() -> None:
+    first, again, other = train(seed=1), train(seed=1), train(seed=2)
+    assert same_bits(first, again)
+    assert first.step_losses == again.step_losses
+    assert not same_bits(first, other)
+
+
+def test_fused_and_eager_take_the_same_steps() -> None:
+    """On ATen in float32 to the bit, at the paper's rate, where the first steps are chaotic."""
+    options = {"batch_size": 128, "epochs": 2, "limit_batches": 10, "depth": 14, "lr": 0.1}
+    fused = train("digits", **options)
+    eager = train("digits", **options, backend="auto", eager=True)
+    assert len(fused.step_losses) == len(eager.step_losses) == 20
+    assert fused.step_losses == eager.step_losses
+    assert eager.config["backend"] == "eager"
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_blocks(block: str) -> None:
+    depth = {"basic": 8, "bottleneck": 11}[block]
+    result = train(block=block, depth=depth, epochs=1, limit_batches=2)
+    assert result.config["model"] == f"PreActResNet-{depth} ({block})"
+    assert len(result.step_losses) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_trains(dtype: str) -> None:
+    """In the beginning the losses are float32's to the dtype's precision."""
+    low, full = (train(dtype=name, epochs=1, lr=0.01) for name in (dtype, "fp32"))
+    assert all(p.dtype == torch.float32 for p in low.model.parameters())
+    assert low.step_losses[0] == pytest.approx(full.step_losses[0], rel=0.02)
+    assert low.step_losses != full.step_losses
+
+
+def test_memory_format_is_asked_for() -> None:
+    for channels_last in (True, False):
+        result = train(epochs=1, limit_batches=1, channels_last=channels_last)
+        convolution = next(m for m in result.model.modules() if isinstance(m, nn.Conv2d))
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_own_model_and_separate_test_set() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    before = model[1].weight.detach().clone()
+    result = train((SMALL, SMALL), model=model, lr=0.01)
+    assert result.model is model
+    assert not torch.equal(before, model[1].weight)
+    assert result.config["test_images"] == 96
+
+
+def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.rand())  # noqa: NPY002
+
+    def seed() -> None:
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002
+
+    seed()
+    expected = draw()
+    seed()
+    train(epochs=1, limit_batches=1, out=tmp_path)
+    assert draw() == expected
+    seed()
+    train(epochs=1, limit_batches=1, out=tmp_path, resume="auto")
+    assert draw() == expected
+    assert torch.backends.cudnn.deterministic is False
+
+
+# --- how long, and on which batches
+
+
+def test_steps_need_not_fill_an_epoch(tmp_path: Path) -> None:
+    result = train(steps=10, out=tmp_path)
+    assert [record["step"] for record in records(tmp_path, "epoch")] == [4, 8, 10]
+    assert len(result.step_losses) == 10
+    assert result.config["steps_an_epoch"] == 4
+    # The last epoch's figures are of its two batches.
+    assert result.history[-1].train_loss == pytest.approx(sum(result.step_losses[8:]) / 2)
+
+
+def test_last_batch_is_kept_if_asked_for() -> None:
+    kept, dropped = (train(epochs=1, schedule="constant", drop_last=drop) for drop in (False, True))
+    assert (len(kept.step_losses), len(dropped.step_losses)) == (5, 4)
+    assert kept.step_losses[:4] == dropped.step_losses
+    # Of 76 images, not of five batches.
+    parts = [16 * loss for loss in kept.step_losses[:4]] + [12 * kept.step_losses[4]]
+    assert kept.history[0].train_loss == pytest.approx(sum(parts) / 76)
+
+
+def test_moving_average_is_what_is_tested() -> None:
+    images, labels = SMALL.tensors
+    result = train((SMALL, SMALL), ema=0.5, batch_size=32)
+    assert result.averaged is not None
+    own, averaged = weights(result), result.averaged.state_dict()
+    assert own.keys() == averaged.keys()
+    assert not torch.equal(own["fc.weight"], averaged["fc.weight"])
+    mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
+    result.averaged.eval()
+    with torch.no_grad():
+        right = (result.averaged((images - mean) / std).argmax(1) == labels).float().mean()
+    assert result.test_accuracy == pytest.approx(float(right), abs=1.5 / len(labels))
+    plain = train((SMALL, SMALL), batch_size=32)
+    assert plain.averaged is None
+    assert same_bits(plain, result), "the average must not change the training"
+    assert plain.history[-1].test_loss != result.history[-1].test_loss
+
+
+def test_label_smoothing_is_in_the_training_loss_alone() -> None:
+    plain, smoothed = (train(epochs=1, limit_batches=1, label_smoothing=x) for x in (0.0, 0.2))
+    # A first step from the same weights: (1 - 0.2) NLL + 0.2 mean over classes of -log p.
+    assert smoothed.step_losses[0] != plain.step_losses[0]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    result = train((SMALL, SMALL), model=model, lr=1e-9, epochs=1, label_smoothing=0.2)
+    assert result.step_losses[0] == pytest.approx(math.log(4))
+    assert result.history[0].test_loss == pytest.approx(math.log(4), rel=1e-4)
+
+
+def test_recipes_are_overridden_by_options(tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text("steps: 3\nlr: 1e-2\nschedule: cosine\nema: 0.9\n")
+    short = {"limit_batches": 1, "batch_size": 16}
+    fast = train("digits", recipe="fast", epochs=1, **short)
+    assert (fast.config["schedule"], fast.config["label_smoothing"], fast.config["epochs"]) == (
+        "one-cycle", 0.05, 1,
+    )  # fmt: skip
+    assert fast.averaged is not None
+    paper = train("digits", recipe="paper", steps=2, **short)
+    assert (paper.config["schedule"], paper.config["total_steps"]) == ("step", 2)
+    mine = train("digits", recipe=own, ema=0, **short)
+    assert (mine.config["lr"], mine.config["total_steps"], mine.averaged) == (0.01, 3, None)
+
+
+# --- files
+
+
+def test_files(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = train(out=out, log_steps=True)
+    (header,) = records(out, "config")
+    assert (header["depth"], header["seed"], header["parameters"]) == (
+        8,
+        0,
+        sum(p.numel() for p in result.model.parameters()),
+    )
+    assert {"python", "torch", "numpy"} <= header["versions"].keys()
+    steps = records(out, "step")
+    assert [record["step"] for record in steps] == list(range(len(result.step_losses)))
+    assert [record["loss"] for record in steps] == result.step_losses
+    assert [record["lr"] for record in steps] == [learning_rate(i, 8) for i in range(8)]
+    assert [record["test_accuracy"] for record in records(out, "epoch")] == [
+        entry.test_accuracy for entry in result.history
+    ]
+    assert records(out, "end")[0]["step"] == 8
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert TrainConfig(**saved) == TrainConfig(
+        data="tensors", depth=8, backend="aten", device="cpu", batch_size=16, epochs=2,
+        log_steps=True,
+    )  # fmt: skip
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["best.pt", "step-00000004.pt", "step-00000008.pt"]
+
+
+def test_steps_are_not_logged_unless_asked_for(tmp_path: Path) -> None:
+    train(out=tmp_path, epochs=1)
+    assert not records(tmp_path, "step")
+
+
+def test_checkpoints_every_so_many_steps_and_the_last_few(tmp_path: Path) -> None:
+    train(out=tmp_path, epochs=4, checkpoint_every=3, keep=2, lr=1e-6)
+    files = Checkpoints(tmp_path / "checkpoints").files()
+    # Every third, and the last epoch's end.
+    assert [read(path)["step"] for path in files] == [16, 15]
+
+
+def test_tensorboard_events(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(out=tmp_path, tensorboard=True, log_steps=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("step/loss")}
+    assert losses == pytest.approx(dict(enumerate(result.step_losses)))
+    tested = [event.value for event in events.Scalars("test/accuracy")]
+    assert tested == pytest.approx([entry.test_accuracy for entry in result.history])
+
+
+def test_a_folder_that_holds_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = train(out=out, seed=1)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    with pytest.raises(InputError, match=r"run holds a run \(config.yaml, metrics.jsonl, 2 check"):
+        train(out=out, seed=2)
+    other = tmp_path / "other"
+    train(out=other, epochs=1)
+    with pytest.raises(InputError, match=r"holds another run .* than .*other: take another folder"):
+        train(out=out, resume=other, seed=1)
+    with pytest.raises(InputError, match="give one of them"):
+        train(out=out, resume="auto", overwrite=True, seed=1)
+    assert before == {path: path.read_bytes() for path in before}
+    third = train(out=out, overwrite=True, seed=2, epochs=1)
+    assert not same_bits(first, third)
+    assert [record["step"] for record in records(out, "epoch")] == [4]
+    assert [path.name for path in Checkpoints(out / "checkpoints").files()] == ["step-00000004.pt"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 2
+
+
+# --- going on
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_stopped_run_goes_on_with_the_bits_of_one_that_was_not(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"epochs": 3, "dtype": dtype, "log_steps": True, "ema": 0.9}
+    whole = train(**options, out=tmp_path / "whole")
+    out = tmp_path / "stopped"
+    handler = signal.getsignal(signal.SIGINT)
+    for step in (3, 4, 9):  # within an epoch, at its last step and in the last epoch
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(Interrupted, match=f"stopped after step {step} of 12") as stopped:
+                train(**options, out=out, resume="auto")
+        assert stopped.value.signal == signal.SIGINT
+        assert f"resnetv2 train --out {out} --resume auto" in str(stopped.value)
+        assert signal.getsignal(signal.SIGINT) is handler
+    resumed = train(**options, out=out, resume="auto")
+    assert same_bits(whole, resumed)
+    assert whole.averaged is not None
+    assert resumed.averaged is not None
+    for name, value in whole.averaged.state_dict().items():
+        assert torch.equal(value, resumed.averaged.state_dict()[name]), name
+    for event in ("step", "epoch"):
+        timing = {"seconds", "images_per_second", "memory"}
+        mine, theirs = (
+            [{k: v for k, v in record.items() if k not in timing} for record in records(at, event)]
+            for at in (out, tmp_path / "whole")
+        )
+        assert mine == theirs
+    assert [record["step"] for record in records(out, "resume")] == [3, 4, 9]
+
+
+def test_best_checkpoint_stays_the_best_after_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.9, 0.1, 0.95])
+    monkeypatch.setattr(
+        "resnetv2.training.loop.evaluate_as", lambda *arguments: (1.0, next(accuracies))
+    )
+    best = tmp_path / "checkpoints" / "best.pt"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            train(out=tmp_path, epochs=3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(Interrupted):
+            train(out=tmp_path, epochs=3, resume="auto")
+    assert read(best)["step"] == 4, "the second epoch was worse"
+    train(out=tmp_path, epochs=3, resume="auto")
+    assert read(best)["step"] == 12
+
+
+def test_finished_run_is_not_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(out=tmp_path)
+    again = train(out=tmp_path, resume="auto", verbose=True)
+    assert "the run is complete: all 8 steps are done" in capsys.readouterr().out
+    assert same_bits(first, again)
+    assert again.history == first.history
+    assert again.step_losses == []
+    assert not records(tmp_path, "resume")
+
+
+def test_resume_into_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            train(out=first)
+    resumed = train(out=second, resume=first)
+    assert same_bits(resumed, train())
+    assert [record["step"] for record in records(second, "epoch")] == [8]
+    # The new folder is a run of its own: it can be gone on with and tested.
+    assert yaml.safe_load((second / "config.yaml").read_text())["depth"] == 8
+    assert same_bits(train(out=second, resume="auto"), resumed)
+
+
+def test_allowed_differences_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            train(out=tmp_path)
+    train(out=tmp_path, resume="auto", keep=1, memory="invert", verbose=True)
+    said = capsys.readouterr().out
+    assert "keep was 3 and is 1\n" in said
+    assert "memory was 'recompute' and is 'invert': the same function with other roundings" in said
+    assert records(tmp_path, "resume")[0]["changes"]["memory"] == "invert"
+
+
+def test_resume_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    with pytest.raises(InputError, match="no checkpoint at"):
+        train(resume=path)
+    path.write_bytes(b"something else")
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        train(resume=path)
+    with pytest.raises(InputError, match="give out"):
+        train(resume="auto")
+    run = tmp_path / "run"
+    train(epochs=1, limit_batches=1, out=run)
+    options = {"epochs": 1, "limit_batches": 1, "resume": run}
+    with pytest.raises(InputError, match="was written with depth 8, this run has depth 14"):
+        train(**options, depth=14)
+    with pytest.raises(InputError, match=r"written with lr 0.1, seed 0, this run has lr 0.2, seed"):
+        train(**options, lr=0.2, seed=1)
+    with pytest.raises(InputError, match="written with classes 4, this run has 3"):
+        train(create_synthetic_dataset(96, 3, image_size=8), **options)
+    with pytest.raises(InputError, match="written with model 'PreActResNet-8"):
+        train(**options, model=nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)))
+
+
+# --- divergence and signals
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError) as raised:
+        train(lr=1e6, epochs=50, warmup_steps=0, out=tmp_path, checkpoint_every=1, log_steps=True)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "try a learning rate below 1e+06" in message
+    (end,) = records(tmp_path, "end")
+    assert f"in step {end['diverged']:,} (epoch" in message
+    files = Checkpoints(tmp_path / "checkpoints").files()
+    assert f"the last good checkpoint is {files[0]}" in message
+    for path in files:
+        state = read(path)
+        assert state["step"] <= end["diverged"]
+        assert all(bool(value.isfinite().all()) for value in state["model"].values()), path
+    assert all(record["loss"] is not None for record in records(tmp_path, "step")[:-1])
+
+
+def test_divergence_before_any_checkpoint(tmp_path: Path) -> None:
+    images = torch.full((32, 3, 8, 8), 1.0)
+    images[:, :, ::2] = -1.0
+    data = TensorDataset(images * torch.rand(32, 1, 1, 1), torch.arange(32) % 4)
+    with pytest.raises(DivergenceError, match="no checkpoint before it"):
+        train(data, lr=1e30, epochs=3, out=tmp_path, warmup_steps=0, batch_size=8)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_train_works_outside_the_main_thread(tmp_path: Path) -> None:
+    results: list[TrainingResult] = []
+    thread = threading.Thread(target=lambda: results.append(train(out=tmp_path)))
+    thread.start()
+    thread.join()
+    assert same_bits(results[0], train())
+
+
+def test_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with StopRequests() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "stopping after this step (once more: at once)" in capsys.readouterr().err
+
+
+# --- eval
+
+
+def test_eval_gives_what_the_run_recorded(tmp_path: Path) -> None:
+    result = train(**DIGITS, out=tmp_path, epochs=3, ema=0.5, lr=0.5)
+    found = evaluate_run(tmp_path)
+    assert (found.accuracy, found.loss) == (result.test_accuracy, result.history[-1].test_loss)
+    assert found.recorded == result.test_accuracy
+    assert (found.step, found.epoch, found.averaged, found.images) == (9, 3, True, 360)
+    best = evaluate_run(tmp_path, "best")
+    assert best.accuracy == max(entry.test_accuracy for entry in result.history)
+    assert evaluate_run(tmp_path, found.checkpoint) == found
+    named = evaluate_run(tmp_path, device="cpu:0", backend="eager")
+    assert named.accuracy == pytest.approx(found.accuracy, abs=1 / 360)
+
+
+def test_eval_of_a_checkpoint_from_within_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            train(**DIGITS, out=tmp_path)
+    found = evaluate_run(tmp_path)
+    assert (found.step, found.recorded) == (5, None)
+
+
+def test_eval_refuses_what_it_cannot_test(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        evaluate_run(tmp_path / "none")
+    with pytest.raises(InputError, match="has no checkpoint"):
+        evaluate_run(tmp_path)
+    own = tmp_path / "own"
+    train(epochs=1, out=own, model=nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)))
+    with pytest.raises(InputError, match=r"model of the caller's own \(Sequential\)"):
+        evaluate_run(own)
+    tensors = tmp_path / "tensors"
+    train(epochs=1, out=tensors)
+    with pytest.raises(InputError, match="unknown data set 'tensors'"):
+        evaluate_run(tensors)
+    run = tmp_path / "run"
+    train(**DIGITS, epochs=1, out=run)
+    with pytest.raises(
+        InputError, match="was trained on 10 classes of images with 1 channels, syn"
+    ):
+        evaluate_run(run, data="synthetic")
+    with pytest.raises(InputError, match="there is no device 'abacus'"):
+        evaluate_run(run, device="abacus")
+    best = run / "checkpoints" / "best.pt"
+    best.unlink()  # it may be a second name of the step's file
+    best.write_bytes(b"")
+    with pytest.raises(InputError, match=r"best.pt is empty, not a checkpoint"):
+        evaluate_run(run, "best")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 21}, "depth"),
+        ({"block": "dense"}, "block must be one of basic, bottleneck, got 'dense'"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
+        ({"epochs": 1, "steps": 1}, "epochs and steps both say how long"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be a number above 0, got 0.0"),
+        ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16, got 'int8'"),
+        ({"eager": True}, "eager contradicts backend 'aten'"),
+        ({"device": "abacus"}, "there is no device 'abacus'"),
+        ({"memory": "elephant"}, "memory"),
+        ({"memory": "auto"}, 'memory "auto" needs a budget'),
+        ({"warmup_steps": 9}, "warmup_steps must be at most the run's 8 steps, got 9"),
+        ({"data": "mnist"}, "unknown data set"),
+        ({"batchsize": 3}, "unknown option 'batchsize': did you mean batch_size"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        train(**options)
+    assert "\n" not in str(raised.value)
