@@ -90,7 +90,7 @@ def measure(
     x, g = case.inputs(dtype)
     x = x.detach()
     params, layout, constants = describe(
-        [module[0].recipe()], dtype, need_x=True, backend=module.backend, memory="recompute",
+        [module[0].unit_modules()], dtype, need_x=True, backend=module.backend, memory="recompute",
         segment=0,
     )  # fmt: skip
     spec = decode(layout, constants)

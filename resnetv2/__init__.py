@@ -1,6 +1,7 @@
 """Fused pre-activation residual blocks (ResNet V2) for PyTorch."""
 
 from .blocks import BottleneckPreActBlock, PreActBlock
+from .core.memory import BudgetError
 from .core.sync import SyncBatchNorm, convert_sync_batchnorm
 from .fuse.rewrite import BlockReport, Report, explain, fuse, unfuse
 from .models import (
@@ -21,7 +22,7 @@ from .models import (
     wide_resnet28_10,
     wide_resnet40_2,
 )
-from .planning.memory import BudgetError, Plan, plan
+from .planning.memory import Plan, plan
 
 __version__ = "0.1.0"
 

@@ -13,21 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .core.run import (
-    AUTO,
-    EAGER,
-    ChainUnit,
-    Recipe,
-    activation,
+from .core.checks import (
     check_input,
     hooked,
     must_run_eagerly,
     refuse_empty_rank,
-    run_blocks,
-    run_chain,
     why_not,
 )
-from .core.spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
+from .core.modules import ChainUnit, UnitModules, activation
+from .core.run import run_blocks, run_chain
+from .core.spec import Shortcut
+from .names import AUTO, EAGER
 
 BACKENDS = (AUTO, "triton", "aten", EAGER)
 
@@ -96,7 +92,7 @@ class PreActUnit(ChainUnit, nn.Module):
             )
             self.shortcut.append(projection)
 
-    def recipe(self) -> Recipe | str:
+    def unit_modules(self) -> UnitModules | str:
         """The children in the order of the computation, or why they must run one by one."""
         projection: Any = None
         if hooked(self.shortcut):
@@ -107,26 +103,23 @@ class PreActUnit(ChainUnit, nn.Module):
                 if len(projection) > 1:
                     return f"a shortcut of {len(projection)} modules"
                 projection = projection[0]
-            reads = PROJECTION_PREACT if self.shortcut_reads == "preact" else PROJECTION_RAW
-        else:
-            reads = IDENTITY_PREACT if self.identity_reads == "preact" else IDENTITY_RAW
         numbers = range(1, self.depth + 1)
-        recipe = Recipe(
+        unit = UnitModules(
             tuple(getattr(self, f"bn{i}") for i in numbers),
             tuple(getattr(self, f"conv{i}") for i in numbers),
             self.act,
-            reads,
+            Shortcut.of(projection is not None, self.reads_preact()),
             projection,
         )
-        return why_not(recipe) or recipe
+        return why_not(unit) or unit
 
-    def chain_unit(self) -> Recipe | str:
-        """``recipe``, or why the block must be called: it is unfused or a subclass's forward."""
+    def chain_unit(self) -> UnitModules | str:
+        """``unit``, or why the block must be called: it is unfused or a subclass's forward."""
         if self.backend == EAGER:
             return 'backend is "eager"'
         if type(self).forward is not PreActUnit.forward:
             return f"{type(self).__name__} has a forward of its own"
-        return self.recipe()
+        return self.unit_modules()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in_channels, H, W) to (N, out_channels, ceil(H/stride), ceil(W/stride)).
@@ -137,14 +130,14 @@ class PreActUnit(ChainUnit, nn.Module):
         Raises:
             ValueError: wrong rank, channels, dtype or device; one value per channel in training.
         """
-        recipe = self.recipe()
-        if isinstance(recipe, str):
+        unit = self.unit_modules()
+        if isinstance(unit, str):
             return self.forward_children(x)
-        refuse_empty_rank(recipe, x)
+        refuse_empty_rank(unit, x)
         if self.backend == EAGER or must_run_eagerly(x):
-            check_input(x, recipe.convs[0])
+            check_input(x, unit.convs[0])
             return self.forward_children(x)
-        return run_chain([recipe], x, backend=self.backend, memory=self.memory)
+        return run_chain([unit], x, backend=self.backend, memory=self.memory)
 
     def forward_children(self, x: Tensor) -> Tensor:
         """The same function, child by child: He et al. 2016, Figure 4(e)."""

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage
-from .core.run import AUTO, activation
-from .core.spec import MEMORY
-from .planning.memory import parse_bytes, plan
+from .core.memory import choose_mode, parse_bytes, step_limit
+from .core.modules import activation
+from .names import AUTO, MEMORY_MODES
 
 BLOCKS: dict[str, type[PreActUnit]] = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
 STEMS = ("cifar", "imagenet")
@@ -76,8 +76,10 @@ class PreActResNet(nn.Module):
         block = _block_class(block)
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
-        if memory not in (*MEMORY, AUTO):
-            raise ValueError(f"memory must be one of {', '.join(MEMORY)}, auto, got {memory!r}")
+        if memory not in (*MEMORY_MODES, AUTO):
+            raise ValueError(
+                f"memory must be one of {', '.join(MEMORY_MODES)}, auto, got {memory!r}"
+            )
         if budget is not None:
             budget = parse_bytes(budget)
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
@@ -173,7 +175,8 @@ class PreActResNet(nn.Module):
             if self.budget is None and device != "cuda":
                 raise ValueError('memory="auto" needs a budget where there is no GPU')
             size = (x.shape[2], x.shape[3])
-            mode = plan(self, x.shape[0], self.budget, image_size=size, dtype=dtype).mode
+            limit = step_limit(x.device, self.budget)
+            _, _, mode = choose_mode(self, x.shape[0], size, dtype, x.device, limit)
             assert mode is not None
             for stage in self.stages:
                 stage.memory = mode

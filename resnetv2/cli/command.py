@@ -111,8 +111,8 @@ def clean_errors() -> Iterator[None]:
 
     Everything else is a defect of the program and keeps its traceback.
     """
+    from ..core.memory import BudgetError
     from ..errors import InputError
-    from ..planning.memory import BudgetError
     from ..training.loop import DivergenceError, Interrupted
     from ..training.parallel import ProcessLostError, is_silent
 

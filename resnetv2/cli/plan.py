@@ -124,8 +124,8 @@ def _floors(
     import torch
 
     from ..models import PreActResNet
+    from ..names import DTYPES
     from ..planning.cost import h100_rates, measure_rates, modes_table
-    from ..planning.memory import DTYPES
 
     here = torch.cuda.is_available()
     device = device or ("cuda" if here else "cpu")

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.dispatch import AtenEngine
 from ..kernels.operands import Grad, running_stats
 from ..kernels.ranks import Ranks
-from .spec import IDENTITY_PREACT, PROJECTION_PREACT, Spec, Unit, UnitParams
+from .spec import Shortcut, Spec, Unit, UnitParams
 from .sync import gather_over
 
 Kept = dict[tuple[int, int], Tensor]
@@ -121,7 +121,7 @@ class Chain:
             self._param(at.projection_bias),
             unit.projection.geometry,
             dtype=self.spec.dtype,
-            stats=stats if unit.shortcut == PROJECTION_PREACT else None,
+            stats=stats if unit.shortcut == Shortcut.PROJECTION_PREACT else None,
             act=unit.act,
         )
         return out
@@ -159,7 +159,9 @@ class Chain:
                     if number == stop - 1 and not need_out:
                         return None, kept
                     residual = self._shortcut(number, x, first_stats)
-                    residual_stats = first_stats if unit.shortcut == IDENTITY_PREACT else None
+                    residual_stats = (
+                        first_stats if unit.shortcut == Shortcut.IDENTITY_PREACT else None
+                    )
                 h, partials = self._conv(
                     number,
                     i,
@@ -276,10 +278,10 @@ class Chain:
         add: Tensor | None = None
         # The first norm's parameters come before the unit's other ones, so this also says whether
         # the gradient of z_1, which a shortcut may share, is wanted.
-        if unit.shortcut == IDENTITY_PREACT:
+        if unit.shortcut == Shortcut.IDENTITY_PREACT:
             add, identity = g, None
         elif unit.projection is not None:
-            preact = unit.shortcut == PROJECTION_PREACT
+            preact = unit.shortcut.reads_preact
             result = engine.conv_backward(
                 g,
                 x,

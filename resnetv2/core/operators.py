@@ -19,7 +19,7 @@ from ..kernels import reference
 from ..kernels.dispatch import AtenEngine, engine
 from ..kernels.operands import Act, stats_dtype
 from .chain import Chain, stream_dtypes
-from .spec import IDENTITY_PREACT, PROJECTION_PREACT, Norm, Spec, decode
+from .spec import Norm, Spec, decode
 
 
 def _engine(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> AtenEngine:
@@ -266,7 +266,7 @@ def differentiable_forward(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> T
             bias = cast(param(at.conv_bias[i]))
             h = reference.conv2d(z_i.to(spec.dtype), weight, bias, conv.geometry)
         assert z is not None
-        shortcut = z if unit.shortcut in (IDENTITY_PREACT, PROJECTION_PREACT) else x
+        shortcut = z if unit.shortcut.reads_preact else x
         if unit.projection is not None:
             weight = params[at.projection_weight].to(spec.dtype)
             bias = cast(param(at.projection_bias))

@@ -8,21 +8,50 @@ as ``params`` (its tensors, flat), ``layout`` (integers) and ``constants`` (floa
 
 from __future__ import annotations
 
+import enum
 import functools
 from typing import NamedTuple
 
 import torch
 
-from ..kernels.dispatch import BACKENDS
 from ..kernels.operands import ACTS, Act, Geometry
+from ..names import BACKENDS, MEMORY_MODES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Where the shortcut of a unit reads: x itself, or z = act(norm_1(x)) (design 5).
-IDENTITY_RAW, IDENTITY_PREACT, PROJECTION_RAW, PROJECTION_PREACT = range(4)
 
-# What is kept from forward to backward (design 3).
-MEMORY = ("recompute", "invert", "invert_h1", "segment")
+class Shortcut(enum.IntEnum):
+    """A unit's shortcut: x or z = act(norm_1(x)), as it is or through a convolution."""
+
+    IDENTITY_RAW = 0
+    IDENTITY_PREACT = 1
+    PROJECTION_RAW = 2
+    PROJECTION_PREACT = 3
+
+    @property
+    def projects(self) -> bool:
+        """Whether a convolution stands in it."""
+        return self >= Shortcut.PROJECTION_RAW
+
+    @property
+    def reads_preact(self) -> bool:
+        """Whether it reads z = act(norm_1(x)) instead of x."""
+        return self in (Shortcut.IDENTITY_PREACT, Shortcut.PROJECTION_PREACT)
+
+    @staticmethod
+    def of(projects: bool, reads_preact: bool) -> Shortcut:
+        """The member with these properties."""
+        return Shortcut(2 * projects + reads_preact)
+
+    @property
+    def words(self) -> str:
+        """For people: "projection from raw"."""
+        return (
+            "identity",
+            "identity from preact",
+            "projection from raw",
+            "projection from preact",
+        )[self]
 
 
 class Norm(NamedTuple):
@@ -55,7 +84,7 @@ class Unit(NamedTuple):
     norms: tuple[Norm, ...]
     convs: tuple[Conv, ...]
     act: Act
-    shortcut: int
+    shortcut: Shortcut
     projection: Conv | None
     add_in_place: bool
 
@@ -65,7 +94,33 @@ class Unit(NamedTuple):
 
         A single repetition has no h between x and the output from which F could be recomputed.
         """
-        return self.shortcut == IDENTITY_RAW and len(self.convs) > 1
+        return self.shortcut == Shortcut.IDENTITY_RAW and len(self.convs) > 1
+
+
+Slot = tuple[str, int, str]
+
+
+def slots(unit: Unit) -> list[Slot]:
+    """A unit's tensors in the order in which ``params`` holds them: (kind, number, attribute).
+
+    The one place for that order: modules are read and positions are found by it.
+    """
+    result: list[Slot] = []
+    for i, (norm, conv) in enumerate(zip(unit.norms, unit.convs)):
+        if norm.weight:
+            result.append(("norms", i, "weight"))
+        if norm.bias:
+            result.append(("norms", i, "bias"))
+        if not norm.training:
+            result += [("norms", i, "running_mean"), ("norms", i, "running_var")]
+        result.append(("convs", i, "weight"))
+        if conv.bias:
+            result.append(("convs", i, "bias"))
+    if unit.projection is not None:
+        result.append(("projection", 0, "weight"))
+        if unit.projection.bias:
+            result.append(("projection", 0, "bias"))
+    return result
 
 
 class UnitParams(NamedTuple):
@@ -80,6 +135,26 @@ class UnitParams(NamedTuple):
     projection_weight: int
     projection_bias: int
     first_stats: int  # number of the unit's first norm in the chain
+
+    @classmethod
+    def of(cls, unit: Unit, first: int, first_stats: int) -> UnitParams:
+        """The positions of a unit whose tensors begin at ``first``."""
+        places = {slot: place for place, slot in enumerate(slots(unit), first)}
+
+        def at(kind: str, name: str) -> tuple[int, ...]:
+            return tuple(places.get((kind, i, name), -1) for i in range(len(unit.convs)))
+
+        return cls(
+            at("norms", "weight"),
+            at("norms", "bias"),
+            at("norms", "running_mean"),
+            at("norms", "running_var"),
+            at("convs", "weight"),
+            at("convs", "bias"),
+            at("projection", "weight")[0],
+            at("projection", "bias")[0],
+            first_stats,
+        )
 
 
 class Spec(NamedTuple):
@@ -141,7 +216,12 @@ class Spec(NamedTuple):
 
 def encode_unit(layout: list[int], constants: list[float], unit: Unit) -> None:
     """Append a unit to a layout and its constants; torch.compile can trace it."""
-    layout += [len(unit.convs), ACTS.index(unit.act.kind), unit.shortcut, int(unit.add_in_place)]
+    layout += [
+        len(unit.convs),
+        ACTS.index(unit.act.kind),
+        int(unit.shortcut),
+        int(unit.add_in_place),
+    ]
     constants.append(unit.act.slope)
     for norm, conv in zip(unit.norms, unit.convs):
         layout += [int(norm.training), int(norm.weight), int(norm.bias), norm.sync]
@@ -164,7 +244,7 @@ def encode_header(
     return [
         DTYPES.index(dtype),
         BACKENDS.index(backend),
-        MEMORY.index(memory),
+        MEMORY_MODES.index(memory),
         segment,
         int(wide),
         int(keep),
@@ -179,12 +259,7 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
     dtype, backend, memory, segment, wide, keep, count = (next(numbers) for _ in range(7))
     units: list[Unit] = []
     positions: list[UnitParams] = []
-    position = norms_before = 0
-
-    def place(present: bool) -> int:
-        nonlocal position
-        position += present
-        return position - 1 if present else -1
+    params_before = norms_before = 0
 
     def conv() -> Conv:
         a, b, c, d, e, f, groups, g, h, bias = (next(numbers) for _ in range(10))
@@ -195,45 +270,22 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         act = Act(ACTS[kind], next(floats))
         norms: list[Norm] = []
         convs: list[Conv] = []
-        rows: list[tuple[int, ...]] = []
         for _ in range(k):
             training, weight, bias = (bool(next(numbers)) for _ in range(3))
             norms.append(Norm(training, weight, bias, next(floats), next(numbers)))
             convs.append(conv())
-            running = not training
-            rows.append(
-                (
-                    place(weight),
-                    place(bias),
-                    place(running),
-                    place(running),
-                    place(True),
-                    place(convs[-1].bias),
-                )
-            )
-        projection = conv() if shortcut in (PROJECTION_RAW, PROJECTION_PREACT) else None
-        units.append(Unit(tuple(norms), tuple(convs), act, shortcut, projection, bool(in_place)))
-        columns = zip(*rows)
-        positions.append(
-            UnitParams(
-                norm_weight=next(columns),
-                norm_bias=next(columns),
-                running_mean=next(columns),
-                running_var=next(columns),
-                conv_weight=next(columns),
-                conv_bias=next(columns),
-                projection_weight=place(projection is not None),
-                projection_bias=place(projection is not None and projection.bias),
-                first_stats=norms_before,
-            )
-        )
+        reads = Shortcut(shortcut)
+        projection = conv() if reads.projects else None
+        units.append(Unit(tuple(norms), tuple(convs), act, reads, projection, bool(in_place)))
+        positions.append(UnitParams.of(units[-1], params_before, norms_before))
+        params_before += len(slots(units[-1]))
         norms_before += k
     need_x, *needs = (bool(n) for n in numbers)
     return Spec(
         tuple(units),
         DTYPES[dtype],
         BACKENDS[backend],
-        MEMORY[memory],
+        MEMORY_MODES[memory],
         segment,
         bool(wide),
         bool(keep),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels import reference
 from ..kernels.dispatch import AtenEngine
 from ..kernels.ranks import Gather, gather_sums
+from .statistics import update_buffers
 
 # A chain's record is made of integers: a group goes by its place here, from 1. They are held, so
 # that a number never comes to mean another group.
@@ -91,11 +92,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if number == 0:
             return super().forward(input)
         self._check_input_dim(input)
-        from .run import update_buffers
-
         out, stats, total = _SyncedNorm.apply(input, self.weight, self.bias, self.eps, number)
         rows = input.numel() // input.shape[1]
-        update_buffers([self], torch.cat((stats.view(-1), total)), [rows])
+        update_buffers([self], torch.cat((stats.view(-1), total)), [rows], [0])
         return out
 
 

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.run import NO_PAD, Pad, Recipe, act_of, is_norm, is_plain, run_chain
-from ..core.spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
+from ..core.checks import is_norm, is_plain
+from ..core.modules import NO_PAD, Pad, UnitModules, act_of
+from ..core.run import run_chain
+from ..core.spec import Shortcut
 from ..core.sync import NORMS, SyncBatchNorm
 from ..kernels.operands import Act
 from .trace import (
@@ -41,7 +43,7 @@ from .unit_plan import (
     child_at,
     dotted,
     is_leaf,
-    recipe_of,
+    modules_of,
 )
 
 # More norms than any unit has: a whole stage or model, whose children are looked at instead.
@@ -205,19 +207,19 @@ def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
         make_local(twin)
         return twin
 
-    if isinstance(recipe_of(trial_copy(), plan), str):
+    if isinstance(modules_of(trial_copy(), plan), str):
         return  # nothing would run fused now: there is nothing to compare
     failure: Exception | None = None
     for height, width in _TRIAL_SIZES:
         mine, theirs = trial_copy(), trial_copy()
-        recipe = recipe_of(mine, plan)
-        assert isinstance(recipe, Recipe)
-        size = (2, recipe.norms[0].num_features, height, width)
+        unit = modules_of(mine, plan)
+        assert isinstance(unit, UnitModules)
+        size = (2, unit.norms[0].num_features, height, width)
         x = torch.randn(size, generator=generator, dtype=torch.float64)
         try:
             with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 expected = theirs(x.clone())
-                found = run_chain([recipe], x, backend="aten")
+                found = run_chain([unit], x, backend="aten")
             break
         except Exception as error:
             failure = failure or error
@@ -418,7 +420,7 @@ def _pad(pad: Any, mode: Any = "constant", value: Any = None, **rest: Any) -> Pa
 
 class Match(NamedTuple):
     links: list[tuple[Op, Op | None, Op]]  # norm, act, conv in the order of the computation
-    shortcut: int
+    shortcut: Shortcut
     projection: Op | None
     add: Op
 
@@ -478,22 +480,22 @@ def _branch(graph: Graph, last: Op, add: Op) -> list[tuple[Op, Op | None, Op]]:
 
 def _shortcut(
     graph: Graph, links: list[tuple[Op, Op | None, Op]], other: Op, add: Op
-) -> tuple[int, Op | None]:
+) -> tuple[Shortcut, Op | None]:
     ops, users = graph.ops, graph.users
     norm, act, _ = links[0]
     z = act or norm
     x = norm.inputs[0]
     projection = None
     if other.number == x:
-        shortcut = IDENTITY_RAW
+        shortcut = Shortcut.IDENTITY_RAW
     elif other.number == z.number:
-        shortcut = IDENTITY_PREACT
+        shortcut = Shortcut.IDENTITY_PREACT
     elif other.kind == "conv" and users[other.number] == {add.number}:
         projection = other
         if other.inputs[0] == x:
-            shortcut = PROJECTION_RAW
+            shortcut = Shortcut.PROJECTION_RAW
         elif other.inputs[0] == z.number:
-            shortcut = PROJECTION_PREACT
+            shortcut = Shortcut.PROJECTION_PREACT
         else:
             raise NotAUnitError(f"{dotted(other.path)} reads neither x nor act(norm(x))")
     else:

@@ -17,22 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..blocks import BACKENDS, PreActUnit
-from ..core.run import (
-    AUTO,
-    EAGER,
-    ChainUnit,
-    Recipe,
-    accepts,
-    globally_hooked,
-    hooked,
-    run_blocks,
-    run_chain,
-)
-from ..core.spec import MEMORY
+from ..blocks import PreActUnit
+from ..core.checks import accepts, globally_hooked, hooked
+from ..core.modules import ChainUnit, UnitModules
+from ..core.run import run_blocks, run_chain
 from ..core.sync import NORMS
+from ..names import AUTO, BACKENDS, EAGER, MEMORY_MODES
 from .dataflow import MOST_NORMS, read_unit
-from .unit_plan import NotAUnitError, UnitPlan, describe_unit, recipe_of, signature
+from .unit_plan import NotAUnitError, UnitPlan, describe_unit, modules_of, signature
 
 _FUSION = "_resnetv2_fusion"
 # Larger modules are stages or models, whose children are looked at instead.
@@ -72,7 +64,7 @@ class _Fused:
 class FusedUnit(_Fused, ChainUnit):
     """Mixed into the class of a recognised block."""
 
-    def chain_unit(self) -> Recipe | str:
+    def chain_unit(self) -> UnitModules | str:
         """The block's children as a unit of a chain, or why its own forward must run."""
         assert isinstance(self, nn.Module)
         fusion = _fusion(self)
@@ -80,10 +72,10 @@ class FusedUnit(_Fused, ChainUnit):
             return 'backend is "eager"'
         reasons = []
         for plan in fusion.plans:
-            recipe = recipe_of(self, plan)
-            if isinstance(recipe, Recipe):
-                return recipe
-            reasons.append(recipe)
+            unit = modules_of(self, plan)
+            if isinstance(unit, UnitModules):
+                return unit
+            reasons.append(unit)
         # Of two plans one is for training, the other for evaluation; what stands in the way of
         # the one for the present mode is the reason.
         return next((r for r in reasons if not r.startswith("training is")), reasons[0])
@@ -91,10 +83,10 @@ class FusedUnit(_Fused, ChainUnit):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's function, fused where its children and the input allow."""
         if len(args) == 1 and not kwargs:
-            recipe = self.chain_unit()
-            if isinstance(recipe, Recipe) and accepts(recipe, args[0]):
+            unit = self.chain_unit()
+            if isinstance(unit, UnitModules) and accepts(unit, args[0]):
                 fusion = _fusion(self)  # type: ignore[arg-type]
-                return run_chain([recipe], args[0], backend=fusion.backend, memory=fusion.memory)
+                return run_chain([unit], args[0], backend=fusion.backend, memory=fusion.memory)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -285,8 +277,8 @@ def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) ->
         TypeError: not a module. ValueError: an unknown memory mode or backend.
     """
     _check_module(model)
-    if memory not in MEMORY:
-        raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     found = False
@@ -392,8 +384,8 @@ def explain(model: nn.Module) -> Report:
     return Report(tuple(rows), tuple(chains))
 
 
-def _reason(recipe: Recipe | str) -> str:
-    return recipe if isinstance(recipe, str) else ""
+def _reason(unit: UnitModules | str) -> str:
+    return unit if isinstance(unit, str) else ""
 
 
 def _check_module(model: object) -> None:

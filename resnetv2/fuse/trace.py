@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.run import act_of, is_norm
+from ..core.checks import is_norm
+from ..core.modules import act_of
 from ..core.sync import NORMS
 from ..kernels.operands import Act
 from .unit_plan import INTERNAL, NotAUnitError, Path, child_at, is_leaf

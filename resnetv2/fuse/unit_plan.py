@@ -1,7 +1,7 @@
 """Where a recognised block's children are, and whether they still are what was recognised.
 
 A trace fixes what Python decided on the way. Whatever plain attribute a forward read is therefore
-written down as a guard, and ``recipe_of`` looks at the guards, the hooks and the children again at
+written down as a guard, and ``modules_of`` looks at the guards, the hooks and the children again at
 every call.
 """
 
@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.run import Pad, Recipe, act_of, hooked, why_not
-from ..core.spec import IDENTITY_PREACT, IDENTITY_RAW, PROJECTION_PREACT, PROJECTION_RAW
+from ..core.checks import hooked, why_not
+from ..core.modules import Pad, UnitModules, act_of
+from ..core.spec import Shortcut
 from ..kernels.operands import Act
 
 Path = tuple[str, ...]
@@ -53,7 +54,7 @@ class UnitPlan(NamedTuple):
     norms, convs: one each per repetition. norm_types: None, or the subclass of BatchNorm2d whose
     own forward was found to compute BatchNorm2d's function and the activation. acts: per
     repetition a module's path, or the activation that was called as a function. projection: its
-    path, if any. pads: as in ``Recipe``. inert: modules that pass their input on (identity,
+    path, if any. pads: as in ``UnitModules``. inert: modules that pass their input on (identity,
     dropout that is off).
     containers: the block and the modules between it and these, whose calls are bypassed. others:
     all other descendants (path, type; NoneType for a child that is None). guards: (path,
@@ -65,7 +66,7 @@ class UnitPlan(NamedTuple):
     norm_types: tuple[type | None, ...]
     convs: tuple[Path, ...]
     acts: tuple[Path | Act, ...]
-    shortcut: int
+    shortcut: Shortcut
     projection: Path | None
     add_in_place: bool
     pads: tuple[Pad, ...]
@@ -83,7 +84,7 @@ def child_at(module: nn.Module, path: Path) -> Any:
     return module
 
 
-def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
+def modules_of(block: nn.Module, plan: UnitPlan) -> UnitModules | str:
     """The block's children as they are now, or why they must run one by one."""
     # Every child once, container by container: a call of ``child_at`` for each costs as much again.
     at: dict[Path, Any] = {(): block}
@@ -134,7 +135,7 @@ def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
     assert act is not None
     if plan.projection is not None and at[plan.projection] is None:
         return f"{dotted(plan.projection)} is gone"
-    recipe = Recipe(
+    unit = UnitModules(
         tuple([at[path] for path in plan.norms]),
         tuple([at[path] for path in plan.convs]),
         act,
@@ -143,7 +144,7 @@ def recipe_of(block: nn.Module, plan: UnitPlan) -> Recipe | str:
         plan.add_in_place,
         plan.pads,
     )
-    return why_not(recipe, plan.norm_types) or recipe
+    return why_not(unit, plan.norm_types) or unit
 
 
 def _why_active(module: Any) -> str | None:
@@ -166,13 +167,7 @@ def describe_unit(block: nn.Module, plan: UnitPlan) -> str:
     k = len(kernels)
     bottleneck = k == 3 and kernels[0] == kernels[2] == (1, 1)
     name = "basic" if k == 2 else "bottleneck" if bottleneck else f"{k} convolutions"
-    shortcuts = {
-        IDENTITY_RAW: "identity",
-        IDENTITY_PREACT: "identity from preact",
-        PROJECTION_RAW: "projection from raw",
-        PROJECTION_PREACT: "projection from preact",
-    }
-    return f"{name}, {shortcuts[plan.shortcut]}"
+    return f"{name}, {plan.shortcut.words}"
 
 
 def signature(module: nn.Module) -> Any:

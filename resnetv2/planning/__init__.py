@@ -1,5 +1,6 @@
 """What a training step needs before it is run: bytes, time, and the choice of a memory mode."""
 
-from .memory import BudgetError, Plan, parse_bytes, plan
+from ..core.memory import BudgetError, parse_bytes
+from .memory import Plan, plan
 
 __all__ = ["BudgetError", "Plan", "parse_bytes", "plan"]

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.chain import Chain
-from ..core.run import Recipe, describe, segment_length
+from ..core.memory import format_bytes
+from ..core.modules import UnitModules
+from ..core.run import describe, segment_length
 from ..core.spec import decode
 from ..kernels.dispatch import ATEN, WRITTEN, AtenEngine, ConvGrads, implementation
 from ..kernels.operands import Act, Geometry, Grad, stats_dtype
-from .budget import MODES
-from .memory import format_bytes
+from ..names import MEMORY_MODES
 
 
 class Rates(NamedTuple):
@@ -148,7 +149,7 @@ def modes_table(
     """Launches, bytes, FLOPs and the floor in milliseconds of a step, one line per memory mode."""
     names = ("mode", "launches", "bytes", "FLOPs", "forward", "backward", "floor")
     lines: list[tuple[str, ...]] = [names]
-    for mode in MODES:
+    for mode in MEMORY_MODES:
         cost = step_costs(model, batch_size, image_size, dtype, mode, triton=triton)
         forward, backward = (floor_seconds(part, rates) for part in cost)
         lines.append(
@@ -440,7 +441,7 @@ class CostEngine(AtenEngine):
 
 
 def chain_costs(
-    recipes: Sequence[Recipe],
+    units: Sequence[UnitModules],
     x: Tensor,
     dtype: torch.dtype,
     memory: str = "recompute",
@@ -451,14 +452,14 @@ def chain_costs(
     """The kernels of one chain's forward and backward, and its output, a tensor without memory.
 
     Args:
-        recipes: the chain's units. x: (N, C, H, W), its input; only shape and dtype are used.
+        units: the chain's units. x: (N, C, H, W), its input; only shape and dtype are used.
         dtype: in which convolutions multiply. memory: a mode (design 3).
         triton: the fused kernels' launches, or ATen's operators.
     """
-    segment = segment_length(recipes) if memory == "segment" else 0
+    segment = segment_length(units) if memory == "segment" else 0
     with torch.enable_grad():
         params, layout, constants = describe(
-            recipes, dtype, need_x=need_x, backend="aten", memory=memory, segment=segment
+            units, dtype, need_x=need_x, backend="aten", memory=memory, segment=segment
         )
     spec = decode(layout, constants)
     engine = CostEngine(triton)
@@ -511,8 +512,8 @@ def step_costs(
         x = y
     chains: list[StepCost] = []
     for stage in model.stages:  # type: ignore[union-attr]
-        recipes = [block.recipe() for block in stage]
-        chain, x = chain_costs(recipes, x, dtype, memory, triton=triton)
+        units = [block.unit_modules() for block in stage]
+        chain, x = chain_costs(units, x, dtype, memory, triton=triton)
         forward += chain.forward
         chains.append(chain)
     # Moments, then a*h + b, then act; backward: act', the norm's sums, its gradient.

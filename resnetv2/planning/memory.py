@@ -1,86 +1,17 @@
-"""Which memory mode fits a budget: predictions for a training step, and the choice (design 3).
-
-``plan`` answers before anything is run; ``PreActResNet(memory="auto")`` asks the same question at
-its first training step.
-"""
+"""What a training step needs in each memory mode, said before anything is run."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..core.operators import Shape
-from ..core.run import Recipe, segment_length
-from ..kernels.dispatch import has_triton
-from ..kernels.operands import Geometry
-from .budget import MODES, ChainCost, chain_cost
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class BudgetError(ValueError):
-    """No memory mode fits the budget; says the smallest that works and the largest batch."""
-
-
-def parse_bytes(text: str | int | float) -> int:
-    """Bytes of "8GiB", "500 MB", "2e9" or a number.
-
-    Raises:
-        ValueError: anything else, or nothing positive.
-    """
-    if isinstance(text, (int, float)):
-        value = float(text)
-    else:
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-        if match is None:
-            raise ValueError(f'expected bytes like "8GiB", "500MB" or a number, got {text!r}')
-        number, unit, binary = match.groups()
-        try:
-            value = float(number) * (_BINARY[unit] if binary else _UNITS[unit])
-        except (KeyError, ValueError):
-            raise ValueError(
-                f'expected bytes like "8GiB", "500MB" or a number, got {text!r}'
-            ) from None
-    if not value > 0:
-        raise ValueError(f"a budget must be positive, got {text!r}")
-    return int(value)
-
-
-def format_bytes(value: float) -> str:
-    """Bytes with a decimal unit: 1 MB = 10**6 bytes."""
-    for unit in ("B", "kB", "MB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
-
-
-class ModeCost(NamedTuple):
-    """One row of a plan: bytes of a training step in one mode.
-
-    parameters, gradients, optimizer: of the whole model. kept: activations from forward to
-    backward. walk: what the backward needs on top where it needs most. peak: of all, at the worst
-    moment; less than the sum, since gradients come to be as activations go. extra_flops: what the
-    backward computes again, as a share of a forward's and backward's FLOPs. segments: units a
-    segment has in each stage (mode "segment").
-    """
-
-    mode: str
-    parameters: int
-    gradients: int
-    optimizer: int
-    kept: int
-    walk: int
-    peak: int
-    extra_flops: float
-    segments: tuple[int, ...]
+from ..core.memory import ModeCost, choose_mode, format_bytes, step_limit
+from ..models import PreActResNet
+from ..names import DTYPES
 
 
 class Plan(NamedTuple):
@@ -127,81 +58,6 @@ class Plan(NamedTuple):
         return "\n".join(lines)
 
 
-def _step(
-    model: nn.Module,
-    image: Shape,
-    dtype: torch.dtype,
-    mode: str,
-    *,
-    triton: bool,
-    optimizer_states: float,
-) -> tuple[ModeCost, int]:
-    """The row of one mode, and the bytes that eager keeps; image: a batch of images."""
-    stages: Sequence[Sequence[Recipe]] = [
-        [_recipe(block) for block in stage]
-        for stage in model.stages  # type: ignore[union-attr]
-    ]
-    parameters = list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    optimizer = int(gradients * optimizer_states)
-    x, stem = _stem(model, image, dtype)
-    held = stem + x.nbytes
-    costs: list[ChainCost] = []
-    for recipes in stages:
-        segment = segment_length(recipes) if mode == "segment" else 0
-        cost, x = chain_cost(recipes, x, dtype, mode, triton=triton, segment=segment)
-        costs.append(cost)
-    tail = 3 * x.nbytes
-    peak = kept = held
-    done = 0
-    chains = sum(c.gradients for c in costs)
-    for cost in costs:
-        kept += cost.kept + cost.ends
-        # Of the gradients, those of later stages and of this one exist when its backward ends.
-        peak = max(peak, kept + cost.walk + gradients - done - (gradients - chains))
-        done += cost.gradients
-    # The last norm and activation, with their backward.
-    peak = max(peak, kept + tail)
-    return (
-        ModeCost(
-            mode,
-            weights + buffers,
-            gradients,
-            optimizer,
-            kept,
-            max(c.walk for c in costs),
-            weights + buffers + optimizer + peak + tail // 3,
-            sum(c.extra_flops for c in costs) / (3 * sum(c.flops for c in costs)),
-            tuple(c.segment for c in costs) if mode == "segment" else (),
-        ),
-        sum(c.eager for c in costs) + held,
-    )
-
-
-def _recipe(block: nn.Module) -> Recipe:
-    recipe = block.recipe()  # type: ignore[operator]
-    if isinstance(recipe, str):
-        raise ValueError(f"{type(block).__name__} does not run as part of a chain: {recipe}")
-    return recipe
-
-
-def _stem(model: nn.Module, image: Shape, dtype: torch.dtype) -> tuple[Shape, int]:
-    """What enters the first stage, and the bytes that the layers before it keep."""
-    conv = model.conv1
-    assert isinstance(conv, nn.Conv2d)
-    size = Geometry(conv.stride, conv.padding).output_size(image.size[2:], conv.kernel_size)  # type: ignore[arg-type]
-    x = Shape((image.size[0], conv.out_channels, *size), dtype)
-    kept = 0 if image.dtype == dtype else Shape(image.size, dtype).nbytes
-    if model.stem == "imagenet":
-        kept += x.nbytes
-        size = Geometry((2, 2), (1, 1)).output_size(size, (3, 3))
-        x = Shape((*x.size[:2], *size), dtype)
-        kept += x.numel * 8  # the pooling's indices
-    return x, kept
-
-
 def plan(
     model_or_depth: nn.Module | int,
     batch_size: int,
@@ -240,56 +96,17 @@ def plan(
     multiply = DTYPES[dtype] if isinstance(dtype, str) else dtype
     model = model_or_depth
     if isinstance(model, int):
-        from ..models import PreActResNet
-
         with torch.device("meta"):
             model = PreActResNet.from_depth(model, **options)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     else:
         where = torch.device(device) if device else next(model.parameters()).device
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    triton = where.type == "cuda" and has_triton()
-    limit = None if budget is None else parse_bytes(budget)
-    if limit is None and where.type == "cuda" and torch.cuda.is_available():
-        limit = torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where)
-
-    def rows(batch: int, modes: Sequence[str]) -> tuple[list[ModeCost], int]:
-        assert isinstance(model, nn.Module)
-        channels: Any = model.conv1.in_channels  # type: ignore[union-attr]
-        image = Shape((batch, channels, *size), next(model.parameters()).dtype)
-        eager = 0
-        result = []
-        for mode in modes:
-            row, kept_by_eager = _step(
-                model, image, multiply, mode, triton=triton, optimizer_states=optimizer_states
-            )
-            result.append(row)
-            # Eager's stream is not widened: the first mode's shapes are eager's.
-            eager = eager or kept_by_eager
-        return result, eager
-
-    table, eager = rows(batch_size, MODES)
-    mode = None
-    if limit is not None:
-        mode = next((row.mode for row in table if row.peak <= limit), None)
-        if mode is None:
-            least = min(table, key=lambda row: row.peak)
-            largest = _largest_batch(batch_size, limit, lambda b: rows(b, [least.mode])[0][0].peak)
-            fits = f"the largest batch that fits is {largest}" if largest else "no batch fits it"
-            raise BudgetError(
-                f"a step of batch {batch_size} needs at least {format_bytes(least.peak)} "
-                f'(memory="{least.mode}"), more than the budget of {format_bytes(limit)}; {fits}'
-            )
-    return Plan(tuple(table), mode, limit, batch_size, eager)
-
-
-def _largest_batch(above: int, limit: int, peak: Any) -> int:
-    """Largest batch in [0, above) whose peak is within the limit, by bisection."""
-    low, high = 0, above
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
-    return low
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    limit = step_limit(where, budget)
+    rows, eager, mode = choose_mode(
+        model, batch_size, size, multiply, where, limit, optimizer_states=optimizer_states
+    )
+    return Plan(rows, mode, limit, batch_size, eager)
 
 
 def peak_bytes(step: Callable[[], object], cuda: bool) -> int:

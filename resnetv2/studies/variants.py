@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.run import activation
+from ..core.modules import activation
 from ..errors import InputError
 
 

@@ -16,11 +16,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
-from ..blocks import BACKENDS
-from ..core.spec import MEMORY
+from ..core.memory import parse_bytes
 from ..errors import InputError
 from ..models import BLOCKS, STEMS
-from ..planning.memory import parse_bytes
+from ..names import BACKENDS, MEMORY_MODES
 from .schedule import SCHEDULES
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -134,7 +133,7 @@ class TrainConfig:
     depth: Layers = 20
     block: Annotated[str, _Choice(BLOCKS)] = "basic"
     stem: Annotated[str, _Choice(STEMS)] = "cifar"
-    memory: Annotated[str, _Choice((*MEMORY, "auto"))] = "recompute"
+    memory: Annotated[str, _Choice((*MEMORY_MODES, "auto"))] = "recompute"
     budget: Annotated[str, _Bytes()] | None = None
     backend: Annotated[str, _Choice(BACKENDS)] = "auto"
     eager: bool = False

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from ..core.memory import BudgetError
 from ..core.sync import convert_sync_batchnorm
 from ..data.batches import Batches, ImageData
 from ..data.datasets import as_image_data, create_synthetic_dataset, load_data
@@ -32,7 +33,7 @@ from ..data.host import memory_in_use, release_freed_memory
 from ..data.streaming import FolderData
 from ..errors import InputError
 from ..models import PreActResNet
-from ..planning.memory import BudgetError, plan
+from ..planning.memory import plan
 from .checkpoint import Checkpoints, check_parts
 from .config import TrainConfig, check_resumable, check_steps, make_config
 from .environment import device_name, package_versions, reproducible, select_device

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..core.run import globally_hooked
+from ..core.checks import globally_hooked
 
 __all__ = [
     "CudaRecorder",

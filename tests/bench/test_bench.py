@@ -288,7 +288,8 @@ def test_cost_of_a_unit(unit, direction):
     x = torch.empty(128, expansion * width, 32, 32, dtype=torch.bfloat16, device="meta")
     one, two = (
         getattr(
-            chain_costs([b.recipe() for b in part], x, torch.bfloat16, triton=True)[0], direction
+            chain_costs([b.unit_modules() for b in part], x, torch.bfloat16, triton=True)[0],
+            direction,
         )
         for part in (blocks[:1], blocks)
     )
@@ -306,13 +307,13 @@ def test_cost_is_what_the_interpreter_counts():
     from resnetv2.kernels.inspect import counting
 
     torch.manual_seed(0)
-    recipes = [BottleneckPreActBlock(32, 32).recipe()]
+    units = [BottleneckPreActBlock(32, 32).unit_modules()]
     x = torch.randn(2, 32, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
     with counting.count() as forward:
-        out = run_chain(recipes, x, backend="triton", memory="recompute")
+        out = run_chain(units, x, backend="triton", memory="recompute")
     with counting.count() as backward:
         out.backward(torch.randn_like(out))
-    predicted, _ = chain_costs(recipes, x, torch.float32, triton=True)
+    predicted, _ = chain_costs(units, x, torch.float32, triton=True)
     large = 8 * 2 * 16 * 16  # elements of the smallest activation
     for counted, costs in ((forward, predicted.forward), (backward, predicted.backward)):
         moved = sum(launch.bytes_where(lambda t: t.numel >= large) for launch in counted.launches)

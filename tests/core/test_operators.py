@@ -17,8 +17,9 @@ from torch import nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.blocks import PreActUnit
+from resnetv2.core.modules import UnitModules
 from resnetv2.core.operators import chain_backward, chain_forward
-from resnetv2.core.run import Recipe, describe
+from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels.dispatch import resolve_backend
 from tests.support.yardstick import BACKENDS, DEVICE, images, needs_triton, randomise
@@ -49,14 +50,14 @@ def arguments(
     """What ``chain_forward`` takes for one of ``CHAINS``."""
     torch.manual_seed(0)
     blocks: list[PreActUnit] = CHAINS[name]()
-    recipes = []
+    units = []
     for block in blocks:
         randomise(block).to(DEVICE, dtype).train(training)
-        recipe = block.recipe()
-        assert isinstance(recipe, Recipe)
-        recipes.append(recipe)
+        unit = block.unit_modules()
+        assert isinstance(unit, UnitModules)
+        units.append(unit)
     params, layout, constants = describe(
-        recipes, compute or dtype, need_x=need_x, backend=backend, memory=memory, segment=1
+        units, compute or dtype, need_x=need_x, backend=backend, memory=memory, segment=1
     )
     x = images((2, 4, 5, 4), dtype=dtype).requires_grad_(need_x)
     return x, params, layout, constants

@@ -25,11 +25,11 @@ from resnetv2.core.sync import SyncBatchNorm, convert_sync_batchnorm
 from resnetv2.kernels import reference
 from resnetv2.kernels.operands import MEAN, SCALE, SHIFT, VAR
 from resnetv2.kernels.ranks import gather_moments, gather_sums
+from resnetv2.names import MEMORY_MODES
 from tests.support.fuse_models import PlainNet
 from tests.support.sync_ranks import (
     DRAWN,
     DRAWS,
-    MODES,
     TRAINING,
     VARIANTS,
     Case,
@@ -67,7 +67,7 @@ conversions = pytest.mark.parametrize(
     [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm],
     ids=["torchs", "ours"],
 )
-modes = pytest.mark.parametrize("memory", MODES)
+modes = pytest.mark.parametrize("memory", MEMORY_MODES)
 pairs_and_all = pytest.mark.parametrize("group", ["pair", "all"], ids=["two-ranks", "four-ranks"])
 
 
@@ -245,7 +245,7 @@ def test_one_collective_per_norm_and_direction(ranks):
     """None where the backward computes activations again."""
     number = sum(isinstance(m, nn.BatchNorm2d) for m in model_of(Case()).modules())
     for rank in range(2):
-        assert ranks[rank]["collectives"] == dict.fromkeys(MODES, (number, number))
+        assert ranks[rank]["collectives"] == dict.fromkeys(MEMORY_MODES, (number, number))
 
 
 def test_evaluation_asks_no_other_rank(ranks):

@@ -48,11 +48,11 @@ def is_activation(tensor):
 def run(kind, units):
     torch.manual_seed(0)
     block, channels = BLOCKS[kind]
-    recipes = [block(channels, channels, backend="triton").recipe() for _ in range(units)]
+    units = [block(channels, channels, backend="triton").unit_modules() for _ in range(units)]
     x = torch.randn(BATCH, channels, SIZE, SIZE).to(memory_format=torch.channels_last)
     x.requires_grad_()
     with counting.count() as forward:
-        out = run_chain(recipes, x, backend="triton", memory="recompute")
+        out = run_chain(units, x, backend="triton", memory="recompute")
     g = torch.randn_like(out)
     with counting.count() as backward:
         out.backward(g)

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from resnetv2 import BottleneckPreActBlock, BudgetError, PreActResNet, plan
-from resnetv2.planning.memory import parse_bytes, peak_bytes
+from resnetv2.core.memory import parse_bytes
+from resnetv2.names import MEMORY_MODES
+from resnetv2.planning.memory import peak_bytes
 from tests.support.yardstick import DEVICE, eager_twin, images, randomise
 
 # Under the interpreter, "auto" would be Triton: slow, and not what allocates on a CPU.
 BACKEND = "auto" if DEVICE.type == "cuda" else "aten"
-MODES = ("recompute", "invert_h1", "invert", "segment")
-WALKS = MODES[1:]
-modes = pytest.mark.parametrize("mode", MODES)
+WALKS = MEMORY_MODES[1:]
+modes = pytest.mark.parametrize("mode", MEMORY_MODES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -165,7 +166,12 @@ def test_recomputed_last_convolution_is_the_forwards_bits(backend):
     block = randomise(BottleneckPreActBlock(16, 16)).to(DEVICE)
     x = images((2, 16, 6, 6))
     params, layout, constants = describe(
-        [block.recipe()], torch.float32, need_x=True, backend=backend, memory="invert", segment=0
+        [block.unit_modules()],
+        torch.float32,
+        need_x=True,
+        backend=backend,
+        memory="invert",
+        segment=0,
     )
     spec = decode(layout, constants)
     tools = engine(backend, DEVICE, (torch.float32,))
@@ -222,7 +228,8 @@ def test_peak_against_eager_at_1001_layers():
     eager = step_bytes(eager_twin(model), 8, 16)
     limits = {"recompute": 0.52, "invert_h1": 0.18, "invert": 0.10, "segment": 0.04}
     ratios = {
-        mode: (step_bytes(set_mode(model, mode), 8, 16) - gradients) / eager for mode in MODES
+        mode: (step_bytes(set_mode(model, mode), 8, 16) - gradients) / eager
+        for mode in MEMORY_MODES
     }
     assert all(ratios[mode] <= limit for mode, limit in limits.items()), ratios
 
@@ -267,7 +274,7 @@ def test_refusal_names_what_would_fit():
 
 def test_plan_takes_the_fastest_that_fits():
     rows = plan(164, 16, block="bottleneck").rows
-    assert [row.mode for row in rows] == list(MODES)
+    assert [row.mode for row in rows] == list(MEMORY_MODES)
     assert [row.peak for row in rows] == sorted((row.peak for row in rows), reverse=True)
     for row in rows:
         assert plan(164, 16, row.peak, block="bottleneck").mode == row.mode

@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet, explain, fuse
 from resnetv2.blocks import Stage
 from resnetv2.core.sync import SyncBatchNorm, convert_sync_batchnorm
+from resnetv2.names import MEMORY_MODES
 from tests.support.fuse_models import PlainNet
 from tests.support.yardstick import images, randomise
 
 BATCH, STEPS, RATE = 8, 20, 0.05
-MODES = ("recompute", "invert_h1", "invert", "segment")
 Record = dict[str, Any]
 
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 NAIVE = Case("naive", backend="eager")
 # Of the first pair and of all four.
 TRAINING = {
-    **{memory: Case(memory=memory, steps=STEPS) for memory in MODES},
+    **{memory: Case(memory=memory, steps=STEPS) for memory in MEMORY_MODES},
     "naive": NAIVE._replace(steps=STEPS),
 }
 # Of the second pair: the same, and with other weights and images, to tell errors from luck.
@@ -197,7 +197,7 @@ def counted() -> Iterator[list[str]]:
 def collectives(rank: int) -> Record:
     """(in the forward, in the backward) of each memory mode, and of evaluation."""
     result: Record = {}
-    for memory in MODES:
+    for memory in MEMORY_MODES:
         case = Case(memory=memory)
         model = convert_sync_batchnorm(model_of(case))
         x, _ = batch_of(case, 0)

@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.chain import stream_dtypes
-from ..core.operators import Shape, chain_shapes, norm_channels
-from ..core.run import Recipe, describe
-from ..core.spec import Spec, decode
 from ..kernels.operands import stats_dtype
-
-MODES = ("recompute", "invert_h1", "invert", "segment")  # as a rule the fastest first
+from .chain import stream_dtypes
+from .modules import UnitModules
+from .operators import Shape, chain_shapes, norm_channels
+from .run import describe
+from .spec import Spec, decode
 
 
 class ChainCost(NamedTuple):
@@ -86,7 +85,7 @@ def _walk_bytes(
 
 
 def chain_cost(
-    recipes: Sequence[Recipe],
+    units: Sequence[UnitModules],
     x: Shape,
     dtype: torch.dtype,
     memory: str,
@@ -102,7 +101,7 @@ def chain_cost(
         segment: units of a segment, 0 for the default.
     """
     params, layout, constants = describe(
-        recipes, dtype, need_x=True, backend="aten", memory=memory, segment=segment
+        units, dtype, need_x=True, backend="aten", memory=memory, segment=segment
     )
     spec = decode(layout, constants)._replace(keep=True)
     hs = chain_shapes(spec, x.size, x.dtype, params)

@@ -1,0 +1,191 @@
+"""What the operators accept: which children, and which inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.operands import ACTS
+from .modules import UnitModules, act_of, batch_statistics, padding_of
+from .spec import DTYPES
+from .sync import SyncBatchNorm, check_rows, group_number
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anything is hooked on a module's call, so that it must really be called.
+
+    A ``forward`` put on the instance counts too: how adapters and offloading libraries hook. So
+    does ``module.compile()``.
+    """
+    return bool(
+        "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def globally_hooked() -> bool:
+    """Whether something is hooked on the calls of all modules."""
+    m = torch.nn.modules.module
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what ``kind`` does: of that class, or a subclass without a forward
+    of its own. A parametrized child does not: it computes its parameters."""
+    own = type(module)
+    if own is kind:
+        return True
+    inner = "_conv_forward" if kind is nn.Conv2d else "_check_input_dim"
+    return (
+        isinstance(module, kind)
+        and own.forward is kind.forward
+        and own.__call__ is kind.__call__
+        and getattr(own, inner) is getattr(kind, inner)
+        and not hasattr(module, "parametrizations")
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module computes what BatchNorm2d or SyncBatchNorm does."""
+    return any(is_plain(module, kind) for kind in (nn.BatchNorm2d, SyncBatchNorm, nn.SyncBatchNorm))
+
+
+def why_not(unit: UnitModules, norm_types: Sequence[type | None] = ()) -> str | None:
+    """The reason why a unit's children must run one by one, or None.
+
+    norm_types: per norm a class that is known to compute BatchNorm2d's function, or None.
+    """
+    if act_of(unit.act) is None:
+        return f"activation {type(unit.act).__name__} is not one of {', '.join(ACTS)}"
+    if isinstance(unit.act, nn.Module) and hooked(unit.act):
+        return f"a hook on {type(unit.act).__name__}"
+    for i, norm in enumerate(unit.norms):
+        known = norm_types[i] if norm_types else None
+        # A class with a forward of its own is of use only where just that class is expected.
+        if type(norm) is not known if known else not is_norm(norm):
+            return f"a norm is {type(norm).__name__}, not {(known or nn.BatchNorm2d).__name__}"
+        if hooked(norm):
+            return "a hook on a norm"
+        synced = isinstance(norm, (SyncBatchNorm, nn.SyncBatchNorm))
+        if synced and torch.compiler.is_compiling():
+            return "torch.compile does not trace a synchronised norm's collectives"
+    convs = unit.convs if unit.projection is None else (*unit.convs, unit.projection)
+    for conv in convs:
+        if not is_plain(conv, nn.Conv2d):
+            return f"a convolution is {type(conv).__name__}, not Conv2d"
+        if hooked(conv):
+            return "a hook on a convolution"
+        if padding_of(conv) is None or conv.padding_mode != "zeros":
+            return f"padding {conv.padding!r} in mode {conv.padding_mode!r}"
+    return None
+
+
+def must_run_eagerly(x: Tensor) -> bool:
+    """Whether x, or what is being done with it, is beyond the operators: children then run."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():
+        return True
+    if x.dtype not in DTYPES or x.numel() == 0:
+        return True
+    if x.dtype == torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return True
+    if compiling:
+        return False
+    return (
+        type(x) not in (Tensor, nn.Parameter)
+        or x.layout != torch.strided
+        or globally_hooked()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def accepts(unit: UnitModules, x: Any) -> bool:
+    """Whether a chain that begins with ``unit`` can take x; if not, the module itself is called,
+    which may raise."""
+    refuse_empty_rank(unit, x)
+    return (
+        isinstance(x, Tensor)
+        and not must_run_eagerly(x)
+        and x.dim() == 4
+        and x.shape[1] == unit.norms[0].num_features
+    )
+
+
+def refuse_empty_rank(unit: UnitModules, x: Any) -> None:
+    """Raise ValueError for an empty input of synchronised norms: children that ran it one by one
+    would exchange something else than the other ranks' chains."""
+    if isinstance(x, Tensor) and x.numel() == 0 and any(map(group_number, unit.norms)):
+        check_rows(x)
+
+
+def check_input(x: Tensor, conv: nn.Conv2d) -> None:
+    """Raise at once for an input that a chain beginning with ``conv`` cannot take.
+
+    Raises:
+        ValueError: wrong rank, number of channels, dtype or device; says what was expected and
+            what came.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (N, C, H, W), got {x.dim()}D input {tuple(x.shape)}")
+    if x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"expected input with {conv.in_channels} channels, got {x.shape[1]} channels: "
+            f"{tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"expected a floating-point input, got {x.dtype}")
+    weight = conv.weight
+    if x.device != weight.device:
+        raise ValueError(
+            f"expected input on the parameters' device {weight.device}, got {x.device}"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"expected input of the convolutions' dtype {weight.dtype}, got {x.dtype} "
+            "(torch.autocast mixes dtypes)"
+        )
+
+
+def rows_of(units: Sequence[UnitModules], x: Tensor) -> list[int]:
+    """N*H*W at each norm of the chain; raises as eager does where one has nothing to average.
+
+    Also where the channels of neighbours differ, which kernels would not notice.
+    """
+    rows = []
+    size = (x.shape[2], x.shape[3])
+    channels = x.shape[1]
+    for unit in units:
+        projection = unit.projection
+        if projection is not None and projection.in_channels != channels:
+            raise ValueError(
+                f"expected a projection of {channels} channels, got {projection.in_channels}"
+            )
+        for i, (norm, conv) in enumerate(zip(unit.norms, unit.convs)):
+            if norm.num_features != channels or conv.in_channels != channels:
+                raise ValueError(
+                    f"expected a norm and a convolution of {channels} channels, got "
+                    f"{norm.num_features} and {conv.in_channels}"
+                )
+            channels = conv.out_channels
+            rows.append(x.shape[0] * size[0] * size[1])
+            if rows[-1] == 1 and batch_statistics(norm) and not group_number(norm):
+                raise ValueError(
+                    "expected more than 1 value per channel when training, got input size "
+                    f"{(x.shape[0], norm.num_features, *size)}"
+                )
+            geometry = unit.geometry(i)
+            size = geometry.output_size(size, conv.kernel_size)  # type: ignore[arg-type]
+    return rows

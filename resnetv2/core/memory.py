@@ -1,0 +1,220 @@
+"""Bytes of a model's training step in each memory mode, and the choice of one.
+
+``PreActResNet(memory="auto")`` asks at its first training step what ``plan`` answers beforehand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..kernels.dispatch import has_triton
+from ..kernels.operands import Geometry
+from ..names import MEMORY_MODES
+from .budget import ChainCost, chain_cost
+from .modules import UnitModules
+from .operators import Shape
+from .run import segment_length
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class BudgetError(ValueError):
+    """No memory mode fits the budget; says the smallest that works and the largest batch."""
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Bytes of "8GiB", "500 MB", "2e9" or a number.
+
+    Raises:
+        ValueError: anything else, or nothing positive.
+    """
+    if isinstance(text, (int, float)):
+        value = float(text)
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+        if match is None:
+            raise ValueError(f'expected bytes like "8GiB", "500MB" or a number, got {text!r}')
+        number, unit, binary = match.groups()
+        try:
+            value = float(number) * (_BINARY[unit] if binary else _UNITS[unit])
+        except (KeyError, ValueError):
+            raise ValueError(
+                f'expected bytes like "8GiB", "500MB" or a number, got {text!r}'
+            ) from None
+    if not value > 0:
+        raise ValueError(f"a budget must be positive, got {text!r}")
+    return int(value)
+
+
+def format_bytes(value: float) -> str:
+    """Bytes with a decimal unit: 1 MB = 10**6 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+class ModeCost(NamedTuple):
+    """One row of a plan: bytes of a training step in one mode.
+
+    parameters, gradients, optimizer: of the whole model. kept: activations from forward to
+    backward. walk: what the backward needs on top where it needs most. peak: of all, at the worst
+    moment; less than the sum, since gradients come to be as activations go. extra_flops: what the
+    backward computes again, as a share of a forward's and backward's FLOPs. segments: units a
+    segment has in each stage (mode "segment").
+    """
+
+    mode: str
+    parameters: int
+    gradients: int
+    optimizer: int
+    kept: int
+    walk: int
+    peak: int
+    extra_flops: float
+    segments: tuple[int, ...]
+
+
+def step_bytes(
+    model: nn.Module,
+    image: Shape,
+    dtype: torch.dtype,
+    mode: str,
+    *,
+    triton: bool,
+    optimizer_states: float,
+) -> tuple[ModeCost, int]:
+    """The row of one mode, and the bytes that eager keeps; image: a batch of images."""
+    stages: Sequence[Sequence[UnitModules]] = [
+        [_unit_of(block) for block in stage]
+        for stage in model.stages  # type: ignore[union-attr]
+    ]
+    parameters = list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    optimizer = int(gradients * optimizer_states)
+    x, stem = _stem(model, image, dtype)
+    held = stem + x.nbytes
+    costs: list[ChainCost] = []
+    for units in stages:
+        segment = segment_length(units) if mode == "segment" else 0
+        cost, x = chain_cost(units, x, dtype, mode, triton=triton, segment=segment)
+        costs.append(cost)
+    tail = 3 * x.nbytes
+    peak = kept = held
+    done = 0
+    chains = sum(c.gradients for c in costs)
+    for cost in costs:
+        kept += cost.kept + cost.ends
+        # Of the gradients, those of later stages and of this one exist when its backward ends.
+        peak = max(peak, kept + cost.walk + gradients - done - (gradients - chains))
+        done += cost.gradients
+    # The last norm and activation, with their backward.
+    peak = max(peak, kept + tail)
+    return (
+        ModeCost(
+            mode,
+            weights + buffers,
+            gradients,
+            optimizer,
+            kept,
+            max(c.walk for c in costs),
+            weights + buffers + optimizer + peak + tail // 3,
+            sum(c.extra_flops for c in costs) / (3 * sum(c.flops for c in costs)),
+            tuple(c.segment for c in costs) if mode == "segment" else (),
+        ),
+        sum(c.eager for c in costs) + held,
+    )
+
+
+def _unit_of(block: nn.Module) -> UnitModules:
+    unit = block.unit_modules()  # type: ignore[operator]
+    if isinstance(unit, str):
+        raise ValueError(f"{type(block).__name__} does not run as part of a chain: {unit}")
+    return unit
+
+
+def _stem(model: nn.Module, image: Shape, dtype: torch.dtype) -> tuple[Shape, int]:
+    """What enters the first stage, and the bytes that the layers before it keep."""
+    conv = model.conv1
+    assert isinstance(conv, nn.Conv2d)
+    size = Geometry(conv.stride, conv.padding).output_size(image.size[2:], conv.kernel_size)  # type: ignore[arg-type]
+    x = Shape((image.size[0], conv.out_channels, *size), dtype)
+    kept = 0 if image.dtype == dtype else Shape(image.size, dtype).nbytes
+    if model.stem == "imagenet":
+        kept += x.nbytes
+        size = Geometry((2, 2), (1, 1)).output_size(size, (3, 3))
+        x = Shape((*x.size[:2], *size), dtype)
+        kept += x.numel * 8  # the pooling's indices
+    return x, kept
+
+
+def _largest_batch(above: int, limit: int, peak: Any) -> int:
+    """Largest batch in [0, above) whose peak is within the limit, by bisection."""
+    low, high = 0, above
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
+    return low
+
+
+def step_limit(device: torch.device, budget: str | int | None) -> int | None:
+    """Bytes that a step may take: ``budget``, or a GPU's free memory where it is None."""
+    if budget is not None:
+        return parse_bytes(budget)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return None
+
+
+def choose_mode(
+    model: nn.Module,
+    batch_size: int,
+    image_size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    limit: int | None,
+    *,
+    optimizer_states: float = 1.0,
+) -> tuple[tuple[ModeCost, ...], int, str | None]:
+    """What each mode needs, the fastest first; what eager keeps; the fastest mode within ``limit``.
+
+    Args:
+        model: a ``PreActResNet``. dtype: in which convolutions multiply.
+        limit: bytes; None chooses no mode.
+
+    Raises:
+        BudgetError: no mode fits.
+    """
+    triton = device.type == "cuda" and has_triton()
+    channels: Any = model.conv1.in_channels  # type: ignore[union-attr]
+
+    def row(batch: int, mode: str) -> tuple[ModeCost, int]:
+        image = Shape((batch, channels, *image_size), next(model.parameters()).dtype)
+        return step_bytes(
+            model, image, dtype, mode, triton=triton, optimizer_states=optimizer_states
+        )
+
+    rows, eager = zip(*(row(batch_size, mode) for mode in MEMORY_MODES))
+    mode = None
+    if limit is not None:
+        mode = next((row.mode for row in rows if row.peak <= limit), None)
+        if mode is None:
+            least = min(rows, key=lambda row: row.peak)
+            largest = _largest_batch(batch_size, limit, lambda b: row(b, least.mode)[0].peak)
+            fits = f"the largest batch that fits is {largest}" if largest else "no batch fits it"
+            raise BudgetError(
+                f"a step of batch {batch_size} needs at least {format_bytes(least.peak)} "
+                f'(memory="{least.mode}"), more than the budget of {format_bytes(limit)}; {fits}'
+            )
+    # Eager's stream is not widened: the first mode's shapes are eager's.
+    return rows, eager[0], mode

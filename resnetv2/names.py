@@ -1,0 +1,19 @@
+"""The names that options take, each list once."""
+
+from __future__ import annotations
+
+import torch
+
+from .kernels.dispatch import BACKENDS as _ENGINES
+
+AUTO = "auto"
+EAGER = "eager"
+
+# What computes a block: kernels, ATen, whichever fits the device, or the children one by one.
+BACKENDS = (*_ENGINES, EAGER)
+
+# What is kept from forward to backward, as a rule the fastest first.
+MEMORY_MODES = ("recompute", "invert_h1", "invert", "segment")
+
+# In what convolutions multiply.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
