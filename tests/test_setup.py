@@ -171,6 +171,28 @@ def test_torchvision_imports(before: str, declared: bool, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
 
 
+def test_threads_import_torchvision_at_once(tmp_path: Path) -> None:
+    """As those that decode images do; here while one declares the operators."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    before = "import time; time.sleep(0.05)\nfrom torchvision import extension"
+    (package / "__init__.py").write_text(FAKE_TORCHVISION.format(before=before))
+    (package / "extension.py").write_text("")
+    code = (
+        "from resnetv2.data import _torchvision as shim\n"
+        "import time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from torch.library import Library\n"
+        "define = Library.define\n"
+        "Library.define = lambda *arguments: [define(*arguments), time.sleep(0.5)]\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    modules = [pool.submit(shim.import_torchvision) for _ in range(4)]\n"
+        "assert len({id(module.result()) for module in modules}) == 1\n"
+    )
+    result = run_python(code, tmp_path, ROOT)
+    assert result.returncode == 0, result.stderr
+
+
 def test_real_torchvision_has_data_sets() -> None:
     code = (
         "from resnetv2.data._torchvision import import_torchvision\n"

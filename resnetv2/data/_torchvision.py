@@ -10,6 +10,7 @@ schemas first is enough; calling one still fails, as it must.
 import importlib
 import importlib.util
 import sys
+import threading
 from types import ModuleType
 
 import torch
@@ -23,16 +24,25 @@ _SCHEMAS = {
 # Operators live only as long as the Library that defined them.
 _declared: torch.library.Library | None = None
 
+# Threads decode images: the second try of one must not be another's first.
+_lock = threading.RLock()
+
 
 def import_torchvision() -> ModuleType:
     """Import and return `torchvision`, whether or not its C extension loads.
 
     A torchvision that imports by itself is left as it is. Repeated calls cost a dictionary look-up.
+    Threads may call it at once.
 
     Raises:
         ImportError: torchvision is not installed, or fails at import for another reason than
             operators that its C extension did not register.
     """
+    with _lock:
+        return _import()
+
+
+def _import() -> ModuleType:
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
@@ -77,5 +87,7 @@ def _declare_operators() -> None:
 
 def _forget_half_import() -> None:
     """Drop what the failed import left behind: `import torchvision` would hand it out as whole."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
+    # Of a copy: other threads import other packages meanwhile.
+    for name in list(sys.modules):
+        if name.split(".")[0] == "torchvision":
+            del sys.modules[name]

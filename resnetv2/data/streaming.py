@@ -4,7 +4,9 @@ Whatever is drawn for an image of a streamed set is a function of (seed, epoch, 
 image): neither workers nor ranks nor a resumed run change a pixel.
 """
 
+import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from ..errors import InputError
 from .host import decoding_threads
 from .imagefiles import Files, read_rgb
 
-# How long a worker outlives a request to end; torchrun waits for 30 before it kills.
+# How long a worker outlives a request to end, and the training process' death; torchrun waits for
+# 30 before it kills.
 _WORKERS_GRACE_SECONDS = 20
 
 # RandomResizedCrop's: shares of the area and width over height (Szegedy et al. 2015, section 6).
@@ -178,7 +181,7 @@ def load_batches(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_start_worker,
         # Its own, or every epoch would draw from the global generator.
         generator=torch.Generator().manual_seed(0),
     )
@@ -227,11 +230,23 @@ def random_crop(height: int, width: int, numbers: np.random.Generator) -> tuple[
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _leave_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Let the training process save its run and stop: a terminal's Ctrl-C and torchrun's SIGTERM
-    come to the workers too, whose death would be that process' error."""
+    come to the workers too, whose death would be that process' error. But end with it.
+
+    A worker of PyTorch's asks for its parent's number when it begins: one whose parent was killed
+    by then would wait for orders of the process that took it over, for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKERS_GRACE_SECONDS))
+    threading.Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    signal.alarm(_WORKERS_GRACE_SECONDS)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,6 +3,10 @@ files and folders that cannot be used."""
 
 import multiprocessing
 import os
+import select
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from resnetv2.data import host
+from resnetv2.data import host, streaming
 from resnetv2.data._torchvision import import_torchvision
 from resnetv2.data.batches import Batches, ImageData
 from resnetv2.data.streaming import FolderData
 from resnetv2.errors import InputError
 from resnetv2.data.datasets import load_data
 from resnetv2.data.imagefiles import EXTENSIONS, decode, list_folders, read_rgb
-from resnetv2.data.streaming import Decoder, random_crop, random_numbers
+from resnetv2.data.streaming import Decoder, Gatherer, load_batches, random_crop, random_numbers
 
 
 def write_images(
@@ -192,6 +196,36 @@ def test_ranks_and_workers_share_one_process_batches(
     ]
     assert all(len(share[0]) == 8 // world_size for share in shares)
     assert same(whole, [torch.cat(parts) for parts in zip(*shares, strict=True)])
+
+
+def test_workers_end_with_a_process_that_is_killed_as_they_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch's own watch begins later; none of them is left to wait for ever."""
+    begin, (parent, child) = streaming._start_worker, os.pipe()
+
+    def begin_late(worker: int) -> None:
+        begin(worker)
+        while os.getppid() == training:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(streaming, "_WORKERS_GRACE_SECONDS", 1)
+    monkeypatch.setattr(streaming, "_start_worker", begin_late)
+    data = Gatherer(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64))
+    process = os.fork()
+    if process == 0:
+        os.setpgid(0, 0)
+        training = os.getpid()
+        threading.Timer(0.2, os.kill, (training, signal.SIGKILL)).start()
+        next(load_batches(data, [np.arange(4)] * 4, 2, pin_memory=False))
+    os.close(child)
+    assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
+    # Every process that is left holds the other end.
+    ended, _, _ = select.select([parent], [], [], 60)
+    os.close(parent)
+    if not ended:
+        os.killpg(process, signal.SIGKILL)
+    assert ended, "a worker lives a minute after its training process was killed"
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 4])

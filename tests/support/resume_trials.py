@@ -271,8 +271,10 @@ def count_calls(last: int | None, board: Board) -> None:
     sys.setprofile(profile)
 
 
-def fork(work: Callable[[], None], seconds: float | None = None) -> int:
-    """Run `work` in a child, killed after some seconds if given; its wait status."""
+def fork(work: Callable[[], None], seconds: float | None = None) -> tuple[int, str]:
+    """Run `work` in a child, killed after some seconds if given: its wait status, and the
+    traceback of what it raised."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
@@ -280,14 +282,19 @@ def fork(work: Callable[[], None], seconds: float | None = None) -> int:
             work()
             status = 0
         except BaseException:
-            traceback.print_exc()
+            # The end of it: a pipe that nobody reads yet takes no more.
+            os.write(writing, traceback.format_exc()[-4000:].encode())
         finally:
-            sys.stderr.flush()
             os._exit(status)
+    os.close(writing)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    status = os.waitpid(child, 0)[1]
+    # Not to its end: a killed run's workers hold it open a while.
+    os.set_blocking(reading, False)
+    with open(reading, "rb", buffering=0) as pipe:
+        return status, (pipe.read(4000) or b"").decode(errors="replace")
 
 
 def newest(run: Path) -> dict[str, Any]:
@@ -333,7 +340,8 @@ class Kind:
         self.options = options_of(name, folder)
         self.whole = self.folder / "whole"
         started = time.monotonic()
-        assert fork(lambda: self.run(self.whole, None)) == 0
+        status, error = fork(lambda: self.run(self.whole, None))
+        assert status == 0, error
         self.seconds = time.monotonic() - started
         self.calls = board.read(2)
         self.state, self.course = newest(self.whole), course(self.whole)
@@ -353,23 +361,23 @@ class Kind:
         deaths: list[dict[str, Any]] = []
         for kill in kills:
             seconds = self.seconds * kill.at if kill.how == "clock" else None
-            status = -1
+            status, error = -1, ""
             while not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
                 self.board.clear()
-                status = fork(lambda: self.run(out, kill), seconds)  # noqa: B023  # run at once
-                if seconds is None:
+                status, error = fork(lambda: self.run(out, kill), seconds)  # noqa: B023  # run at once
+                if seconds is None or error:
                     break
                 seconds /= 2  # it had ended already, which is no kill
                 if status == 0:
                     out = out.with_name(out.name + "-again")
-            death = self.board.tell()
+            death = {**self.board.tell(), "how": kill.how, "error": error}
             death["killed"] = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
             death["checkpoints"] = len(list(out.glob("checkpoints/step-*.pt")))
             death["torn"] = len(list(out.glob("checkpoints/.*.partial")))
             deaths.append(death)
-        ended = fork(lambda: self.run(out, None, count=False)) == 0
-        found = ["the resumed run failed"]
-        if ended:
+        status, error = fork(lambda: self.run(out, None, count=False))
+        found = [f"the resumed run failed, wait status {status}: {error}"]
+        if status == 0:
             found = list(differences(newest(out), self.state))
             found += differences(course(out), self.course, "metrics.jsonl")
             best = [read(at / "checkpoints" / "best.pt") for at in (out, self.whole)]

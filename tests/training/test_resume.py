@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from tests.support.resume_trials import KILLS, course, differences, newest, tria
 
 ROOT = Path(__file__).parents[2]
 TRIALS = trials()
+# Seconds after which a trial hangs.
+TIMEOUT = 1800
 SMALL = create_synthetic_dataset(40, 4, image_size=8)
 
 
@@ -45,20 +46,26 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
 
 
 def start(*words: str) -> "subprocess.CompletedProcess[str]":
-    paths = str(ROOT)
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tests/support/resume_trials.py"), *words],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    try:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tests/support/resume_trials.py"), *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(
+            f"not done after {TIMEOUT} s, of which a free core needs a small part: a run hangs, or "
+            f"this machine is loaded ({os.getloadavg()[0]:.0f} processes wait); {error.stderr!r}"
+        )
 
 
 @pytest.mark.parametrize("name", TRIALS)
 def test_killed_run_ends_with_the_same_bits(name: str, results: dict[str, Any]) -> None:
     """Weights, momentum, average, statistics, scaler, random states, history and log."""
     deaths = results[name]["deaths"]
+    assert [death["error"] for death in deaths] == [""] * len(TRIALS[name].kills)
     assert [death["killed"] for death in deaths] == [True] * len(TRIALS[name].kills)
     assert not results[name]["differs"]
 
@@ -66,9 +73,10 @@ def test_killed_run_ends_with_the_same_bits(name: str, results: dict[str, Any]) 
 def test_kills_came_at_all_stages(results: dict[str, Any]) -> None:
     """Or the trials above would show little."""
     plain = [results[name]["deaths"][0] for name in list(TRIALS)[:KILLS]]
-    stages = Counter(death["stage"] for death in plain)
-    assert len(plain) == KILLS
-    assert {"start", "step", "checkpoint", "log", "test"} <= stages.keys()
+    # A moment of the clock is another stage on another day, or under load.
+    plain = [death for death in plain if death["how"] != "clock"]
+    assert len(plain) == KILLS - 3
+    assert {death["stage"] for death in plain} == {"start", "step", "checkpoint", "log", "test"}
     assert sum(death["checkpoints"] == 0 for death in plain) >= 2
     assert sum(death["torn"] for death in plain) >= 4, "few kills within a checkpoint's writing"
     assert len({death["steps"] for death in plain}) >= 8
