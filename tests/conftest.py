@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# cuDNN's fastest kernels add up in any order: equal bits and gradcheck need those that do not.
+torch.backends.cudnn.deterministic = True
+
 # Processes side by side (pytest -n 2) would wait for each other's threads.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

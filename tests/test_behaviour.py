@@ -164,7 +164,8 @@ def test_autocast_is_what_it_was_after_a_block():
         block(images(SHAPE))
         assert torch.is_autocast_enabled(DEVICE.type)
         assert torch.get_autocast_dtype(DEVICE.type) == torch.bfloat16
-        assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+        ones = torch.ones(2, 2, device=DEVICE)
+        assert F.linear(ones, ones).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -112,15 +112,16 @@ def plan(
 def peak_bytes(step: Callable[[], object], cuda: bool) -> int:
     """Most bytes allocated at once during ``step()`` beyond those before it.
 
-    Read from the CUDA allocator, or on a CPU from the profiler's memory events.
+    Read from the CUDA allocator, or on a CPU from the profiler's memory events. Bytes as
+    they were asked for: a small tensor's share of a block of 512 is not counted on either device.
     """
     from torch.profiler import ProfilerActivity, profile
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         step()
-        return torch.cuda.max_memory_allocated() - before
+        return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None

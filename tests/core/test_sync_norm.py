@@ -44,6 +44,7 @@ from tests.support.sync_ranks import (
     worker,
 )
 from tests.support.yardstick import (
+    DEVICE,
     ULPS,
     assert_equal_steps,
     eager_twin,
@@ -455,9 +456,7 @@ ROWS = {"far more on one": (513, 1, 40), "one each": (1, 1), "odd": (7, 33), "ma
 
 def moments_of_ranks(rows: tuple[int, ...], channels: int) -> tuple[list[Tensor], Tensor]:
     """Each rank's (1, C, rows, 1) in float64, of mean 1e3 and standard deviation 1, and all."""
-    parts = [
-        images((1, channels, n, 1), i, torch.float64, mean=1e3).cpu() for i, n in enumerate(rows)
-    ]
+    parts = [images((1, channels, n, 1), i, torch.float64, mean=1e3) for i, n in enumerate(rows)]
     return parts, torch.cat(parts, 2)
 
 
@@ -470,7 +469,7 @@ def test_moments_of_ranks(engine, rows, channels):
     from resnetv2.kernels import moments
 
     parts, whole = moments_of_ranks(rows, channels)
-    weight, bias = torch.rand(2, channels) + 0.5
+    weight, bias = torch.rand(2, channels).to(DEVICE) + 0.5
     stats = [reference.norm_stats(reference.moments(part), None, None, 0.0) for part in parts]
     packed = []
 
@@ -527,9 +526,9 @@ def test_gradient_coefficients_of_ranks(engine, rows, channels):
     from resnetv2.kernels import norm_backward
 
     parts, whole = moments_of_ranks(rows, channels)
-    weight, bias = (torch.rand(2, channels) + 0.5).double()
+    weight, bias = (torch.rand(2, channels).to(DEVICE) + 0.5).double()
     stats = reference.norm_stats(reference.moments(whole), weight, bias, 1e-5)
-    gradients = [images(part.shape, 50 + i, torch.float64).cpu() for i, part in enumerate(parts)]
+    gradients = [images(part.shape, 50 + i, torch.float64) for i, part in enumerate(parts)]
     packed = []
 
     def gather(values: Tensor) -> Tensor:
@@ -539,7 +538,7 @@ def test_gradient_coefficients_of_ranks(engine, rows, channels):
     for q, part in zip(gradients, parts):
         s1, s2 = reference.gradient_sums(q, part, stats).data[0].float()
         partials = gather_sums(s1, s2, gather)
-    total = torch.tensor([float(sum(rows))])
+    total = torch.tensor([float(sum(rows))], device=DEVICE)
     grad = norm_backward.norm_grad if engine == "kernel" else reference.norm_grad
     found = grad(partials, stats.float(), True, total)
     q = torch.cat(gradients, 2)
@@ -556,7 +555,7 @@ def test_gradient_coefficients_of_ranks(engine, rows, channels):
 
 @needs_triton
 def test_chain_on_kernels_is_that_of_one_process(ranks):
-    """One image on one rank and three on the other, in the interpreter or on a GPU's kernels."""
+    """One image on one rank and three on the other, in the interpreter."""
     model = eager_twin(tiny_chain("aten"), torch.float64)
     x, g = (tensor.double() for tensor in tiny_batch())
     x.requires_grad_()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -322,6 +323,8 @@ def of_ranks(cases: dict[str, Case], rank: int, size: int, group: Any = None) ->
 def worker(rank: int, folder: str) -> None:
     """One of four processes; ``folder`` is also where they find each other."""
     torch.set_num_threads(1)
+    # Ranks are processes on CPUs, where there is a GPU too; Triton is not imported yet.
+    os.environ["TRITON_INTERPRET"] = "1"
     warnings.simplefilter("ignore")  # what PyTorch calls deprecated here is not what is tested
     pair, second = divmod(rank, 2)
 

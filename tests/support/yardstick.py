@@ -112,7 +112,7 @@ def step(
         out = module(x)
     if g is None:
         g = images(out.shape, 500 + seed)
-    out.backward(g.to(out.dtype))
+    out.backward(g.to(out.device, out.dtype))
     assert x._version == version, "the input was written to"
     assert torch.equal(x.nan_to_num(), given.nan_to_num()), "the input has changed"
     result = {"out": out.detach()}

@@ -122,11 +122,8 @@ class Tape(HostReads):
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    deterministic = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    yield torch.device(request.param)
-    torch.backends.cudnn.deterministic = deterministic
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
 
 
 def new_model(device: torch.device) -> PreActResNet:

@@ -142,7 +142,10 @@ def test_own_model_and_separate_test_set() -> None:
     assert result.config["test_images"] == 96
 
 
-def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
+def test_global_state_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(())), random.random(), float(np.random.rand())  # noqa: NPY002
 
@@ -160,6 +163,7 @@ def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
     train(epochs=1, limit_batches=1, out=tmp_path, resume="auto")
     assert draw() == expected
     assert torch.backends.cudnn.deterministic is False
+    assert torch.backends.cudnn.benchmark is True
 
 
 # --- how long, and on which batches
