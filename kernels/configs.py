@@ -7,14 +7,15 @@ masks, reductions) is spread over its rows, and a tile of all columns reads its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from . import launch, tuning
-from .launch import Config
+from .integers import cdiv, next_power_of_2
+from .launch import Config, Device, KernelError
 
 # Activations whose derivatives take many registers.
 SMOOTH_ACTS = ("silu", "gelu")
@@ -28,7 +29,7 @@ def _block(size: int, largest: int, cost: int) -> int:
     cost: of one more block, in elements.
     """
     blocks = [b for b in (128, 64, 32, 16) if b <= largest]
-    return min(blocks, key=lambda b: triton.cdiv(size, b) * (b + cost))
+    return min(blocks, key=lambda b: cdiv(size, b) * (b + cost))
 
 
 def _max_accumulators(dtype: torch.dtype, long_epilogue: bool) -> int:
@@ -83,36 +84,41 @@ def _exact(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and launch.input_precision(dtype) == "ieee"
 
 
-def conv(shape: ConvShape) -> Config:
+def conv(shape: ConvShape, device: Device) -> Config:
     """The heuristic's tile."""
+    return _conv(shape, device, _exact(shape.dtype))
+
+
+@functools.cache
+def _conv(shape: ConvShape, device: Device, exact: bool) -> Config:
     rows, channels, columns, taps, dtype, long_epilogue = shape
     block_n = _block(columns, 64, 16)
-    if launch.INTERPRET:
-        block_m = min(512, max(16, triton.next_power_of_2(rows)))
+    if device.backend == "interpreter":
+        block_m = min(512, max(16, next_power_of_2(rows)))
         return Config(block_m, block_n, _block(channels, 64, 8), num_stages=1)
     accumulators = _max_accumulators(dtype, long_epilogue)
     block_k = _block(channels, 32 if dtype == torch.float32 else 64, 8)
-    if _exact(dtype):
+    if exact:
         # All of a tile's operands pass through registers.
         accumulators, block_n, block_k = 64 * 32, min(32, block_n), 16
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors()
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
     tile = (64, 16)
     for tile in _conv_tiles(block_n, block_k, taps, columns, dtype, accumulators):
-        if triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) >= wanted:
+        if cdiv(rows, tile[0]) * cdiv(columns, tile[1]) >= wanted:
             break
     # Two steps' operands of the widest tile, read ahead, leave four warps no registers.
     crowded = tile[0] * tile[1] >= 128 * 64 and block_k >= 64
     return Config(*tile, block_k, 8 if crowded else 4, num_stages=1)
 
 
-def conv_candidates(shape: ConvShape) -> list[Config]:
+def conv_candidates(shape: ConvShape, device: Device) -> list[Config]:
     """What the autotuner times: the heuristic's tile first, then its neighbours."""
-    first = conv(shape)
-    if launch.INTERPRET or _exact(shape.dtype):
+    first = conv(shape, device)
+    if device.backend == "interpreter" or _exact(shape.dtype):
         return [first]
     m, n = first.block_m, first.block_n
     near = [(m // 2, n), (m * 2, n), (m, n // 2), (m, n * 2), (m * 2, n // 2), (m // 2, n * 2)]
-    widest = min(64, triton.next_power_of_2(shape.columns))
+    widest = min(64, next_power_of_2(shape.columns))
     largest = _max_accumulators(shape.dtype, shape.long_epilogue)
     others = [
         first._replace(block_m=m, block_n=n)
@@ -123,14 +129,40 @@ def conv_candidates(shape: ConvShape) -> list[Config]:
 
 
 def tuned_conv(
-    kernel: str, shape: ConvShape, details: tuple[Any, ...], run: Callable[[Config], Any]
+    kernel: str,
+    shape: ConvShape,
+    device: Device,
+    details: tuple[Any, ...],
+    run: Callable[[Config], Any],
 ) -> Config:
-    """``conv(shape)``, or the fastest of its candidates where tuning is on.
+    """``conv(shape, device)``, or the fastest of its candidates where tuning is on.
 
     Args:
         details: what else the time depends on; see ConvShape for what must stay out.
         run: ``kernel`` with a tile.
     """
     if not tuning.enabled():
-        return conv(shape)
-    return tuning.choose(kernel, (*shape, *details), conv_candidates(shape), run)
+        return conv(shape, device)
+    return tuning.choose(kernel, (*shape, *details), conv_candidates(shape, device), run)
+
+
+def smaller(config: Config, times: int) -> Config:
+    """The tile with every side halved ``times`` times, down to the 16 that ``tl.dot`` needs.
+
+    For a device that cannot have ``config``.
+
+    Raises:
+        KernelError: that is the same tile as once less.
+    """
+    if times == 0:
+        return config
+    m, n, k = (max(16, side >> (times - 1)) for side in config[:3])
+    if m == n == k == 16:
+        raise KernelError("there is no smaller tile")
+    return config._replace(
+        block_m=max(16, m // 2),
+        block_n=max(16, n // 2),
+        block_k=max(16, k // 2),
+        num_warps=4,
+        num_stages=1,
+    )

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import configs, launch
 from .activations import activation_grad, cast
 from .conv_tile import conv_tile
+from .integers import cdiv
 from .launch import Config
 from .operands import IDENTITY, Act, Geometry, Grad, Partials
 
@@ -161,6 +162,7 @@ def conv_dgrad(
     identity: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: Config | None = None,
+    smaller: int = 0,
 ) -> tuple[Tensor | None, Partials | None]:
     """q = (dgrad(g, weight) + add) * act'(a*h + b), with its sums S1, S2; see reference.py.
 
@@ -169,9 +171,10 @@ def conv_dgrad(
         weight: (K, C, R, S), any strides. h: (N, C, H, W), channels_last; where ``stats`` is None
             only its shape is used.
         stats, coef: (5, C) and (3, C), contiguous. add, identity: (N, C, H, W), channels_last.
-        config: the tile; chosen by shape (configs.py) if None.
+        config: the tile; chosen by shape (configs.py) if None. smaller: times it is halved.
 
     Raises:
+        KernelError: this device cannot have the tile, or there is none so small.
         NotImplementedError: for groups or dilation, or a dtype that no kernel multiplies in.
         ValueError: for an activation that is not channels_last or has another shape.
     """
@@ -199,6 +202,7 @@ def conv_dgrad(
         config = configs.tuned_conv(
             "conv_dgrad",
             configs.ConvShape(rows, k, c, r * s, dtype, long_epilogue),
+            launch.device_of(h),
             (h.shape, geometry, grad.q.dtype, weight.dtype, weight.stride(), prologue),
             lambda tile: conv_dgrad(
                 grad,
@@ -216,7 +220,8 @@ def conv_dgrad(
                 config=tile,
             ),
         )
-    tiles = triton.cdiv(rows, config.block_m)
+    config = configs.smaller(config, smaller)
+    tiles = cdiv(rows, config.block_m)
     out = None
     if write or coef is not None:
         out = torch.empty(
@@ -230,7 +235,7 @@ def conv_dgrad(
         data = torch.empty((tiles, 2, c), dtype=torch.float32, device=h.device)
     launch.launch(
         conv_dgrad_kernel,
-        (tiles * triton.cdiv(c, config.block_n),),
+        (tiles * cdiv(c, config.block_n),),
         grad.q,
         grad.h if prologue == "affine_h" else None,
         grad.coef,

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import configs, launch
 from .activations import activate, cast
 from .conv_tile import conv_tile
+from .integers import cdiv
 from .launch import Config
 from .operands import IDENTITY, Act, Geometry, Partials
 
@@ -158,6 +159,7 @@ def conv_forward(
     out_dtype: torch.dtype | None = None,
     with_moments: bool = False,
     config: Config | None = None,
+    smaller: int = 0,
 ) -> tuple[Tensor, Partials | None]:
     """out = conv(act(a*h + b)) + bias + residual, and the moments of out; see reference.py.
 
@@ -165,9 +167,10 @@ def conv_forward(
         h: (N, C, H, W), channels_last. weight: (K, C, R, S), any strides. bias: (K,) or None.
         stats, residual_stats: (5, C) and (5, K), contiguous.
         residual: (N, K, P, Q), channels_last, or None.
-        config: the tile; chosen by shape (configs.py) if None.
+        config: the tile; chosen by shape (configs.py) if None. smaller: times it is halved.
 
     Raises:
+        KernelError: this device cannot have the tile, or there is none so small.
         NotImplementedError: for groups or dilation, or a dtype that no kernel multiplies in.
         ValueError: for an activation that is not channels_last or has another shape.
     """
@@ -190,6 +193,7 @@ def conv_forward(
         config = configs.tuned_conv(
             "conv_forward",
             configs.ConvShape(rows, c, k, r * s, dtype, long_epilogue),
+            launch.device_of(h),
             (h.shape, geometry, h.dtype, weight.dtype, weight.stride(), stats is not None),
             lambda tile: conv_forward(
                 h,
@@ -207,13 +211,14 @@ def conv_forward(
                 config=tile,
             ),
         )
-    tiles = triton.cdiv(rows, config.block_m)
+    config = configs.smaller(config, smaller)
+    tiles = cdiv(rows, config.block_m)
     data = None
     if with_moments:
         data = torch.empty((tiles, 2, k), dtype=torch.float32, device=h.device)
     launch.launch(
         conv_forward_kernel,
-        (tiles * triton.cdiv(k, config.block_n),),
+        (tiles * cdiv(k, config.block_n),),
         h,
         stats,
         weight,

@@ -26,10 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import INTERPRET, activate, cast
+from .integers import cdiv, next_power_of_2
 from .launch import (
     TRITON_DTYPES,
     check_activation,
     check_convolution,
+    device_of,
     input_precision,
     is_wide,
     launch,
@@ -310,6 +312,7 @@ def conv_wgrad(
     stats: Tensor | None = None,
     act: Act = IDENTITY,
     with_bias: bool = False,
+    smaller: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """dweight = wgrad(act(a*h + b), g) and dbias = sum of g, in two launches, deterministic.
 
@@ -319,6 +322,7 @@ def conv_wgrad(
         weight: (K, C, R, S); gives dweight its shape, dtype and memory layout.
         dtype: of both operands of the multiplication; it accumulates in float32.
         stats, act: the prologue; ``stats=None`` means that h is the operand.
+        smaller: times the tile (wgrad_config.py) is halved.
 
     Returns:
         dweight like weight, dbias (K,) in weight's dtype or None.
@@ -326,6 +330,7 @@ def conv_wgrad(
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
         NotImplementedError: dilation or groups.
+        KernelError: this device cannot have the tile, or there is none so small.
     """
     check_convolution(geometry, dtype)
     check_activation("h", h)
@@ -348,17 +353,19 @@ def conv_wgrad(
     if rows == 0:
         return dweight.zero_(), None if dbias is None else dbias.zero_()
     pointwise = kernel_h * kernel_w == 1
+    device = device_of(h)
     config = wgrad_config(
         rows,
         k,
         j,
+        device,
         dtype=dtype,
         stream=h.dtype,
         prologue=stats is not None or coef is not None,
         same_rows=pointwise and tuple(geometry.stride) == (1, 1) and not any(geometry.padding),
         pointwise=pointwise,
-    )
-    blocks, splits = config.splits(rows, k, j)
+    ).smaller(smaller)
+    blocks, splits = config.splits(rows, k, j, device)
     size = k * j + (k if with_bias else 0)
     workspace = torch.empty((splits, size), dtype=torch.float32, device=h.device)
     launch(
@@ -400,11 +407,11 @@ def conv_wgrad(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    block_splits = min(_REDUCE_SPLITS, triton.next_power_of_2(splits))
+    block_splits = min(_REDUCE_SPLITS, next_power_of_2(splits))
     block = min(_REDUCE_ELEMENTS // block_splits, 512)
     launch(
         _wgrad_reduce_kernel,
-        (triton.cdiv(size, block),),
+        (cdiv(size, block),),
         workspace,
         dweight,
         dbias,

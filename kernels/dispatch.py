@@ -211,10 +211,13 @@ class TritonEngine(AtenEngine):
             conv_dgrad,
             conv_forward,
             conv_wgrad,
+            fallback,
             moments,
             norm_act,
             norm_backward,
         )
+
+        self._run = fallback.Fallbacks().run
 
         self._moments = moments
         self._norm_act = norm_act
@@ -224,7 +227,12 @@ class TritonEngine(AtenEngine):
         self._conv_wgrad = conv_wgrad
 
     def moments(self, x: Tensor) -> Any:
-        return self._moments.moments(x)
+        return self._run(
+            "moments", x, (x.shape, x.dtype),
+            lambda _: self._moments.moments(x),
+            lambda: reference.moments(x),
+            tiled=False,
+        )  # fmt: skip
 
     def rank_moments(self, x: Tensor) -> Any:
         return self.moments(x)
@@ -232,13 +240,61 @@ class TritonEngine(AtenEngine):
     def norm_stats(
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        return self._moments.norm_stats(moments, weight, bias, eps)
+        return self._merged_stats(moments, None, weight, bias, eps)
 
     def _merged_stats(
-        self, partials: Partials, counts: Tensor,
+        self, partials: Partials, counts: Tensor | None,
         weight: Tensor | None, bias: Tensor | None, eps: float,
     ) -> Tensor:  # fmt: skip
-        return self._moments.norm_stats(partials, weight, bias, eps, counts)
+        data = partials.data
+        return self._run(
+            "norm statistics", data, (data.shape,),
+            lambda _: self._moments.norm_stats(partials, weight, bias, eps, counts),
+            lambda: reference.norm_stats(partials, weight, bias, eps, counts),
+            tiled=False,
+        )  # fmt: skip
+
+    def _norm_act_written(self, h: Tensor, stats: Tensor, act: Act, dtype: torch.dtype) -> Tensor:
+        """z = act(a*h + b): the operand of a convolution that is written once."""
+        return self._run(
+            "norm and activation", h, (h.shape, h.dtype, dtype),
+            lambda _: self._norm_act.norm_act(h, stats, act, dtype),
+            lambda: reference.norm_act(h, stats, act, dtype),
+            tiled=False,
+        )  # fmt: skip
+
+    def _input_grad(self, grad: Grad, identity: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """g = A*q + B*h + C (+ identity), written."""
+        return self._run(
+            "norm gradient", grad.q, (grad.q.shape, grad.q.dtype, dtype),
+            lambda _: self._norm_backward.input_grad(grad, identity, dtype),
+            lambda: reference.input_grad(grad, identity, dtype),
+            tiled=False,
+        )  # fmt: skip
+
+    def _norm_grad(
+        self, sums: Partials, stats: Tensor, training: bool, total: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and C, and the norm's own gradients, out of its sums."""
+        return self._run(
+            "norm sums", stats, (sums.data.shape,),
+            lambda _: self._norm_backward.norm_grad(sums, stats, training, total),
+            lambda: reference.norm_grad(sums, stats, training, total),
+            tiled=False,
+        )  # fmt: skip
+
+    def _dgrad(
+        self, grad: Grad, weight: Tensor, h: Tensor, geometry: Geometry, *,
+        dtype: torch.dtype, **options: Any,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """``reference.conv_dgrad``."""
+        return self._run(
+            "conv dgrad", h, (h.shape, weight.shape, geometry, dtype),
+            lambda smaller: self._conv_dgrad.conv_dgrad(
+                grad, weight, h, geometry, dtype=dtype, smaller=smaller, **options
+            ),
+            lambda: reference.conv_dgrad(grad, weight, h, geometry, dtype=dtype, **options),
+        )  # fmt: skip
 
     def conv_forward(
         self,
@@ -251,28 +307,46 @@ class TritonEngine(AtenEngine):
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """``reference.conv_forward`` by whatever ``implementation`` names."""
-        how = implementation("forward", (weight.shape[2], weight.shape[3]), geometry)
-        if how == ATEN:
+
+        def aten() -> tuple[Tensor, Any]:
             out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
             return out, self.moments(out) if with_moments else None
+
+        how = implementation("forward", (weight.shape[2], weight.shape[3]), geometry)
+        if how == ATEN:
+            return aten()
         stats = options.get("stats")
         if how == WRITTEN and stats is not None:
-            h = self._norm_act.norm_act(h, stats, options["act"], options["dtype"])
+            h = self._norm_act_written(h, stats, options["act"], options["dtype"])
             options["stats"] = None
-        return self._conv_forward.conv_forward(
-            h, weight, bias, geometry, with_moments=with_moments, **options
-        )
+        return self._run(
+            "conv forward", h, (h.shape, weight.shape, geometry, options["dtype"]),
+            lambda smaller: self._conv_forward.conv_forward(
+                h, weight, bias, geometry, with_moments=with_moments, smaller=smaller, **options
+            ),
+            aten,
+        )  # fmt: skip
 
     def _weight_grad(
         self, how: str, grad: Grad, h: Tensor, weight: Tensor, geometry: Geometry, *,
         dtype: torch.dtype, stats: Tensor | None, act: Act, with_bias: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if how == WRITTEN and stats is not None:
-            h = self._norm_act.norm_act(h, stats, act, dtype)
+            h = self._norm_act_written(h, stats, act, dtype)
             stats = None
-        return self._conv_wgrad.conv_wgrad(
-            grad, h, weight, geometry, dtype=dtype, stats=stats, act=act, with_bias=with_bias
-        )
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "stats": stats,
+            "act": act,
+            "with_bias": with_bias,
+        }
+        return self._run(
+            "conv wgrad", h, (h.shape, weight.shape, geometry, dtype),
+            lambda smaller: self._conv_wgrad.conv_wgrad(
+                grad, h, weight, geometry, smaller=smaller, **options
+            ),
+            lambda: reference.conv_wgrad(grad, h, weight, geometry, **options),
+        )  # fmt: skip
 
     def conv_backward(
         self, g, h, weight, geometry, *, dtype, stats, act, need_input, need_weight, need_bias
@@ -292,7 +366,7 @@ class TritonEngine(AtenEngine):
                 dtype=dtype, stats=stats, act=act, with_bias=need_bias,
             )  # fmt: skip
         if need_input:
-            dz, _ = self._conv_dgrad.conv_dgrad(Grad(g), weight, h, geometry, dtype=dtype)
+            dz, _ = self._dgrad(Grad(g), weight, h, geometry, dtype=dtype)
         return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
 
     def norm_conv_backward(
@@ -309,7 +383,7 @@ class TritonEngine(AtenEngine):
                 add=add, identity=identity, final=final, sync=sync,
             )  # fmt: skip
         if how == WRITTEN and (grad.coef is not None or grad.q.dtype != dtype):
-            grad = Grad(self._norm_backward.input_grad(grad, None, dtype))
+            grad = Grad(self._input_grad(grad, None, dtype))
         dweight = dbias = None
         if need_weight or need_bias:
             dweight, dbias = self._weight_grad(
@@ -322,20 +396,20 @@ class TritonEngine(AtenEngine):
         # and reading it back: 4K + 4C channels of rows instead of 2K + 6C (design 7).
         twice = final and kernel_size == (1, 1) and weight.shape[0] < weight.shape[1]
         dgrad = functools.partial(
-            self._conv_dgrad.conv_dgrad, grad, weight, h, geometry,
+            self._dgrad, grad, weight, h, geometry,
             dtype=dtype, stats=stats, act=act, add=add,
         )  # fmt: skip
         q, sums = dgrad(write=not twice)
-        coef, dgamma, dbeta = self._norm_backward.norm_grad(sums, stats, training)
+        coef, dgamma, dbeta = self._norm_grad(sums, stats, training)
         if sync is not None:
             everywhere = ranks.gather_sums(dbeta, dgamma, sync.gather)
-            coef, _, _ = self._norm_backward.norm_grad(everywhere, stats, training, sync.total)
+            coef, _, _ = self._norm_grad(everywhere, stats, training, sync.total)
         if twice:
             dx, _ = dgrad(coef=coef, identity=identity, out_dtype=h.dtype)
             return ConvGrads(Grad(dx), dweight, dbias, dgamma, dbeta)
         grad = Grad(q, h if training else None, coef)
         if final:
-            grad = Grad(self._norm_backward.input_grad(grad, identity, h.dtype))
+            grad = Grad(self._input_grad(grad, identity, h.dtype))
         return ConvGrads(grad, dweight, dbias, dgamma, dbeta)
 
 

@@ -1,20 +1,26 @@
 """The one place that launches kernels, and what a launch needs to know of the device.
 
-Device properties come from Triton's active driver (design 4), so that the dry run's stand-in
-device is asked like a real one.
+``launch`` binds a kernel's arguments once for each set of constants, dtypes, alignments and special
+integers: from then on it starts the compiled kernel itself, which costs a tenth of
+``kernel[grid](...)``. What is started is a ``Compiled`` with a grid and a tuple of arguments, in
+their order, and nothing else.
+
+Device properties come from Triton's active driver, so that the dry run's stand-in device is asked
+like a real one.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from .operands import Geometry
 
@@ -29,6 +35,24 @@ TRITON_DTYPES = {
 
 _recorders: list[Callable[[str, tuple[int, ...], dict[str, Any]], None]] = []
 
+# What a driver says of a kernel that it cannot load or start. Its other errors are no fault of that
+# kernel: an illegal access of an earlier one, memory that is gone.
+_KERNEL_FAULTS = (
+    "invalid device function",
+    "invalid image",
+    "kernel image is invalid",
+    "no kernel image",
+    "no binary for gpu",
+    "out of resources",
+    "ptx jit compil",
+    "too many resources",
+    "unsupported toolchain",
+)
+
+
+class KernelError(RuntimeError):
+    """A kernel that this device cannot have: it does not compile, or takes more than there is."""
+
 
 class Config(NamedTuple):
     """A kernel's tile and how it is run. BLOCK_M: rows, BLOCK_N: columns, BLOCK_K: reduction."""
@@ -40,9 +64,42 @@ class Config(NamedTuple):
     num_stages: int = 2
 
 
+class Compiled(NamedTuple):
+    """A kernel that is ready to start, and the constants that follow its arguments.
+
+    run: Triton's launcher of it. kernel: Triton's ``CompiledKernel``.
+    """
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+    kernel: Any
+
+    def start(self, grid: tuple[int, ...], stream: int, args: tuple[Any, ...]) -> None:
+        """Start it; hooks that are set in ``triton.knobs.runtime`` are called, as by Triton."""
+        x, y, z = (*grid, 1, 1)[:3]
+        runtime = triton.knobs.runtime
+        enter, leave, about = runtime.launch_enter_hook, runtime.launch_exit_hook, None
+        # A chain without hooks is one that does nothing.
+        if enter is not None and not getattr(enter, "calls", True):
+            enter = None
+        if leave is not None and not getattr(leave, "calls", True):
+            leave = None
+        if enter is not None:
+            about = self.kernel.launch_metadata(grid, stream, *args, *self.constants)
+        self.run(
+            x, y, z, stream, self.function, self.metadata, about, enter, leave,
+            *args, *self.constants,
+        )  # fmt: skip
+
+
+_compiled: dict[tuple[Any, ...], Compiled] = {}
+
+
 @contextmanager
 def record(callback: Callable[[str, tuple[int, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """Call ``callback(kernel name, grid, constants)`` for each launch inside the block."""
+    """Call ``callback(kernel name, grid, constants)`` before each launch inside the block."""
     _recorders.append(callback)
     try:
         yield
@@ -50,28 +107,130 @@ def record(callback: Callable[[str, tuple[int, ...], dict[str, Any]], None]) -> 
         _recorders.remove(callback)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
-    """Run ``kernel[grid](*args, **constants)`` on the device of its first tensor argument."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run ``kernel[grid](*args, **constants)`` on the device of its first argument, a tensor.
+
+    Raises:
+        KernelError: the kernel does not compile for this device, or takes more than it has.
+    """
     for callback in _recorders:
         callback(kernel.fn.__name__, grid, constants)
-    tensor = next(a for a in args if isinstance(a, Tensor))
-    guard = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with guard:
+    if INTERPRET:
+        kernel[grid](*args, **constants)
+        return
+    active = triton.runtime.driver.active
+    number = active.get_current_device()
+    tensor = args[0]
+    if tensor.is_cuda and tensor.get_device() != number:
+        with torch.cuda.device(tensor.device):
+            launch(kernel, grid, *args, **constants)
+        return
+    if _unusual(kernel):
+        _first(kernel, grid, args, constants)
+        return
+    # What decides which kernel is needed, never coarser than Triton's own specialization.
+    key = [kernel.fn, number, *constants, *constants.values()]
+    for a in args:
+        if a is None:
+            key.append(None)
+        elif type(a) is int:
+            key += (1 if a == 1 else a % 16 == 0, -(2**31) <= a < 2**31, a < 2**63)
+        elif type(a) is float:
+            key.append(float)
+        else:
+            key += (a.dtype, a.data_ptr() % 16 == 0)
+    if _device(number).backend == "hip":
+        # Buffer operations, for memory that ends within 2 GiB.
+        key += [a.untyped_storage().size() < 2**31 for a in args if isinstance(a, Tensor)]
+    found = _compiled.get(tuple(key))
+    if found is not None:
+        found.start(grid, active.get_current_stream(number), args)
+        return
+    handle = _first(kernel, grid, args, constants)
+    # None where a hook of Triton's says that there is nothing to launch.
+    if handle is not None:
+        behind = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _compiled[tuple(key)] = Compiled(
+            handle.run, handle.function, handle.packed_metadata, behind, handle
+        )
+
+
+def _unusual(kernel: Any) -> bool:
+    """Whether Triton's own way to a launch does more than look its kernel up and start it."""
+    runtime = triton.knobs.runtime
+    return (
+        runtime.debug
+        or kernel.pre_run_hooks
+        or triton.knobs.compilation.instrumentation_mode
+        or getattr(runtime, "add_stages_inspection_hook", None) is not None
+    )
+
+
+def _first(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> Any:
+    """Triton's own launch, which compiles and loads what is needed; its ``CompiledKernel``."""
+    try:
         return kernel[grid](*args, **constants)
+    except (TritonError, RuntimeError) as error:
+        if not _of_the_kernel(error):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        raise KernelError(f"{kernel.fn.__name__}: {reason}") from error
+
+
+def _of_the_kernel(error: Exception) -> bool:
+    """Whether an error says that a kernel cannot be had, and not that the device is in trouble."""
+    if isinstance(error, TritonError):
+        return True
+    text = str(error)
+    if text.startswith("Triton Error ["):
+        return any(fault in text.lower() for fault in _KERNEL_FAULTS)
+    # The compiler's passes raise RuntimeError itself, PyTorch its subclasses.
+    return type(error) is RuntimeError
+
+
+class Device(NamedTuple):
+    """What tiles are chosen by. backend: "cuda", "hip" or "interpreter". arch: 90, "gfx942", ..."""
+
+    multiprocessors: int
+    backend: str
+    arch: int | str
+
+    @property
+    def target(self) -> str:
+        """ "sm_90", "gfx942", ..."""
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch or self.backend)
+
+
+INTERPRETER = Device(1, "interpreter", "")
 
 
 @functools.cache
-def _multiprocessors(device: int, target: str) -> int:
-    properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    return int(properties["multiprocessor_count"])
-
-
-def multiprocessors() -> int:
-    """Number of multiprocessors of the current device; 1 in the interpreter, which has none."""
-    if INTERPRET:
-        return 1
+def _device(number: int) -> Device:
     active = triton.runtime.driver.active
-    return _multiprocessors(active.get_current_device(), str(active.get_current_target()))
+    target = active.get_current_target()
+    properties = active.utils.get_device_properties(number)
+    return Device(int(properties["multiprocessor_count"]), target.backend, target.arch)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """A tensor's device; for a CPU tensor the active driver's: a dry run's."""
+    if INTERPRET:
+        return INTERPRETER
+    if tensor.is_cuda:
+        number = tensor.get_device()
+        if number != triton.runtime.driver.active.get_current_device():
+            with torch.cuda.device(number):
+                return _device(number)
+        return _device(number)
+    return _device(triton.runtime.driver.active.get_current_device())
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor's device by name and target, for messages."""
+    target = device_of(tensor).target
+    return f"{torch.cuda.get_device_name(tensor.device)} ({target})" if tensor.is_cuda else target
 
 
 def allow_tf32() -> bool:

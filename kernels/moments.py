@@ -26,6 +26,7 @@ however few channels there are.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_activation, launch, multiprocessors
+from .integers import cdiv, next_power_of_2
+from .launch import Device, check_activation, device_of, launch
 from .operands import Partials
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,7 +52,7 @@ MERGE_CHANNELS = 8
 
 def merge_tiling(tiles: int) -> tuple[int, int]:
     """BLOCK_TILES and num_warps for merging ``tiles`` partials of MERGE_CHANNELS channels."""
-    block_tiles = min(MERGE_TILES, triton.next_power_of_2(tiles))
+    block_tiles = min(MERGE_TILES, next_power_of_2(tiles))
     return block_tiles, min(max(block_tiles // 32, 1), 8)
 
 
@@ -64,8 +66,13 @@ class RowTiling(NamedTuple):
     grid: tuple[int]
 
 
+@functools.cache
 def row_tiling(
-    rows: int, channels: int, max_tiles: int | None = None, elements: int = BLOCK_ELEMENTS
+    rows: int,
+    channels: int,
+    device: Device,
+    max_tiles: int | None = None,
+    elements: int = BLOCK_ELEMENTS,
 ) -> RowTiling:
     """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
 
@@ -73,16 +80,16 @@ def row_tiling(
     no lane; they shrink until every multiprocessor has four programs, or two where each program
     also pays for a reduction (``max_tiles``).
     """
-    whole = channels & -channels if channels % 16 == 0 else triton.next_power_of_2(channels)
+    whole = channels & -channels if channels % 16 == 0 else next_power_of_2(channels)
     block_c = min(whole, 64)
-    column_blocks = triton.cdiv(channels, block_c)
-    wanted = (4 if max_tiles is None else 2) * multiprocessors()
-    while elements > 1024 and triton.cdiv(rows, elements // block_c) * column_blocks < wanted:
+    column_blocks = cdiv(channels, block_c)
+    wanted = (4 if max_tiles is None else 2) * device.multiprocessors
+    while elements > 1024 and cdiv(rows, elements // block_c) * column_blocks < wanted:
         elements //= 2
     block_m = elements // block_c
-    blocks = triton.cdiv(rows, block_m)
-    steps = 1 if max_tiles is None else triton.cdiv(blocks, max_tiles)
-    tiles = triton.cdiv(blocks, steps)
+    blocks = cdiv(rows, block_m)
+    steps = 1 if max_tiles is None else cdiv(blocks, max_tiles)
+    tiles = cdiv(blocks, steps)
     return RowTiling(block_m, block_c, steps, tiles, (tiles * column_blocks,))
 
 
@@ -107,7 +114,7 @@ def check_per_channel(name: str, values: Tensor, rows: int, channels: int) -> No
 def check_partials(partials: Partials) -> None:
     """``data`` is a contiguous float32 (P, 2, C) with one entry for each tile of the rows."""
     data, rows, tile_rows = partials
-    tiles = triton.cdiv(rows, tile_rows)
+    tiles = cdiv(rows, tile_rows)
     if data.dim() != 3 or data.shape[0] != tiles or data.shape[1] != 2 or not data.is_contiguous():
         raise ValueError(
             f"partials.data must be a contiguous ({tiles}, 2, C) tensor for {rows} rows in tiles "
@@ -276,7 +283,7 @@ def moments(x: Tensor) -> Partials:
     rows = x.numel() // max(channels, 1)
     if rows == 0:
         raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
-    tiling = row_tiling(rows, channels, MAX_TILES, _MOMENTS_ELEMENTS)
+    tiling = row_tiling(rows, channels, device_of(x), MAX_TILES, _MOMENTS_ELEMENTS)
     data = torch.empty((tiling.tiles, 2, channels), dtype=torch.float32, device=x.device)
     launch(
         _moments_kernel,
@@ -320,7 +327,7 @@ def norm_stats(
     block_tiles, num_warps = merge_tiling(tiles)
     launch(
         _norm_stats_kernel,
-        (triton.cdiv(channels, MERGE_CHANNELS),),
+        (cdiv(channels, MERGE_CHANNELS),),
         data,
         counts,
         weight,

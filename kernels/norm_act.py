@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, cast
-from .launch import check_activation, launch
+from .launch import check_activation, device_of, launch
 from .moments import (
     block_offsets,
     check_floating,
@@ -68,7 +68,7 @@ def norm_act(h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype) -> T
     if h.numel() == 0:
         return z
     rows = h.numel() // channels
-    tiling = row_tiling(rows, channels)
+    tiling = row_tiling(rows, channels, device_of(h))
     launch(
         _norm_act_kernel,
         tiling.grid,

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_grad, cast
-from .launch import check_activation, launch
+from .integers import cdiv
+from .launch import check_activation, device_of, launch
 from .moments import (
     MAX_TILES,
     MERGE_CHANNELS,
@@ -177,7 +178,7 @@ def act_backward(
     rows = h.numel() // max(channels, 1)
     if rows == 0:
         raise ValueError(f"the sums need at least one value per channel, got {tuple(h.shape)}")
-    tiling = row_tiling(rows, channels, MAX_TILES)
+    tiling = row_tiling(rows, channels, device_of(h), MAX_TILES)
     q = torch.empty_like(dz, memory_format=torch.channels_last)
     data = torch.empty((tiling.tiles, 2, channels), dtype=torch.float32, device=h.device)
     launch(
@@ -220,7 +221,7 @@ def norm_grad(
     block_tiles, num_warps = merge_tiling(tiles)
     launch(
         _norm_grad_kernel,
-        (triton.cdiv(channels, MERGE_CHANNELS),),
+        (cdiv(channels, MERGE_CHANNELS),),
         data,
         total,
         stats,
@@ -279,7 +280,7 @@ def input_grad(
         return g
     channels = q.shape[1]
     rows = q.numel() // channels
-    tiling = row_tiling(rows, channels)
+    tiling = row_tiling(rows, channels, device_of(q))
     launch(
         _input_grad_kernel,
         tiling.grid,

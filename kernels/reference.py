@@ -94,27 +94,23 @@ def norm_stats(
     eps: float,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Merge the tiles' moments in order (Chan et al. 1979) into a (5, C) ``stats`` tensor.
+    """Merge the tiles' moments (Chan et al. 1979) into a (5, C) ``stats`` tensor.
 
     counts: (P,), each tile's number of rows instead of what ``partials`` says.
     """
     data, rows, tile_rows = partials
-    tiles = data.shape[0]
-    sizes: list[int] | tuple[Tensor, ...]
+    total: int | Tensor = rows
     if counts is None:
-        sizes = [min(tile_rows, rows - tile * tile_rows) for tile in range(tiles)]
+        counts = data.new_full((data.shape[0],), tile_rows)
+        counts[-1] = rows - (data.shape[0] - 1) * tile_rows
     else:
-        sizes = counts.unbind(0)
-    mean, m2 = data[0].unbind(0)
-    count: int | Tensor = sizes[0]
-    for tile in range(1, tiles):
-        tile_count = sizes[tile]
-        delta = data[tile, 0] - mean
-        total = count + tile_count
-        mean = mean + delta * (tile_count / total)
-        m2 = m2 + data[tile, 1] + delta * delta * (count * tile_count / total)
-        count = total
-    return running_stats(mean, m2 / (rows if counts is None else count), weight, bias, eps)
+        total = counts.sum()
+    means, m2 = data.unbind(1)
+    counts = counts.unsqueeze(1)
+    # Seen from the first tile's mean, nothing cancels where |mean| >> std.
+    mean = means[0] + ((means - means[0]) * (counts / total)).sum(0)
+    m2 = (m2 + (means - mean).square_() * counts).sum(0)
+    return running_stats(mean, m2 / total, weight, bias, eps)
 
 
 # --- elementwise --------------------------------------------------------------------------------
@@ -434,8 +430,9 @@ def conv_dgrad(
         return (dz if add is None else dz + add).to(out_dtype), None
     q, sums = act_backward(dz, h, stats, act, add)
     if coef is not None:
-        training = bool(coef[1:].any())
-        return input_grad(Grad(q, h if training else None, coef), identity, out_dtype), None
+        # Asking whether B is 0 would have the host wait for the device.
+        h = torch.where(_per_channel(coef[1]) == 0, 0.0, h)
+        return input_grad(Grad(q, h, coef), identity, out_dtype), None
     return (cast(q, out_dtype) if write else None), sums
 
 

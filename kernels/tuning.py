@@ -8,7 +8,9 @@ process. With it on, a choice holds for the process and, through a JSON file in 
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -107,8 +109,14 @@ def choose(
         # A graph must not hold the trial runs.
         best = candidates[0]
     else:
-        times = [timer(lambda c=c: run(c)) for c in candidates]  # type: ignore[misc]
+        times = []
+        for candidate in candidates:
+            try:
+                times.append(timer(functools.partial(run, candidate)))
+            except launch.KernelError:
+                times.append(math.inf)
         best = candidates[times.index(min(times))]
-        _write(path, name, best)
+        if min(times) < math.inf:
+            _write(path, name, best)
     _chosen[name] = best
     return best

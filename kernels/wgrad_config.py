@@ -7,12 +7,13 @@ programs, two for each multiprocessor.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
-from .launch import multiprocessors
+from .integers import cdiv, next_power_of_2
+from .launch import Device, KernelError
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
@@ -29,26 +30,43 @@ class WgradConfig(NamedTuple):
 
     def tiles(self, k: int, j: int) -> int:
         """Programs that share a range of rows."""
-        return triton.cdiv(k, self.block_k) * triton.cdiv(j, self.block_j * self.j_tiles)
+        return cdiv(k, self.block_k) * cdiv(j, self.block_j * self.j_tiles)
 
-    def splits(self, rows: int, k: int, j: int) -> tuple[int, int]:
+    def splits(self, rows: int, k: int, j: int, device: Device) -> tuple[int, int]:
         """Blocks of BLOCK_M rows, and how many ranges they are split into."""
-        blocks = triton.cdiv(rows, self.block_m)
-        return blocks, min(blocks, triton.cdiv(_programs(), self.tiles(k, j)))
+        blocks = cdiv(rows, self.block_m)
+        return blocks, min(blocks, cdiv(_programs(device), self.tiles(k, j)))
 
-    def steps(self, rows: int, k: int, j: int) -> float:
+    def steps(self, rows: int, k: int, j: int, device: Device) -> float:
         """Blocks of rows that a program walks over, on average, if there are enough programs."""
-        return triton.cdiv(rows, self.block_m) * self.tiles(k, j) / _programs()
+        return cdiv(rows, self.block_m) * self.tiles(k, j) / _programs(device)
+
+    def smaller(self, times: int) -> WgradConfig:
+        """The tile with every side halved ``times`` times, down to the 16 that ``tl.dot`` needs.
+
+        For a device that cannot have this one.
+
+        Raises:
+            KernelError: that is the same tile as once less.
+        """
+        if times == 0:
+            return self
+        m, k, j = (max(16, side >> (times - 1)) for side in self[:3])
+        if m == k == j == 16 and (times > 1 or self.j_tiles == 1):
+            raise KernelError("there is no smaller tile")
+        return WgradConfig(max(16, m // 2), max(16, k // 2), max(16, j // 2), 1, 4, 1)
 
 
-def _programs() -> int:
-    return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors()
+def _programs(device: Device) -> int:
+    return _PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
 
 
+@functools.cache
 def wgrad_config(
     rows: int,
     k: int,
     j: int,
+    device: Device,
     *,
     dtype: torch.dtype,
     stream: torch.dtype,
@@ -66,8 +84,8 @@ def wgrad_config(
     # Border masks beside a prologue's coefficients, or float32 beside masks, are registers: with
     # more rows at a time, compilers for some GPUs spill.
     crowded = not same_rows and (prologue or (stream == torch.float32 and not pointwise))
-    block_k = min(max(triton.next_power_of_2(k), 16), 64)
-    block_j = min(max(triton.next_power_of_2(j), 16), 64)
+    block_k = min(max(next_power_of_2(k), 16), 64)
+    block_j = min(max(next_power_of_2(j), 16), 64)
     if dtype == torch.float32:
         return WgradConfig(16 if crowded else 32, block_k, block_j, 1, 4, 1)
     # One side fills wgmma's 64 rows, if need be with columns that are masked.
@@ -75,7 +93,7 @@ def wgrad_config(
         block_k, block_j = (64, block_j) if block_k > block_j else (block_k, 64)
     # Much to multiply: fewer reads of either operand, and a workspace that is small beside it.
     large = WgradConfig(64, 128, 128, 1, 8, 2)
-    if j >= 128 and (k % 128 == 0 or k >= 512) and large.steps(rows, k, j) >= 8:
+    if j >= 128 and (k % 128 == 0 or k >= 512) and large.steps(rows, k, j, device) >= 8:
         return large
     if pointwise and max(k, j) <= 16 and not crowded:
         # Three quarters of one side are padding; more rows at a time carry its cost.
@@ -87,9 +105,9 @@ def wgrad_config(
     else:
         # Without pipelining the taps are read through L1, which asynchronous copies bypass, and
         # a program that walks over several taps finds them there.
-        j_tiles = min(triton.cdiv(j, block_j), 3 if j <= 192 else 2)
+        j_tiles = min(cdiv(j, block_j), 3 if j <= 192 else 2)
         config = WgradConfig(32 if crowded else 64, block_k, block_j, j_tiles, 4, 1)
-    while config.block_m > 16 and config.steps(rows, k, j) < 1:
+    while config.block_m > 16 and config.steps(rows, k, j, device) < 1:
         config = config._replace(block_m=config.block_m // 2)
     # A loop of a step or two is over before a pipeline is filled.
-    return config if config.steps(rows, k, j) > 2 else config._replace(num_stages=1)
+    return config if config.steps(rows, k, j, device) > 2 else config._replace(num_stages=1)

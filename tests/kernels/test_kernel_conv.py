@@ -620,17 +620,14 @@ NETWORKS = [
 
 @pytest.mark.parametrize("size", NETWORKS, ids=lambda s: "-".join(map(str, s)))
 @dtypes
-def test_two_programs_a_multiprocessor(
-    size: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_programs_a_multiprocessor(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """The heuristic fills an H100 at the networks' shapes, with tiles for a warpgroup."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
-    monkeypatch.setattr(launch, "multiprocessors", lambda: 132)
+    h100 = launch.Device(132, "cuda", 90)
     rows, _, columns, _ = size
     for long_epilogue in (False, True):
         shape = configs.ConvShape(*size, dtype, long_epilogue)
-        candidates = configs.conv_candidates(shape)
-        first = configs.conv(shape)
+        candidates = configs.conv_candidates(shape, h100)
+        first = configs.conv(shape, h100)
         assert candidates[0] == first
         assert len(candidates) <= 6
         assert len(set(candidates)) == len(candidates)

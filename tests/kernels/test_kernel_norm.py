@@ -47,7 +47,7 @@ EPS = 1e-5
 @pytest.fixture(autouse=True)
 def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors are cut as on a device of several multiprocessors, into more tiles than one."""
-    monkeypatch.setattr(moments, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER._replace(multiprocessors=3))
 
 
 def norm(channels: int) -> Tensor:

@@ -24,7 +24,7 @@ from tests.support.kernel_checks import (
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from resnetv2.kernels import conv_wgrad, launch, reference, wgrad_config
+from resnetv2.kernels import conv_wgrad, launch, reference
 from resnetv2.kernels.operands import ACTS, IDENTITY, Act, Geometry, Grad
 from resnetv2.kernels.wgrad_config import WgradConfig
 
@@ -121,7 +121,7 @@ class Problem:
 @pytest.fixture(autouse=True)
 def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors are split over rows as on a device of several multiprocessors."""
-    monkeypatch.setattr(wgrad_config, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER._replace(multiprocessors=3))
 
 
 @cases
@@ -151,7 +151,8 @@ def test_every_prologue(kind: str, form: str) -> None:
 def test_any_number_of_splits(
     case: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wgrad_config, "multiprocessors", lambda: multiprocessors)
+    device = launch.INTERPRETER._replace(multiprocessors=multiprocessors)
+    monkeypatch.setattr(launch, "INTERPRETER", device)
     Problem(CASES[case], BF16, BF16, bias=True).check()
 
 
