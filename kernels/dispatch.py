@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -419,11 +420,33 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _below_sm80(device: torch.device) -> bool:
+    """Whether ATen is the better choice on a GPU: Triton's code for it spills and compiles long."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return _said_below_sm80(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _said_below_sm80(number: int) -> bool:
+    major, minor = torch.cuda.get_device_capability(number)
+    if major >= 8:
+        return False
+    warnings.warn(
+        f"{torch.cuda.get_device_name(number)} (sm_{major}{minor}) runs on ATen: below sm_80 "
+        "Triton's kernels spill registers and take minutes to compile. RESNETV2_BACKEND=triton "
+        "runs them nevertheless",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return True
+
+
 def resolve_backend(backend: str, device: torch.device) -> str:
     """ "triton" or "aten" for a requested backend and a device (design 4).
 
-    ``RESNETV2_BACKEND`` overrides "auto"; without it, Triton runs on a GPU and in its interpreter
-    (``TRITON_INTERPRET=1``).
+    ``RESNETV2_BACKEND`` overrides "auto"; without it, Triton runs on a GPU, from sm_80 on, and in
+    its interpreter (``TRITON_INTERPRET=1``).
 
     Raises:
         ValueError: an unknown name. ImportError: "triton" asked for where it is not installed.
@@ -434,7 +457,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        on = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type == "cuda":
+            on = not _below_sm80(device)
+        else:
+            on = os.environ.get("TRITON_INTERPRET") == "1"
         return "triton" if on and has_triton() else "aten"
     if backend == "triton" and not has_triton():
         raise ImportError("the triton backend needs the package triton: pip install triton")

@@ -31,6 +31,7 @@ import queue
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ from typing import Any
 import torch
 
 from .. import tuning
+from ..fallback import FallbackWarning
 from ..launch import Config
 from . import dryrun
 from .cases import DTYPES, UNITS, rated, selected, steps
@@ -209,7 +211,9 @@ def rows_of(
         label = f"{UNITS[number].name}: {label}"
         if case in label:
             tiles = _candidates_too() if candidates else contextlib.nullcontext()
-            with dryrun.dry_run(target) as run, tiles:
+            with dryrun.dry_run(target) as run, tiles, warnings.catch_warnings():
+                # The table is about the kernels that should run, not about what replaces them.
+                warnings.simplefilter("error", FallbackWarning)
                 step()
             rows += [row(target, dtype, label, launch, count) for launch in run.launches]
     return rows

@@ -154,7 +154,7 @@ def dry_run(target: str = "sm_90") -> Iterator[DryRun]:
 
     Tensors live on the CPU and the backend is ``"triton"``. A kernel that needs more shared memory
     than the device has raises ``triton.runtime.errors.OutOfResources``, as on the device, and is
-    named in ``failures``.
+    named in ``failures``; what the project then runs instead (``fallback``) is seen as well.
 
     Raises:
         ValueError: ``target`` is unknown.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from resnetv2.core.modules import UnitModules
 from resnetv2.core.operators import chain_backward, chain_forward
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
+from resnetv2.kernels import dispatch
 from resnetv2.kernels.dispatch import resolve_backend
 from tests.support.yardstick import BACKENDS, DEVICE, images, needs_triton, randomise
 
@@ -192,6 +194,29 @@ def test_backend_triton_where_it_can_run(no_override):
     assert resolve_backend("auto", torch.device("cpu")) == "triton"
     no_override.delenv("TRITON_INTERPRET")
     assert resolve_backend("triton", torch.device("cpu")) == "triton"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "backend"), [((7, 0), "aten"), ((7, 5), "aten"), ((8, 0), "triton")]
+)
+def test_backend_below_sm_80(capability, backend, no_override):
+    """Triton's code for older GPUs spills and takes minutes to compile: ATen, said once."""
+    no_override.setattr(torch.cuda, "is_available", lambda: True)
+    no_override.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    no_override.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    dispatch._said_below_sm80.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert resolve_backend("auto", torch.device("cuda", 0)) == backend
+        no_override.setenv("RESNETV2_BACKEND", "triton")
+        assert resolve_backend("auto", torch.device("cuda", 0)) == "triton"
+    dispatch._said_below_sm80.cache_clear()
+    messages = [str(warning.message) for warning in caught]
+    target = "sm_" + "".join(map(str, capability))
+    assert len(messages) == (backend == "aten")
+    assert all(f"Some GPU ({target})" in m and "RESNETV2_BACKEND=triton" in m for m in messages)
 
 
 @needs_triton

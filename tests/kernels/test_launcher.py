@@ -6,11 +6,6 @@ its own: kernels cannot be compiled where they are interpreted.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,28 +13,15 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from tests.support import stub_driver
+from tests.support.compiled import compiled
 
 pytestmark = pytest.mark.skipif(bool(stub_driver.missing()), reason=stub_driver.missing())
 
-ROOT = Path(__file__).parents[2]
 CASES = [
     f"{block}, {precision}"
     for block in ("basic", "basic, strided", "bottleneck", "bottleneck, strided")
     for precision in ("bfloat16", "float32")
 ]
-
-
-def compiled(script: str, *arguments: str) -> Any:
-    """The JSON that a script of tests/support prints where kernels are compiled."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # The stub takes the place of a GPU's library.
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / script), *arguments],
-        env=environment, capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
