@@ -97,7 +97,7 @@ import torch
 import triton
 import triton.language as tl
 
-from resnetv2.kernels.dryrun import dry_run
+from resnetv2.kernels.inspect.dryrun import dry_run
 
 
 @triton.jit
