@@ -39,7 +39,7 @@ from .launch import (
 from .moments import check_floating, check_per_channel
 from .norm_backward import check_grad
 from .operands import IDENTITY, Act, Geometry, Grad
-from .wgrad_config import wgrad_config
+from .wgrad_config import config_of
 
 # The reduction's tile: splits at a time, and elements in all.
 _REDUCE_SPLITS = 256
@@ -352,21 +352,18 @@ def conv_wgrad(
     j = kernel_h * kernel_w * c
     if rows == 0:
         return dweight.zero_(), None if dbias is None else dbias.zero_()
-    pointwise = kernel_h * kernel_w == 1
     device = device_of(h)
-    config = wgrad_config(
+    config = config_of(
         rows,
-        k,
-        j,
+        weight.shape,
+        geometry,
         device,
         dtype=dtype,
         stream=h.dtype,
         prologue=stats is not None or coef is not None,
-        same_rows=pointwise and tuple(geometry.stride) == (1, 1) and not any(geometry.padding),
-        pointwise=pointwise,
     ).smaller(smaller)
     blocks, splits = config.splits(rows, k, j, device)
-    size = k * j + (k if with_bias else 0)
+    _, size = config.workspace(rows, k, j, with_bias, device)
     workspace = torch.empty((splits, size), dtype=torch.float32, device=h.device)
     launch(
         _conv_wgrad_kernel,

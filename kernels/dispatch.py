@@ -201,6 +201,16 @@ def implementation(op: str, kernel_size: tuple[int, int], geometry: Geometry) ->
     return FUSED if kernel_size == (1, 1) else WRITTEN
 
 
+def runs_twice(weight: Tensor) -> bool:
+    """Whether a unit's last dgrad, which gives dx, runs for its sums first and then for dx.
+
+    A narrowing 1x1 moves fewer bytes so than by writing q and reading it back: 4K + 4C channels of
+    rows instead of 2K + 6C.
+    """
+    k, c, *kernel_size = weight.shape
+    return kernel_size == [1, 1] and k < c
+
+
 class TritonEngine(AtenEngine):
     """The same steps on the fused kernels: float32, float16 and bfloat16."""
 
@@ -393,9 +403,7 @@ class TritonEngine(AtenEngine):
             )  # fmt: skip
         if not need_input:
             return ConvGrads(None, dweight, dbias, None, None)
-        # Run twice, for its sums and then for dx, a narrowing 1x1 moves fewer bytes than writing q
-        # and reading it back: 4K + 4C channels of rows instead of 2K + 6C (design 7).
-        twice = final and kernel_size == (1, 1) and weight.shape[0] < weight.shape[1]
+        twice = final and runs_twice(weight)
         dgrad = functools.partial(
             self._dgrad, grad, weight, h, geometry,
             dtype=dtype, stats=stats, act=act, add=add,

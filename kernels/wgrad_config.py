@@ -8,12 +8,14 @@ programs, two for each multiprocessor.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .integers import cdiv, next_power_of_2
 from .launch import Device, KernelError
+from .operands import Geometry
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
@@ -36,6 +38,12 @@ class WgradConfig(NamedTuple):
         """Blocks of BLOCK_M rows, and how many ranges they are split into."""
         blocks = cdiv(rows, self.block_m)
         return blocks, min(blocks, cdiv(_programs(device), self.tiles(k, j)))
+
+    def workspace(
+        self, rows: int, k: int, j: int, with_bias: bool, device: Device
+    ) -> tuple[int, int]:
+        """Shape of the float32 sums that are added up in the end: splits, values of each."""
+        return self.splits(rows, k, j, device)[1], k * j + (k if with_bias else 0)
 
     def steps(self, rows: int, k: int, j: int, device: Device) -> float:
         """Blocks of rows that a program walks over, on average, if there are enough programs."""
@@ -111,3 +119,29 @@ def wgrad_config(
         config = config._replace(block_m=config.block_m // 2)
     # A loop of a step or two is over before a pipeline is filled.
     return config if config.steps(rows, k, j, device) > 2 else config._replace(num_stages=1)
+
+
+def config_of(
+    rows: int,
+    weight: Sequence[int],
+    geometry: Geometry,
+    device: Device,
+    *,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    prologue: bool,
+) -> WgradConfig:
+    """``wgrad_config`` of a convolution: its ``rows`` of results and its weight's (K, C, R, S)."""
+    k, c, kernel_h, kernel_w = weight
+    pointwise = kernel_h * kernel_w == 1
+    return wgrad_config(
+        rows,
+        k,
+        kernel_h * kernel_w * c,
+        device,
+        dtype=dtype,
+        stream=stream,
+        prologue=prologue,
+        same_rows=pointwise and tuple(geometry.stride) == (1, 1) and not any(geometry.padding),
+        pointwise=pointwise,
+    )

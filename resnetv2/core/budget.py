@@ -8,17 +8,21 @@ the engine's ``norm_conv_backward``; the tests hold it against what the allocato
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import ATEN, WRITTEN, implementation, runs_twice
 from ..kernels.operands import stats_dtype
 from .chain import stream_dtypes
 from .modules import UnitModules
 from .operators import Shape, chain_shapes, norm_channels
 from .run import describe
-from .spec import Spec, decode
+from .spec import Conv, Shortcut, Spec, decode
+
+if TYPE_CHECKING:
+    from ..kernels.launch import Device
 
 
 class ChainCost(NamedTuple):
@@ -50,38 +54,83 @@ def _walk_bytes(
     params: Sequence[Tensor],
     hs: list[list[Shape]],
     kept: frozenset[tuple[int, int]],
-    triton: bool,
+    ends: Sequence[Shape],
+    gpu: Device | None,
 ) -> int:
-    """Most bytes alive in the backward of any unit besides what is kept for the whole chain."""
+    """Most bytes alive in the backward of any unit besides what is kept for the whole chain.
+
+    ends: the chain's output, and as the last unit's in another dtype.
+    """
     worst = 0
-    held = _bytes(hs[-1][-1:])  # the gradient that came in is held to the chain's end
+    held = _bytes(ends)  # the gradient that came in, and its copy in a wider stream's dtype
     item = spec.dtype.itemsize
     wide = max(item, 4)
     for number, (unit, h) in enumerate(zip(spec.units, hs)):
         last = number == len(hs) - 1
+        at = spec.positions[number]
         base = held + (0 if last else _bytes(h[-1:]))  # the unit's own gradient
-        if unit.projection is not None:
-            base += h[0].numel * item
         # The h_i that had to be computed again; a chain's own x is counted among its ends.
         base += sum(
             _bytes(h[i : i + 1])
             for i in range(len(unit.convs))
             if (number, i) not in kept and (number or i)
         )
+        if unit.projection is not None:
+            if gpu is not None:
+                preact = unit.shortcut == Shortcut.PROJECTION_PREACT
+                weight = params[at.projection_weight]
+                workspace = _workspace(
+                    unit.projection, weight, h[-1], gpu, spec.dtype, h[0].dtype, preact
+                )
+                worst = max(worst, base + workspace)
+            base += h[0].numel * item
         for i in range(len(unit.convs)):
             rows = h[i].numel
             here = 0 if i == len(unit.convs) - 1 else h[i + 1].numel * item
-            if triton:
-                # z and q, or q and dx.
-                here += rows * item + max(rows * item, _bytes(h[:1]) if i == 0 else 0)
-            else:
+            conv, weight = unit.convs[i], params[at.conv_weight[i]]
+            kernel_size = (weight.shape[2], weight.shape[3])
+            how = implementation("dgrad", kernel_size, conv.geometry)
+            if gpu is None or how == ATEN:
                 # affine(h) and the convolution's dz with its weight reordered, half precision
                 # holding a copy of each; then q and ATen's norm backward, which allocates twice.
-                weight = params[spec.positions[number].conv_weight[i]].numel() * item
-                convolution = rows * (wide + item) + (rows * item if item < wide else 0) + weight
-                here += max(convolution, 3 * rows * wide)
+                copies = rows * (wide + item) + (rows * item if item < wide else 0)
+                here += max(copies + weight.numel() * item, 3 * rows * wide)
+            else:
+                written = how == WRITTEN
+                if written and (here or h[i + 1].dtype != spec.dtype):
+                    here += h[i + 1].numel * item
+                stream = spec.dtype if written else h[i].dtype
+                workspace = _workspace(conv, weight, h[i + 1], gpu, spec.dtype, stream, not written)
+                # z beside the weight gradient's sums; then q and dx, unless dx alone is written.
+                q = 0 if i == 0 and runs_twice(weight) else rows * item
+                dx = _bytes(h[:1]) if i == 0 else 0
+                here += max((rows * item if written else 0) + workspace, q + dx)
             worst = max(worst, base + here)
     return worst
+
+
+def _workspace(
+    conv: Conv,
+    weight: Tensor,
+    out: Shape,
+    gpu: Device,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    prologue: bool,
+) -> int:
+    """Bytes of the sums that a weight gradient's programs leave for its reduction.
+
+    out: of the convolution. stream: the dtype of what it reads, before the prologue.
+    """
+    from ..kernels.wgrad_config import config_of  # which needs Triton
+
+    rows = out.numel // out.size[1]
+    config = config_of(
+        rows, weight.shape, conv.geometry, gpu, dtype=dtype, stream=stream, prologue=prologue
+    )
+    k, j = weight.shape[0], weight[0].numel()
+    splits, size = config.workspace(rows, k, j, conv.bias, gpu)
+    return 4 * splits * size
 
 
 def chain_cost(
@@ -90,14 +139,14 @@ def chain_cost(
     dtype: torch.dtype,
     memory: str,
     *,
-    triton: bool,
+    gpu: Device | None,
     segment: int = 0,
 ) -> tuple[ChainCost, Shape]:
     """What a chain costs in mode ``memory`` for an input x, and the shape of its output.
 
     Args:
         x: the input.
-        dtype: in which convolutions multiply. triton: whether the kernels or ATen run.
+        dtype: in which convolutions multiply. gpu: whose kernels run; None for ATen.
         segment: units of a segment, 0 for the default.
     """
     params, layout, constants = describe(
@@ -121,7 +170,7 @@ def chain_cost(
     cost = ChainCost(
         kept=_bytes([hs[u][i] for u, i in keys]),
         ends=_bytes(ends) + 5 * stats_dtype(x.dtype).itemsize * sum(norm_channels(spec, params)),
-        walk=inner_bytes + _walk_bytes(spec, params, hs, alive, triton),
+        walk=inner_bytes + _walk_bytes(spec, params, hs, alive, ends, gpu),
         gradients=sum(p.numel() * p.element_size() for p, need in zip(params, spec.needs) if need),
         flops=flops,
         extra_flops=extra,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from .budget import ChainCost, chain_cost
 from .modules import UnitModules
 from .operators import Shape
 from .run import segment_length
+
+if TYPE_CHECKING:
+    from ..kernels.launch import Device
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -89,7 +92,7 @@ def step_bytes(
     dtype: torch.dtype,
     mode: str,
     *,
-    triton: bool,
+    gpu: Device | None,
     optimizer_states: float,
 ) -> tuple[ModeCost, int]:
     """The row of one mode, and the bytes that eager keeps; image: a batch of images."""
@@ -107,7 +110,7 @@ def step_bytes(
     costs: list[ChainCost] = []
     for units in stages:
         segment = segment_length(units) if mode == "segment" else 0
-        cost, x = chain_cost(units, x, dtype, mode, triton=triton, segment=segment)
+        cost, x = chain_cost(units, x, dtype, mode, gpu=gpu, segment=segment)
         costs.append(cost)
     tail = 3 * x.nbytes
     peak = kept = held
@@ -134,6 +137,18 @@ def step_bytes(
         ),
         sum(c.eager for c in costs) + held,
     )
+
+
+def _gpu(device: torch.device) -> Device:
+    """What the sizes of the kernels' workspaces depend on; an H100 where there is no GPU."""
+    from ..kernels.launch import Device  # which needs Triton
+
+    if not torch.cuda.is_available():
+        return Device(132, "cuda", 90)
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device(found.multi_processor_count, "hip", found.gcnArchName.partition(":")[0])
+    return Device(found.multi_processor_count, "cuda", 10 * found.major + found.minor)
 
 
 def _unit_of(block: nn.Module) -> UnitModules:
@@ -195,14 +210,12 @@ def choose_mode(
     Raises:
         BudgetError: no mode fits.
     """
-    triton = device.type == "cuda" and has_triton()
+    gpu = _gpu(device) if device.type == "cuda" and has_triton() else None
     channels: Any = model.conv1.in_channels  # type: ignore[union-attr]
 
     def row(batch: int, mode: str) -> tuple[ModeCost, int]:
         image = Shape((batch, channels, *image_size), next(model.parameters()).dtype)
-        return step_bytes(
-            model, image, dtype, mode, triton=triton, optimizer_states=optimizer_states
-        )
+        return step_bytes(model, image, dtype, mode, gpu=gpu, optimizer_states=optimizer_states)
 
     rows, eager = zip(*(row(batch_size, mode) for mode in MEMORY_MODES))
     mode = None

@@ -24,7 +24,7 @@ from ..core.memory import format_bytes
 from ..core.modules import UnitModules
 from ..core.run import describe, segment_length
 from ..core.spec import decode
-from ..kernels.dispatch import ATEN, WRITTEN, AtenEngine, ConvGrads, implementation
+from ..kernels.dispatch import ATEN, WRITTEN, AtenEngine, ConvGrads, implementation, runs_twice
 from ..kernels.operands import Act, Geometry, Grad, stats_dtype
 from ..names import MEMORY_MODES
 
@@ -421,8 +421,7 @@ class CostEngine(AtenEngine):
             if need_input:
                 q = torch.empty_like(h, dtype=dtype, device="meta")
                 read = _size(grad.q, grad.h, weight, h, add)
-                narrowing = tuple(weight.shape[2:]) == (1, 1) and weight.shape[0] < weight.shape[1]
-                if final and narrowing:
+                if final and runs_twice(weight):
                     self._add("conv_dgrad (sums)", read, flops)
                     self._add("norm_grad", 0)
                     self._add("conv_dgrad", read + _size(identity, out), flops)

@@ -168,7 +168,7 @@ def test_any_number_of_splits(
     ids=lambda c: "x".join(map(str, c)),
 )
 def test_every_kind_of_tile(config: WgradConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_wgrad, "wgrad_config", lambda *shape, **options: config)
+    monkeypatch.setattr(conv_wgrad, "config_of", lambda *shape, **options: config)
     Problem(((1, 20, 7, 6), 24, (3, 3), (1, 1), (1, 1)), BF16, BF16, bias=True).check()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 
 import pytest
 import torch
@@ -67,15 +68,15 @@ def assert_no_worse(ours, theirs, factor):
 
 def step_bytes(model, batch, size):
     """Peak of a step's allocations, gradients made in it included; its own inputs are not."""
-    x = images((batch, 3, size, size))
+    x = images((batch, 3, size, size)).to(next(model.parameters()).device)
 
     def step():
         model.zero_grad()
-        F.cross_entropy(model(x), torch.zeros(batch, dtype=torch.long, device=DEVICE)).backward()
+        F.cross_entropy(model(x), torch.zeros(batch, dtype=torch.long, device=x.device)).backward()
 
     step()
     model.zero_grad()
-    return peak_bytes(step, DEVICE.type == "cuda")
+    return peak_bytes(step, x.is_cuda)
 
 
 def resident(model):
@@ -201,6 +202,37 @@ def test_kept_bytes_are_as_planned(mode, block):
     )
     predicted = plan(model, batch, image_size=16, optimizer_states=0).row(mode).peak
     measured = step_bytes(model, batch, 16) + resident(model)
+    assert measured <= predicted * 1.005
+    assert predicted <= measured * 1.1
+
+
+@pytest.fixture
+def idle_h100(monkeypatch):
+    """Kernels allocate what they do on an H100, in the host's memory, and are not run."""
+    pytest.importorskip("triton")
+    from resnetv2.kernels import dispatch, launch
+
+    dispatch.TritonEngine()  # imports them all
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device = launch.Device(132, "cuda", 90)
+    fakes = {launch.launch: lambda *_, **__: None, launch.device_of: lambda _: device}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("resnetv2.kernels."):
+            for attribute in ("launch", "device_of"):
+                fake = fakes.get(getattr(module, attribute, None))
+                if fake is not None:
+                    monkeypatch.setattr(module, attribute, fake)
+
+
+@modes
+@pytest.mark.parametrize(("depth", "block"), [(56, "basic"), (83, "bottleneck")])
+def test_kernels_allocate_what_is_planned(mode, depth, block, idle_h100):
+    """Written operands, and the sums of a weight gradient's programs, as many as an H100 holds."""
+    torch.manual_seed(0)
+    model = PreActResNet.from_depth(depth, block, memory=mode, backend="triton")
+    model = model.to(memory_format=torch.channels_last)
+    predicted = plan(model, 8, image_size=16, optimizer_states=0, device="cuda").row(mode).peak
+    measured = step_bytes(model, 8, 16) + resident(model)
     assert measured <= predicted * 1.005
     assert predicted <= measured * 1.1
 
