@@ -1,4 +1,4 @@
-"""Elementwise pieces that the Triton kernels share: the activations and their derivatives.
+"""Pieces that the Triton kernels share: the activations and their derivatives, casts, products.
 
 ``KIND`` is a constexpr string out of ``operands.ACTS``; u is float32. NaN passes through all of
 them, as in eager PyTorch (design 6): comparisons are written so that NaN takes the branch which
@@ -57,3 +57,41 @@ def cast(x, DTYPE: tl.constexpr):
             rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
             x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x as ``dot`` takes it: in DTYPE, with ``PRECISION`` "tf32" rounded to nearest, ties away.
+
+    Matrix units leave out the lower 13 bits of float32, which by itself rounds towards zero: a
+    bias. Adding half of what they leave out is two instructions with the test for NaN, whose bits
+    would overflow; ``cvt.rna.tf32`` becomes three.
+    """
+    x = cast(x, DTYPE)
+    if PRECISION == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        x = tl.where(x == x, (bits + 0x1000).to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def _multiplied(x, PRECISION: tl.constexpr):
+    """What matrix units multiply of an operand, as float32.
+
+    The interpreter would multiply the bit patterns of bfloat16, and all bits of float32.
+    """
+    x = x.to(tl.float32)
+    if PRECISION == "tf32":
+        upper = x.to(tl.int32, bitcast=True) & -0x2000
+        x = tl.where(x == x, upper.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in float32, for operands that ``operand`` made."""
+    if INTERPRET:
+        acc = tl.dot(_multiplied(a, PRECISION), _multiplied(b, PRECISION), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc

@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import INTERPRET, activate, cast
+from .activations import activate, dot, operand
 
 
 @triton.jit
@@ -100,15 +100,17 @@ def _read_weight(
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """(BLOCK_K, BLOCK_N) weights in DTYPE; neighbouring threads read along the smaller stride."""
     known = (channels < CHANNELS)[:, None] & (columns < COLUMNS)[None, :]
     offsets = channels[:, None] * STRIDE_CHANNEL + columns[None, :] * STRIDE_COLUMN
     if STRIDE_CHANNEL < STRIDE_COLUMN:
         weight = tl.load(pointer + tl.trans(offsets), mask=tl.trans(known), other=0.0)
-        tile = tl.trans(cast(weight, DTYPE))
+        tile = tl.trans(operand(weight, DTYPE, PRECISION))
     else:
-        tile = cast(tl.load(pointer + offsets, mask=known, other=0.0), DTYPE)
+        weight = tl.load(pointer + offsets, mask=known, other=0.0)
+        tile = operand(weight, DTYPE, PRECISION)
     return tile
 
 
@@ -125,6 +127,7 @@ def _prologue(
     ACT: tl.constexpr,
     MASKED: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The operand in DTYPE out of what was read."""
     z = x
@@ -143,7 +146,7 @@ def _prologue(
                 z += h.to(tl.float32) * b[None, :] + c[None, :]
         if MASKED:
             z = tl.where(inside[:, None], z, 0.0)
-    return cast(z, DTYPE)
+    return operand(z, DTYPE, PRECISION)
 
 
 @triton.jit
@@ -225,7 +228,15 @@ def conv_tile(
     if PROLOGUE == "affine_h":
         h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
     weight = _read_weight(
-        weight_ptr, channels, columns, STRIDE_CHANNEL, STRIDE_COLUMN, CHANNELS, COLUMNS, DTYPE
+        weight_ptr,
+        channels,
+        columns,
+        STRIDE_CHANNEL,
+        STRIDE_COLUMN,
+        CHANNELS,
+        COLUMNS,
+        DTYPE,
+        PRECISION,
     )
     for block in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=UNROLL_BLOCKS):
         for tap in tl.range(0, TAPS, num_stages=1, loop_unroll_factor=UNROLL_TAPS):
@@ -269,8 +280,9 @@ def conv_tile(
                     CHANNELS,
                     COLUMNS,
                     DTYPE,
+                    PRECISION,
                 )
-            operand = _prologue(
+            this_x = _prologue(
                 this_x,
                 this_h,
                 coef_ptr,
@@ -282,10 +294,7 @@ def conv_tile(
                 ACT,
                 MASKED,
                 DTYPE,
+                PRECISION,
             )
-            if INTERPRET:
-                # The interpreter multiplies the bit patterns of bfloat16.
-                acc = tl.dot(operand.to(tl.float32), this_weight.to(tl.float32), acc)
-            else:
-                acc = tl.dot(operand, this_weight, acc, input_precision=PRECISION)
+            acc = dot(this_x, this_weight, acc, PRECISION)
     return acc

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import INTERPRET, activate, cast
+from .activations import activate, cast, dot, operand
 from .integers import cdiv, next_power_of_2
 from .launch import (
     TRITON_DTYPES,
@@ -187,7 +187,7 @@ def _conv_wgrad_kernel(
         )
         if WITH_BIAS:
             bias += tl.sum(g.to(tl.float32), axis=0)
-        g = cast(g, DTYPE)
+        g = operand(g, DTYPE, PRECISION)
 
         if not SAME_ROWS:
             y = (row // OUT_WIDTH % OUT_HEIGHT).to(tl.int32) * STRIDE_H - PADDING_H
@@ -232,15 +232,11 @@ def _conv_wgrad_kernel(
                 z = activate(z.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
                 if not (SAME_ROWS and WHOLE):
                     z = tl.where(mask, z, 0.0)
-            z = cast(z, DTYPE)
-            if INTERPRET:
-                # The interpreter multiplies the bit patterns of bfloat16.
-                z = z.to(tl.float32)
-                g = g.to(tl.float32)
+            z = operand(z, DTYPE, PRECISION)
             if SWAP:
-                acc = tl.dot(tl.trans(g), z, accs[t], input_precision=PRECISION)
+                acc = dot(tl.trans(g), z, accs[t], PRECISION)
             else:
-                acc = tl.dot(tl.trans(z), g, accs[t], input_precision=PRECISION)
+                acc = dot(tl.trans(z), g, accs[t], PRECISION)
             new = new + (acc,)  # type: ignore[assignment] # noqa: RUF005
         accs = new
 

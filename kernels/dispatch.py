@@ -321,6 +321,8 @@ class TritonEngine(AtenEngine):
 
         def aten() -> tuple[Tensor, Any]:
             out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
+            # h may lie in both layouts, but the kernels read channels_last alone.
+            out = reference.in_memory_format(out, torch.channels_last)
             return out, self.moments(out) if with_moments else None
 
         how = implementation("forward", (weight.shape[2], weight.shape[3]), geometry)

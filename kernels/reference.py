@@ -43,6 +43,45 @@ def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ATen takes x, (N, C, H, W), for a tensor in channels_last memory.
+
+    With one channel or images of one pixel a tensor lies in both layouts; ATen then goes by the
+    strides of the dimensions of size 1, and so does this.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if not x.is_contiguous():
+        return True
+    least = 0
+    for axis in (1, 3, 2, 0):
+        stride = x.stride(axis)
+        if stride < least or stride == 0 or (axis == 0 and least == x.stride(1)):
+            return False
+        least = stride * max(x.shape[axis], 1)
+    return True
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last or contiguous_format, as ATen sees x (``is_channels_last``)."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def in_memory_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """x, (N, C, H, W), with the strides of a new tensor of that format.
+
+    x itself where it has them, a view where only the strides of dimensions of size 1 differ.
+    """
+    if not x.is_contiguous(memory_format=memory_format):
+        return x.contiguous(memory_format=memory_format)
+    n, c, h, w = x.shape
+    if c > 1 and h > 1 and w > 1 and n > 1:
+        return x
+    last = memory_format == torch.channels_last
+    strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
 # --- statistics ---------------------------------------------------------------------------------
 
 
@@ -177,9 +216,10 @@ def act_backward(
 
 
 def _sums(q: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Only the sums are asked of native_batch_norm_backward: one pass over q and h.
+    # Only the sums are asked of native_batch_norm_backward: one pass over q and h. CUDA's gives
+    # none where there is no weight; a weight's values do not enter them, so rstd stands for it.
     return _aten.native_batch_norm_backward(
-        q, h, None, None, None, mean, rstd, True, 0.0, [False, True, True]
+        q, h, rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
     )
 
 
@@ -242,10 +282,13 @@ def norm_backward(
     q = cast(q, stats.dtype)
     h = cast(h, stats.dtype)
     if training:
-        weight = None if weight is None else cast(weight, stats.dtype)
+        # Without a weight CUDA's gives no sums.
+        weight = torch.ones_like(rstd) if weight is None else cast(weight, stats.dtype)
         g, s2, s1 = _aten.native_batch_norm_backward(
             q, h, weight, None, None, mean, rstd, True, 0.0, [True, True, True]
         )
+        # CUDA's gives NCHW from 2**31 elements on.
+        g = in_memory_format(g, memory_format_of(h))
     else:
         _, s2, s1 = _sums(q, h, mean, rstd)
         g = q.mul_(_per_channel(scale))
@@ -329,6 +372,8 @@ def conv_forward(
     z = norm_act(h, stats, act, dtype)
     bias = None if bias is None else cast(bias, dtype)
     out = conv2d(z, cast(weight, dtype), bias, geometry)
+    # Not every convolution of ATen keeps the layout: on CUDA cuDNN's do, but in float64 none does.
+    out = in_memory_format(out, memory_format_of(h))
     out_dtype = dtype if out_dtype is None else out_dtype
     if residual is not None:
         if residual_stats is not None:
@@ -363,7 +408,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dz, dweight and dbias of conv(z) for the gradient g, where ``mask`` asks for them.
 
-    dweight and dbias come in weight's dtype and layout.
+    dz comes in z's layout, dweight and dbias in weight's dtype and layout.
     """
     size = z.shape[2:]
     z, padding = _padded(z, geometry)
@@ -382,9 +427,9 @@ def convolution_backward(
     )
     if mask[0] and dz.shape[2:] != size:
         (top, left), (height, width) = geometry.padding, size
-        last = z.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        dz = dz[:, :, top : top + height, left : left + width].contiguous(memory_format=layout)
+        dz = dz[:, :, top : top + height, left : left + width]
+    if mask[0]:
+        dz = in_memory_format(dz, memory_format_of(z))
     if mask[1] and (dweight.dtype != weight.dtype or dweight.stride() != weight.stride()):
         dweight = torch.empty_like(weight).copy_(dweight)
     return (

@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
 
 # cuDNN's fastest kernels add up in any order: equal bits and gradcheck need those that do not.
 torch.backends.cudnn.deterministic = True
+# PyTorch multiplies float32 convolutions in TF32 by default, and kernels do, in the interpreter too
+# (tests/kernels/test_tf32.py); all other tests hold float32 to the precision of float32.
+torch.backends.cudnn.allow_tf32 = False
 
 # Processes side by side (pytest -n 2) would wait for each other's threads.
 if "PYTEST_XDIST_WORKER" in os.environ:

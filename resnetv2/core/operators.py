@@ -8,7 +8,7 @@ buffers are updated outside, since an operator with an autograd formula must not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.dispatch import AtenEngine, engine
+from ..kernels.dispatch import AtenEngine, engine, resolve_backend
 from ..kernels.operands import Act, stats_dtype
+from ..kernels.reference import in_memory_format, is_channels_last
 from .chain import Chain, stream_dtypes
 from .spec import Norm, Spec, decode
 
@@ -38,8 +39,7 @@ def chain_forward(
 ) -> list[Tensor]:
     """[out, stats, *end, *kept] of a chain (``spec.decode``) on x, (N, C, H, W).
 
-    x is in channels_last memory; ATen's engine takes NCHW too, if the weights are. Results have
-    x's layout.
+    Results lie in memory as ``chain_format`` says, and x should, or it is copied.
 
     out: in eager's dtype. stats: flat; norm after norm, (5, C) each: mean, biased var, rstd,
     scale, shift; then the number of rows of each norm that is synchronised over ranks. end: out in
@@ -47,19 +47,44 @@ def chain_forward(
     kept: ``Spec.kept()`` in order.
     """
     spec = decode(layout, constants)
+    memory_format = chain_format(x, _weights(spec, params), spec.backend)
     with _no_autocast(x):
         chain = Chain(spec, params, _engine(spec, x, params))
         keys = spec.kept()
-        end, kept = chain.forward(_stream(spec, x), 0, len(spec.units), keys)
+        end, kept = chain.forward(_stream(spec, x, memory_format), 0, len(spec.units), keys)
         assert end is not None
+        end = in_memory_format(end, memory_format)
         stats = torch.cat([s.reshape(-1) for s in (*chain.stats, *chain.totals)])
         out = end.to(stream_dtypes(spec, x.dtype)[-1])
         ends = [end] if spec.keep and out is not end else []
-        return [out, stats, *ends, *(kept[key] for key in keys)]
+        return [out, stats, *ends, *(in_memory_format(kept[key], memory_format) for key in keys)]
 
 
-def _stream(spec: Spec, x: Tensor) -> Tensor:
-    return x.float() if spec.wide else x
+def _stream(spec: Spec, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return in_memory_format(x.float() if spec.wide else x, memory_format)
+
+
+def _weights(spec: Spec, params: Sequence[Tensor]) -> Iterator[Tensor]:
+    for at in spec.positions:
+        yield from (params[position] for position in at.conv_weight)
+        if at.projection_weight >= 0:
+            yield params[at.projection_weight]
+
+
+def chain_format(x: Tensor, weights: Iterable[Tensor], backend: str) -> torch.memory_format:
+    """The layout of a chain's activations for an input x, (N, C, H, W), and its convolutions.
+
+    channels_last. But where x is NCHW, ATen convolves it in NCHW as long as all weights are, with
+    other roundings: eager's, where nothing is converted.
+    """
+    if (
+        x.is_contiguous()
+        and not is_channels_last(x)
+        and resolve_backend(backend, x.device) == "aten"
+        and all(w.is_contiguous() and not is_channels_last(w) for w in weights)
+    ):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 class Shape(NamedTuple):
@@ -78,12 +103,6 @@ class Shape(NamedTuple):
 
     def empty(self, device: torch.device, memory_format: torch.memory_format) -> Tensor:
         return torch.empty(self.size, dtype=self.dtype, device=device, memory_format=memory_format)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def chain_shapes(
@@ -116,7 +135,7 @@ def _chain_forward_fake(
     hs = chain_shapes(spec, x.shape, x.dtype, params)
     numbers = 5 * sum(norm_channels(spec, params)) + spec.synced
     stats = torch.empty((numbers,), dtype=stats_dtype(x.dtype), device=x.device)
-    memory_format = _memory_format(x)
+    memory_format = chain_format(x, _weights(spec, params), spec.backend)
     end = hs[-1][-1].empty(x.device, memory_format)
     out = end.to(stream_dtypes(spec, x.dtype)[-1])
     ends = [end] if spec.keep and out is not end else []
@@ -141,14 +160,20 @@ def chain_backward(
     returned them.
     """
     spec = decode(layout, constants)
+    memory_format = chain_format(x, _weights(spec, params), spec.backend)
     with _no_autocast(x):
         chain = Chain(spec, params, _engine(spec, x, params), *_split_stats(spec, stats, params))
         grads: list[Tensor | None] = [None] * len(params)
-        memory_format = _memory_format(x)
-        if not g.is_contiguous(memory_format=memory_format):
-            g = g.contiguous(memory_format=memory_format)
-        dx = chain.backward(g, _stream(spec, x), out, dict(zip(spec.kept(), kept)), grads)
-    result = [None if dx is None else dx.to(x.dtype)] if spec.need_x else []
+        dx = chain.backward(
+            in_memory_format(g, memory_format),
+            _stream(spec, x, memory_format),
+            out,
+            dict(zip(spec.kept(), kept)),
+            grads,
+        )
+    result = []
+    if spec.need_x:
+        result = [None if dx is None else in_memory_format(dx.to(x.dtype), memory_format)]
     result += [grad for grad, need in zip(grads, spec.needs) if need]
     assert all(r is not None for r in result)
     return result  # type: ignore[return-value]
@@ -166,7 +191,8 @@ def _chain_backward_fake(
     constants: list[float],
 ) -> list[Tensor]:
     spec = decode(layout, constants)
-    result = [torch.empty_like(x)] if spec.need_x else []
+    memory_format = chain_format(x, _weights(spec, params), spec.backend)
+    result = [Shape(tuple(x.shape), x.dtype).empty(x.device, memory_format)] if spec.need_x else []
     return result + [torch.empty_like(p) for p, need in zip(params, spec.needs) if need]
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dispatch import resolve_backend
+from ..kernels.reference import is_channels_last
 from ..names import AUTO, EAGER
 from .checks import accepts, check_input, hooked, rows_of
 from .modules import ChainUnit, UnitModules
-from .operators import chain_forward
+from .operators import chain_format, chain_forward
 from .spec import encode_header, encode_unit
 from .statistics import update_buffers
 from .sync import group_number
@@ -45,12 +45,9 @@ def run_chain(
         memory=memory,
         segment=segment,
     )
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    like_nchw = x.is_contiguous() and not (channels_last and x.stride(1) == 1)
-    # ATen computes in either layout, with other roundings: eager's, where nothing is converted.
-    as_it_is = like_nchw and resolve_backend(backend, x.device) == "aten"
-    if not (channels_last or (as_it_is and all(map(_nchw, _weights(units))))):
-        x = x.contiguous(memory_format=torch.channels_last)
+    like_nchw = x.is_contiguous() and not is_channels_last(x)
+    # Here rather than in the operator, so that it is kept for the backward as it is read there.
+    x = x.contiguous(memory_format=chain_format(x, _weights(units), backend))
     result = chain_forward(x, params, layout, constants)
     out = result[0]
     norms = [norm for unit in units for norm in unit.norms]
@@ -64,11 +61,6 @@ def _weights(units: Sequence[UnitModules]) -> Iterator[Tensor]:
         yield from (conv.weight for conv in unit.convs)
         if unit.projection is not None:
             yield unit.projection.weight
-
-
-def _nchw(weight: Tensor) -> bool:
-    """Whether a weight is such that ATen convolves an NCHW input in NCHW."""
-    return weight.is_contiguous() and (weight.stride(3) == 1 or weight.stride(1) != 1)
 
 
 def run_blocks(
