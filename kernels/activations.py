@@ -65,7 +65,7 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
     Matrix units leave out the lower 13 bits of float32, which by itself rounds towards zero: a
     bias. Adding half of what they leave out is two instructions with the test for NaN, whose bits
-    would overflow; ``cvt.rna.tf32`` becomes three.
+    would overflow (Inf's stay Inf in what is multiplied); ``cvt.rna.tf32`` becomes three.
     """
     x = cast(x, DTYPE)
     if PRECISION == "tf32":
@@ -82,8 +82,7 @@ def _multiplied(x, PRECISION: tl.constexpr):
     """
     x = x.to(tl.float32)
     if PRECISION == "tf32":
-        upper = x.to(tl.int32, bitcast=True) & -0x2000
-        x = tl.where(x == x, upper.to(tl.float32, bitcast=True), x)
+        x = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     return x
 
 
