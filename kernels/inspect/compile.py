@@ -70,6 +70,7 @@ class Row:
     spilled: int
     shared: int
     matrix: int
+    rounded: int
     wgmma: int
     local: int
     multiply_adds: int
@@ -134,6 +135,14 @@ def instructions_named(names: str, kernel: dryrun.Kernel) -> int:
     return len(re.findall(rf"^\s*(?:@\S+\s+)?(?:{names})", text, re.MULTILINE))
 
 
+def rounded_operands(kernel: dryrun.Kernel) -> int:
+    """Registers that a kernel's PTX rounds to TF32 (``activations.operand``); 0 of other code."""
+    text = kernel.text("ptx") if "ptx" in kernel.files else ""
+    added = re.findall(r"add\.s32\s+%r\d+, (%r\d+), 4096;", text)
+    compared = re.findall(r"setp\.(?:num|nan)\.f32\s+%p\d+, (%r\d+), \1;", text)
+    return len(set(compared).intersection(added))
+
+
 def row(target: str, dtype: str, case: str, launch: dryrun.Launch, counted: bool = True) -> Row:
     """What the table says of one launch; instructions where ``counted`` and for sm_90.
 
@@ -160,6 +169,7 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch, counted: bool
         spilled=kernel.spilled,
         shared=kernel.shared,
         matrix=count.matrix if count else instructions_named(_MATRIX, kernel),
+        rounded=rounded_operands(kernel),
         wgmma=count.wgmma if count else instructions_named(_WGMMA, kernel),
         local=count.local if count else 0,
         multiply_adds=count.multiply_adds(warps) * launch.programs if count else 0,

@@ -16,6 +16,7 @@ from resnetv2.kernels.inspect import compile as matrix
 from resnetv2.kernels.inspect.cases import DTYPES, UNITS, selected
 from tests.support.compile_checks import MULTIPROCESSORS, RATIOS, kernel_size, over_the_ratio, told
 
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_J")
 LOW = ("fp16", "bf16", "bf16+fp32")
 
 
@@ -64,6 +65,17 @@ def test_tf32_uses_matrix_units_and_float32_does_not(rows):
     assert not any(r.matrix for r in convolutions if r.dtype == "fp32")
 
 
+@pytest.mark.parametrize("target", [t for t in matrix.TARGETS if t.startswith("sm_")])
+def test_tf32_operands_are_rounded(rows, target):
+    """Both operands, each thread its elements of either (test_tf32.py)."""
+    convolutions = [r for r in rows if r.target == target and r.convolution]
+    tf32 = [r for r in convolutions if r.dtype == "tf32"]
+    assert {r.convolution for r in tf32} == {"forward", "dgrad", "wgrad"}
+    cut_off = [r for r in tf32 if r.rounded < elements_of_operands(r)]
+    assert not cut_off, told(cut_off)
+    assert not any(r.rounded for r in convolutions if r.dtype != "tf32")
+
+
 @pytest.mark.parametrize("target", matrix.TARGETS)
 def test_every_kernel_is_compiled_in_every_dtype(rows, target):
     """A kernel that no case launches would not be checked."""
@@ -94,6 +106,16 @@ def test_ratio_is_of_a_certain_count(rated):
         own = rows_of_result * c * k * taps
         # wgmma is 64 wide on one side: 16 columns and 16 channels are padded to that.
         assert own <= r.multiply_adds <= 4.5 * own, told([r])
+
+
+def elements_of_operands(row):
+    """Elements of both operands that a thread multiplies in one step of the main loop."""
+    block = {key.removeprefix("BLOCK_"): row.constants.get(key, 0) for key in _BLOCKS}
+    if row.convolution == "wgrad":
+        elements = block["M"] * (block["K"] + block["J"])
+    else:
+        elements = block["K"] * (block["M"] + block["N"])
+    return max(1, elements // (32 * row.num_warps))
 
 
 def channels(row):
