@@ -84,6 +84,17 @@ def child_at(module: nn.Module, path: Path) -> Any:
     return module
 
 
+def _has_parameters(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether a module's own parameters are those named.
+
+    In a replica of ``nn.DataParallel`` they are plain tensors, unless they are None.
+    """
+    if tuple(module._parameters) == names:
+        return True
+    former = module.__dict__.get("_former_parameters")
+    return former is not None and {*former, *module._parameters} == set(names)
+
+
 def modules_of(block: nn.Module, plan: UnitPlan) -> UnitModules | str:
     """The block's children as they are now, or why they must run one by one."""
     # Every child once, container by container: a call of ``child_at`` for each costs as much again.
@@ -93,7 +104,7 @@ def modules_of(block: nn.Module, plan: UnitPlan) -> UnitModules | str:
         if path and type(module) is not kind:
             return f"{dotted(path)} was replaced by {type(module).__name__}"
         inner = module._modules
-        if len(inner) != len(children) or tuple(module._parameters) != parameters:
+        if len(inner) != len(children) or not _has_parameters(module, parameters):
             return f"{dotted(path)} has other children than when the block was fused"
         if path and hooked(module):
             return f"a hook on {dotted(path)}"
