@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnetv2 import PreActBlock
+from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.blocks import Stage
+from resnetv2.core.modules import UnitModules
 from resnetv2.core.operators import chain_backward, chain_forward
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
@@ -94,6 +95,18 @@ def same_strides(operator: Any, *arguments: Any) -> list[Tensor]:
         assert not isinstance(a, type(b))
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
     return real
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels-last", "NCHW"])
+def test_fake_tensors_behind_one_number(channels_last):
+    """An inner width of 1 on images of one pixel, whose strides cannot tell a layout."""
+    unit = BottleneckPreActBlock(4, 4).to(DEVICE).unit_modules()
+    assert isinstance(unit, UnitModules)
+    x = laid_out(images((2, 4, 1, 1)), channels_last)
+    arguments = describe(
+        [unit], x.dtype, need_x=True, backend="aten", memory="recompute", segment=1
+    )
+    check_strides(x, *arguments)
 
 
 @needs_triton
