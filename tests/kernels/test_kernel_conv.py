@@ -78,7 +78,6 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     _guarded.clear()
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
     for base in _guarded:
         assert base[:GUARD].isnan().all(), "written before a tensor"

@@ -325,6 +325,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     # Ranks are processes on CPUs, where there is a GPU too; Triton is not imported yet.
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.backends.cudnn.allow_tf32 = False  # as in conftest.py, which only the parent imports
     warnings.simplefilter("ignore")  # what PyTorch calls deprecated here is not what is tested
     pair, second = divmod(rank, 2)
 
