@@ -132,7 +132,7 @@ def tuned_conv(
     kernel: str,
     shape: ConvShape,
     device: Device,
-    details: tuple[Any, ...],
+    details: Callable[[], tuple[Any, ...]],
     run: Callable[[Config], Any],
 ) -> Config:
     """``conv(shape, device)``, or the fastest of its candidates where tuning is on.
@@ -143,7 +143,7 @@ def tuned_conv(
     """
     if not tuning.enabled():
         return conv(shape, device)
-    return tuning.choose(kernel, (*shape, *details), conv_candidates(shape, device), run)
+    return tuning.choose(kernel, (*shape, *details()), conv_candidates(shape, device), run)
 
 
 def smaller(config: Config, times: int) -> Config:

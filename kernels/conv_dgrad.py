@@ -203,7 +203,7 @@ def conv_dgrad(
             "conv_dgrad",
             configs.ConvShape(rows, k, c, r * s, dtype, long_epilogue),
             launch.device_of(h),
-            (h.shape, geometry, grad.q.dtype, weight.dtype, weight.stride(), prologue),
+            lambda: (h.shape, geometry, grad.q.dtype, weight.dtype, weight.stride(), prologue),
             lambda tile: conv_dgrad(
                 grad,
                 weight,

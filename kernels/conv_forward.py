@@ -194,7 +194,7 @@ def conv_forward(
             "conv_forward",
             configs.ConvShape(rows, c, k, r * s, dtype, long_epilogue),
             launch.device_of(h),
-            (h.shape, geometry, h.dtype, weight.dtype, weight.stride(), stats is not None),
+            lambda: (h.shape, geometry, h.dtype, weight.dtype, weight.stride(), stats is not None),
             lambda tile: conv_forward(
                 h,
                 weight,

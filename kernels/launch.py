@@ -253,7 +253,7 @@ def check_activation(name: str, x: Tensor, shape: tuple[int, ...] | None = None)
             f"{name} must be a 4-D tensor in channels_last memory, got shape {tuple(x.shape)} "
             f"with strides {x.stride()}"
         )
-    if shape is not None and tuple(x.shape) != tuple(shape):
+    if shape is not None and x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
@@ -267,4 +267,4 @@ def check_convolution(geometry: Geometry, dtype: torch.dtype) -> None:
 
 def is_wide(*tensors: Tensor) -> bool:
     """Whether an element's offset in one of ``tensors`` needs 64 bits (design 6)."""
-    return any(tensor.numel() >= 2**31 for tensor in tensors)
+    return max([tensor.numel() for tensor in tensors]) >= 2**31
