@@ -1,10 +1,16 @@
 """Packaging. `kernels/` is installed as `resnetv2.kernels`; nothing imports it as `kernels`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+
+# Read, not imported: the package needs torch.
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$', (ROOT / "resnetv2/__init__.py").read_text(encoding="utf-8"), re.M
+)
 
 KERNELS = "resnetv2.kernels"
 
@@ -26,7 +32,7 @@ BENCH = ["pytest", "pytest-benchmark"]
 
 setup(
     name="resnetv2",
-    version="0.1.0",
+    version=VERSION,
     description="Fused pre-activation residual blocks (ResNet V2) for PyTorch, in Triton",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

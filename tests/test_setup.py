@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import resnetv2
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,6 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_one_package(wheel: Path) -> None:
+    assert wheel.name.startswith(f"resnetv2-{resnetv2.__version__}-")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"resnetv2"}
     sources = {

@@ -89,7 +89,7 @@ def study(
     versions      ResNet against ResNet V2      norms        batch, group and layer norm
     ordering      the paper's Table 2           activations  ReLU, GELU, SiLU
     shortcuts     the paper's Table 1           hybrid       pre- and post-activation mixed
-    recipe        what the recipe gives against what the architecture gives
+    recipe        what the training regime gives against what the architecture gives
 
     "all", or several names, also writes one HTML page. Defaults take minutes on two CPU cores;
     each study has its own, and names those of these options that it does not listen to. With

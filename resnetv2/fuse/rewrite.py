@@ -22,6 +22,7 @@ from ..core.checks import accepts, globally_hooked, hooked
 from ..core.modules import ChainUnit, UnitModules
 from ..core.run import run_blocks, run_chain
 from ..core.sync import NORMS
+from ..core.table import text_table
 from ..names import AUTO, BACKENDS, EAGER, MEMORY_MODES
 from .dataflow import MOST_NORMS, read_unit
 from .unit_plan import NotAUnitError, UnitPlan, describe_unit, modules_of, signature
@@ -170,7 +171,7 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         if not self.blocks:
             return "no pre-activation block, and nothing that resembles one"
-        lines: list[tuple[str, ...]] = [("path", "class", "fused", "as", "reason")]
+        lines = []
         start = 0
         for stop in range(1, len(self.blocks) + 1):
             row = self.blocks[start]
@@ -182,9 +183,8 @@ class Report(NamedTuple):
             path = path if number == 1 else f"{path} ... {last} ({number})"
             lines.append((path, row.class_name, "yes" if row.fused else "no", *row[3:]))
             start = stop
-        widths = [max(len(line[i]) for line in lines) for i in range(5)]
-        lines.insert(1, tuple("-" * width for width in widths))
-        text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
+        names = ("path", "class", "fused", "as", "reason")
+        text = [text_table(names, lines, [False] * len(names))]
         text.append(f"{len(self.fused)} of {len(self.blocks)} fused")
         if self.chains:
             text.append(

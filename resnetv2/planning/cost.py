@@ -24,6 +24,7 @@ from ..core.memory import format_bytes
 from ..core.modules import UnitModules
 from ..core.run import describe, segment_length
 from ..core.spec import decode
+from ..core.table import text_table
 from ..kernels.dispatch import ATEN, WRITTEN, AtenEngine, ConvGrads, implementation, runs_twice
 from ..kernels.operands import Act, Geometry, Grad, stats_dtype
 from ..names import MEMORY_MODES
@@ -148,11 +149,11 @@ def modes_table(
 ) -> str:
     """Launches, bytes, FLOPs and the floor in milliseconds of a step, one line per memory mode."""
     names = ("mode", "launches", "bytes", "FLOPs", "forward", "backward", "floor")
-    lines: list[tuple[str, ...]] = [names]
+    rows = []
     for mode in MEMORY_MODES:
         cost = step_costs(model, batch_size, image_size, dtype, mode, triton=triton)
         forward, backward = (floor_seconds(part, rates) for part in cost)
-        lines.append(
+        rows.append(
             (
                 mode,
                 str(len(cost.all)),
@@ -161,15 +162,7 @@ def modes_table(
                 *(f"{1e3 * s:.2f} ms" for s in (forward, backward, forward + backward)),
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    ]
-    text.insert(1, "  ".join("-" * width for width in widths))
+    text = [text_table(names, rows, [False] + [True] * (len(names) - 1))]
     text.append(
         f"{rates.copy / 1e9:.1f} GB/s copied, {rates.multiply / 1e9:.0f} GFLOP/s "
         f"({str(rates.dtype).removeprefix('torch.')}): {rates.source}"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.memory import ModeCost, choose_mode, format_bytes, step_limit
+from ..core.table import text_table
 from ..models import PreActResNet
 from ..names import DTYPES
 
@@ -36,22 +37,14 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         names = ("mode", "parameters", "gradients", "optimizer", "kept", "walk", "peak", "FLOPs")
-        table: list[tuple[str, ...]] = [names]
+        rows = []
         for r in self.rows:
             sizes = (r.parameters, r.gradients, r.optimizer, r.kept, r.walk, r.peak)
             mark = " *" if r.mode == self.mode else ""
-            table.append(
+            rows.append(
                 (r.mode + mark, *(format_bytes(n) for n in sizes), f"+{r.extra_flops:.0%}")
             )
-        widths = [max(len(line[i]) for line in table) for i in range(len(names))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            for line in table
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = [text_table(names, rows, [False] + [True] * (len(names) - 1))]
         lines.append(f"batch {self.batch_size}; eager PyTorch keeps {format_bytes(self.eager)}")
         if self.budget is not None:
             lines.append(f"* fits {format_bytes(self.budget)}: what auto takes")

@@ -6,40 +6,15 @@ by itself, and so must the gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import PreActBlock
 from ..data.batches import Batches
 from .harness import Result, StudyOptions, Table, study
+from .tracing import trace_block
 from .variants import initialise
 from .visualizer import ResNetV2Visualizer
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a block: what it is and its output (N, C, H, W)."""
-
-    name: str
-    what: str
-    output: Tensor
-
-
-def trace_block(block: PreActBlock, x: Tensor) -> list[Step]:
-    """The steps of a block whose shape stays, by hand; the last output is the block's."""
-    steps = [Step("x", "input", x)]
-    for i, (bn, conv) in enumerate(((block.bn1, block.conv1), (block.bn2, block.conv2)), 1):
-        h = bn(steps[-1].output)
-        z = F.relu(h)
-        steps += [
-            Step(f"bn{i}", "batch norm", h),
-            Step(f"relu{i}", "F.relu", z),
-            Step(f"conv{i}", "3x3 convolution" + ("" if i == 1 else ": F(x)"), conv(z)),
-        ]
-    return [*steps, Step("out", "x + F(x)", x + steps[-1].output)]
 
 
 def first_activations(options: StudyOptions) -> Tensor:

@@ -44,9 +44,10 @@ from torch import Tensor, nn
 from ..data.batches import ImageData
 from ..errors import InputError
 from ..training.environment import device_name, package_versions, reproducible
+from .histories import Comparison, History, Spread
 from .options import StudyOptions, listed
 from .results import Result, Table
-from .training import Comparison, History, Spread, compare, gradient_norm, train_variant
+from .training import compare, gradient_norm, train_variant
 
 __all__ = [
     "Capture",

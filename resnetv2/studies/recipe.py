@@ -1,4 +1,8 @@
-"""What the training recipe gives against what the architecture gives."""
+"""Training regime against architecture: warm-up, augmentation and weight decay against the unit.
+
+A regime is which of the three are on. The command keeps its name, `resnetv2 study recipe`; a
+recipe elsewhere is a file of `resnetv2 train --recipe`.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,8 @@ def architectures(options: StudyOptions, data: ImageData) -> dict[str, Factory]:
     }
 
 
-def recipes(options: StudyOptions, data: ImageData) -> dict[str, tuple[StudyOptions, ImageData]]:
-    """Options and data of each recipe; the schedule after the warm-up is the same in all.
+def regimes(options: StudyOptions, data: ImageData) -> dict[str, tuple[StudyOptions, ImageData]]:
+    """Options and data of each regime; the schedule after the warm-up is the same in all.
 
     The warm-up lasts `options.warmup_steps`, or one epoch: the paper's 400 steps of 128 images are
     one epoch of CIFAR-10.
@@ -54,15 +58,15 @@ def recipes(options: StudyOptions, data: ImageData) -> dict[str, tuple[StudyOpti
     }
 
 
-def label(architecture: str, recipe_name: str) -> str:
+def label(architecture: str, regime: str) -> str:
     """The name of a run in the joint comparison."""
-    return f"{architecture}, {recipe_name}"
+    return f"{architecture}, {regime}"
 
 
 def train(options: StudyOptions, data: ImageData) -> Comparison:
-    """Every architecture under every recipe, in one comparison."""
+    """Every architecture under every regime, in one comparison."""
     histories: dict[str, list[History]] = {}
-    for name, (settings, images) in recipes(options, data).items():
+    for name, (settings, images) in regimes(options, data).items():
         factories = architectures(settings, images)
         runs = compare({label(a, name): make for a, make in factories.items()}, images, settings)
         histories |= runs.histories
@@ -77,25 +81,25 @@ def effects(comparison: Comparison, names: tuple[str, ...] = (PLAIN, V1, V2)) ->
         around = f" ± {100 * difference.std:.1f}" if len(difference.values) > 1 else ""
         return difference, points(difference.mean).replace(" ", f"{around} ")
 
-    of_recipe = {name: gain(label(name, ALL), label(name, NOTHING)) for name in names}
+    of_regime = {name: gain(label(name, ALL), label(name, NOTHING)) for name in names}
     of_v2 = {name: gain(label(V2, name), label(V1, name)) for name in (NOTHING, ALL)}
-    # A seed's mean over both nets, or both recipes: what each choice gives, other things equal.
-    by_recipe = _means(of_recipe[V1][0], of_recipe[V2][0])
+    # A seed's mean over both nets, or over both regimes: the effect of one choice alone.
+    by_regime = _means(of_regime[V1][0], of_regime[V2][0])
     by_architecture = _means(of_v2[NOTHING][0], of_v2[ALL][0])
-    sizes = [abs(spread.mean) for spread in (by_recipe, by_architecture)]
-    larger = "recipe" if sizes[0] > sizes[1] else "architecture"
+    sizes = [abs(spread.mean) for spread in (by_regime, by_architecture)]
+    larger = "regime" if sizes[0] > sizes[1] else "architecture"
     agree = sum(
         (abs(a) > abs(b)) == (sizes[0] > sizes[1])
-        for a, b in zip(by_recipe.values, by_architecture.values)
+        for a, b in zip(by_regime.values, by_architecture.values)
     )
     return [
-        "The whole recipe against none of it: "
-        + ", ".join(f"{name} {words}" for name, (_, words) in of_recipe.items())
+        "All three against none of them: "
+        + ", ".join(f"{name} {words}" for name, (_, words) in of_regime.items())
         + ".",
-        f"{V2} against the {V1}: {of_v2[NOTHING][1]} without the recipe, {of_v2[ALL][1]} with it.",
-        f"Over these two nets the recipe gives {points(by_recipe.mean)} on average, V2 instead of "
+        f"{V2} against the {V1}: {of_v2[NOTHING][1]} without the three, {of_v2[ALL][1]} with them.",
+        f"Over these two nets the regime gives {points(by_regime.mean)} on average, V2 instead of "
         f"the original unit {points(by_architecture.mean)}: the {larger} makes the larger "
-        f"difference here, in {agree} of {len(by_recipe.values)} seed(s).",
+        f"difference here, in {agree} of {len(by_regime.values)} seed(s).",
     ]
 
 
@@ -103,17 +107,17 @@ def _means(first: Spread, second: Spread) -> Spread:
     return Spread(tuple((a + b) / 2 for a, b in zip(first.values, second.values)))
 
 
-def grid(comparison: Comparison, recipe_names: list[str], architecture_names: list[str]) -> Table:
-    """Test accuracy, a row a recipe, a column an architecture."""
+def grid(comparison: Comparison, regime_names: list[str], architecture_names: list[str]) -> Table:
+    """Test accuracy, a row a regime, a column an architecture."""
     rows = [
-        [r, *(percent(comparison, label(a, r)) for a in architecture_names)] for r in recipe_names
+        [r, *(percent(comparison, label(a, r)) for a in architecture_names)] for r in regime_names
     ]
-    return Table("Test accuracy under each recipe", ["recipe", *architecture_names], rows)
+    return Table("Test accuracy under each regime", ["regime", *architecture_names], rows)
 
 
 def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) -> Result:
     """Tables, conclusions and figures from the histories."""
-    names = list(recipes(options, data))
+    names = list(regimes(options, data))
     nets = list(architectures(options, data))
     where = f"{shape_of(options)}, {data.name}, {options.epochs} epochs, {options.seeds} seed(s)"
     values = {
@@ -134,7 +138,7 @@ def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) ->
         ],
         conclusions=effects(comparison),
         figures={
-            "recipes": visualizer.plot_groups(values, "test accuracy (%)", where),
+            "regimes": visualizer.plot_groups(values, "test accuracy (%)", where),
             "curves": visualizer.plot_curves(ends, title=where),
         },
         series=comparison.series(),
@@ -152,7 +156,7 @@ def _single(key: str) -> bool:
 
 @study(
     "recipe",
-    title="The recipe and the architecture",
+    title="Training regime and architecture",
     question=(
         "How much of the result comes from warm-up, augmentation and weight decay, and how much "
         "from the shortcut and the order of the unit?"
@@ -161,6 +165,6 @@ def _single(key: str) -> bool:
     presets={"paper": {**PAPER, "weight_decay": 1e-4}},
 )
 def recipe(options: StudyOptions) -> Result:
-    """Train every architecture under every recipe and weigh both."""
+    """Train every architecture under every regime and weigh both."""
     data = options.load()
     return summarise(train(options, data), options, data)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.table import text_table
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -38,19 +39,8 @@ class Table:
         return [[show(cell) for cell in row] for row in self.rows]
 
     def __str__(self) -> str:
-        lines = [list(self.columns), *self.cells()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         numeric = [all(not isinstance(cell, str) for cell in self.column(c)) for c in self.columns]
-
-        def draw(line: Sequence[str]) -> str:
-            cells = (
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, numeric)
-            )
-            return "  ".join(cells).rstrip()
-
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.title, draw(lines[0]), rule, *map(draw, lines[1:])])
+        return f"{self.title}\n{text_table(self.columns, self.cells(), numeric)}"
 
 
 def show(value: Any) -> str:

@@ -13,18 +13,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .architecture import Diagram
-    from .block import Step
-    from .training import Comparison, History
+from .histories import Comparison, History
+from .tracing import Diagram, Step, trace
 
 __all__ = ["Picture", "ResNetV2Visualizer"]
 
@@ -255,11 +252,9 @@ class ResNetV2Visualizer:
         """Blocks side by side as boxes and arrows, from the input down to the output.
 
         Args:
-            blocks: diagrams by `resnetv2.studies.architecture.trace`, or modules with a `conv1`,
+            blocks: diagrams by `resnetv2.studies.tracing.trace`, or modules with a `conv1`,
                 which are traced.
         """
-        from .architecture import Diagram, trace
-
         diagrams = {
             name: block if isinstance(block, Diagram) else trace(block, _in_channels(block))
             for name, block in blocks.items()
@@ -277,7 +272,7 @@ class ResNetV2Visualizer:
         """How values are distributed after each step of a block, and the gradient's norm there.
 
         Args:
-            steps: as of `resnetv2.studies.block.trace_block`.
+            steps: as of `resnetv2.studies.tracing.trace_block`.
             gradients: one norm a step.
         """
         picture, (values, norms) = self._panels(2, "")

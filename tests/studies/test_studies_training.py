@@ -19,7 +19,7 @@ from resnetv2.studies.harness import Comparison, History, StudyOptions
 from resnetv2.studies.hybrid import dose, mixes
 from resnetv2.studies.norms import group_norm, layer_norm
 from resnetv2.studies.ordering import order_of_table_2
-from resnetv2.studies.recipe import ALL, NOTHING, PLAIN, V1, V2, effects, label, recipes
+from resnetv2.studies.recipe import ALL, NOTHING, PLAIN, V1, V2, effects, label, regimes
 from resnetv2.studies.shortcuts import JOINS, agreement
 from resnetv2.studies.versions import duration, epochs_table, losses, speed
 from resnetv2.training.loop import EpochMetrics
@@ -372,13 +372,13 @@ def test_hybrid_mixes_and_where_they_lie():
 @pytest.mark.parametrize(
     ("accuracies", "larger"),
     [
-        ({(V1, NOTHING): 0.5, (V2, NOTHING): 0.52, (V1, ALL): 0.8, (V2, ALL): 0.84}, "recipe"),
+        ({(V1, NOTHING): 0.5, (V2, NOTHING): 0.52, (V1, ALL): 0.8, (V2, ALL): 0.84}, "regime"),
         (
             {(V1, NOTHING): 0.2, (V2, NOTHING): 0.7, (V1, ALL): 0.25, (V2, ALL): 0.75},
             "architecture",
         ),
     ],
-    ids=["recipe", "architecture"],
+    ids=["regime", "architecture"],
 )
 def test_recipe_weighs_both(accuracies, larger):
     accuracies = accuracies | {(PLAIN, NOTHING): 0.1, (PLAIN, ALL): 0.1}
@@ -388,10 +388,10 @@ def test_recipe_weighs_both(accuracies, larger):
             for (net, name), value in accuracies.items()
         }
     )
-    of_recipe, of_v2, weighed = effects(runs)
-    assert "plain net +0.0" in of_recipe
+    of_regime, of_v2, weighed = effects(runs)
+    assert "plain net +0.0" in of_regime
     gain = 100 * (accuracies[V2, ALL] - accuracies[V1, ALL])
-    assert f"{gain:+.1f} ± 0.0 points with it" in of_v2
+    assert f"{gain:+.1f} ± 0.0 points with them" in of_v2
     assert weighed.endswith(f"the {larger} makes the larger difference here, in 2 of 2 seed(s).")
 
 
@@ -458,9 +458,9 @@ def test_versions_learns_what_is_easy(toy):
     assert accuracy > 0.9
 
 
-def test_recipes_differ_in_one_ingredient_each(toy):
+def test_regimes_differ_in_one_ingredient_each(toy):
     options = StudyOptions(data=toy, batch_size=16, epochs=4, weight_decay=1e-3)
-    made = recipes(options, options.load())
+    made = regimes(options, options.load())
     facts = {
         name: (settings.warmup_steps, settings.weight_decay, data.crop_padding, data.flip)
         for name, (settings, data) in made.items()
