@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from bench.conftest import CLOCK, replay_step
+from bench.conftest import record_step
 
 
-@pytest.mark.benchmark(timer=CLOCK)
-def test_step(case, mode, provider, session, replay, benchmark):
-    replay_step(session.timed("depth", case)[provider], case, mode, replay, benchmark)
+def test_step(case, mode, provider, session, benchmark):
+    record_step(session.timed("depth", case)[provider], case, mode, benchmark)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,18 @@ def device() -> torch.device:
 def network(block: str, depth: int, batch: int, dtype: str) -> Case:
     """A CIFAR ResNet v2 of ``depth`` layers."""
     return Case(f"{block} ResNet-{depth}, batch {batch}", block, batch, depth, dtype=dtype)
+
+
+def network_of(name: str) -> tuple[str, int, int]:
+    """(block, depth, batch) from the name of a network's case.
+
+    Raises:
+        ValueError: another name.
+    """
+    found = re.fullmatch(r"(\w+) ResNet-(\d+), batch (\d+)", name)
+    if found is None:
+        raise ValueError(f"expected a network's case, got {name!r}")
+    return found[1], int(found[2]), int(found[3])
 
 
 def unit(

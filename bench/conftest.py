@@ -6,18 +6,18 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import cases, schema
+from bench import cases, report, schema
 from bench.measure import Bench, Outcome, Settings, quantiles
 from bench.providers import all_providers
-from bench.schema import Row
-from bench.suites import SUITES, describe, timed_rows
+from bench.schema import SUITES, Row
+from bench.suites import timed_rows
 
 # What compiling may take in a quick run on a CPU: units are small, and a net of 20 layers is
 # compiled whatever it takes, being the first.
@@ -121,23 +121,11 @@ class Session:
             self._bench.close()
         if not self.rows:
             return None
-        from bench import report
-
         folder = self.config.getoption("--out") or schema.REPORTS / schema.device_name()
         arguments = [str(a) for a in self.config.invocation_params.args]
         kept = [a for a in arguments if not a.startswith(("--out", "-q", "-v", "-p"))]
-        rows = describe(
-            self.rows,
-            {
-                "device": schema.device_name(),
-                "versions": schema.versions(self.threads),
-                "layout": "channels_last",
-                "command": shlex.join(["python", "-m", "pytest", *kept]),
-            },
-        )
-        path = folder / schema.CSV_NAME
-        old = schema.read(path) if path.exists() else []
-        schema.write(path, schema.merge(old, rows, SUITES))
+        command = shlex.join(["python", "-m", "pytest", *kept])
+        schema.renew(folder, self.rows, self.threads, command)
         report.render(folder)
         return folder
 
@@ -178,60 +166,36 @@ def session(request: pytest.FixtureRequest) -> Session:
     return request.config.stash[_SESSION]
 
 
-class Replay:
-    """A clock for pytest-benchmark that goes by what was measured.
-
-    Samples are taken in turns by all providers, in processes of their own; pytest-benchmark, which
-    would measure one test after the other, is given them afterwards for its table and JSON.
-    """
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def play(self, benchmark: Any, seconds: list[float]) -> None:
-        """Let ``benchmark`` see one round for each sample."""
-        samples = iter(seconds)
-
-        def tick() -> None:
-            self.now += next(samples, 0.0)
-
-        benchmark.pedantic(tick, rounds=len(seconds), iterations=1)
-
-
-CLOCK = Replay()
-
-
-@pytest.fixture
-def replay(benchmark: Any) -> Callable[[str, list[float], dict[str, Any]], None]:
-    """Hand samples in seconds to pytest-benchmark, under a group and with further figures."""
-
-    def play(group: str, seconds: list[float], info: dict[str, Any]) -> None:
-        benchmark.group = group
-        benchmark.extra_info.update(info)
-        CLOCK.play(benchmark, seconds)
-
-    return play
-
-
-def settle(outcome_problem: str, ours: bool, benchmark: Any) -> None:
+def settle(outcome: Outcome) -> None:
     """End a test whose provider has no figures: a failure where this project is at fault."""
-    if not outcome_problem:
+    if not outcome.problem:
         return
-    benchmark.skipped = True  # pytest-benchmark complains about a fixture that was not used
-    if ours and outcome_problem.startswith(("failed", "refused")):
-        pytest.fail(outcome_problem, pytrace=False)
-    pytest.skip(outcome_problem)
+    if outcome.provider.ours and outcome.problem.startswith(("failed", "refused")):
+        pytest.fail(outcome.problem, pytrace=False)
+    pytest.skip(outcome.problem)
 
 
-def replay_step(outcome: Outcome, case: cases.Case, mode: str, replay: Any, benchmark: Any) -> None:
-    """A test of one provider's steps: ends it where there are no figures, or replays them."""
-    settle(outcome.problem, outcome.provider.ours, benchmark)
+def record(benchmark: Any, group: str, seconds: list[float], figures: dict[str, Any]) -> None:
+    """Hand finished samples to pytest-benchmark, for its table and its JSON.
+
+    It is not asked to measure: it would time one provider after another, in this process. Its
+    fixture has no public way in for samples, so the method is called that its own runs call.
+    """
+    benchmark.group = group
+    benchmark.extra_info.update(figures)
+    if benchmark.enabled:
+        stats = benchmark._make_stats(iterations=1)
+        for sample in seconds:
+            stats.update(sample)
+
+
+def record_step(outcome: Outcome, case: cases.Case, mode: str, benchmark: Any) -> None:
+    """A test of one provider's steps: ends it where there are no figures, or records them."""
+    benchmark.skipped = True  # of its own measuring; it would warn that it was not used
+    settle(outcome)
     times = outcome.times[mode]
-    info = {"peak_bytes": outcome.peaks[mode], "ratio_to_eager": quantiles(times.to_eager)[1]}
-    replay(f"{case.name}, {mode}", times.seconds, info)
+    figures = {"peak_bytes": outcome.peaks[mode], "ratio_to_eager": quantiles(times.to_eager)[1]}
+    record(benchmark, f"{case.name}, {mode}", times.seconds, figures)
 
 
 @pytest.fixture(autouse=True, scope="session")

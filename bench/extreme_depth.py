@@ -13,11 +13,11 @@ import argparse
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from bench.report import render
-from bench.schema import CSV_NAME, REPORTS, Row, device_name, merge, read, versions, write
-from bench.suites import SUITES, describe
+from bench.schema import MODE, REPORTS, Row, device_name, renew
 from resnetv2.planning.memory import peak_bytes
 
 
@@ -60,32 +60,21 @@ def main() -> None:
         return loss.item()
 
     case = f"bottleneck ResNet-{args.layers}, batch {args.batch_size}"
+    blank = Row("extreme depth", case, "segment", MODE, "peak", "MB", None, trials=1, dtype="fp32")
     rows = []
     for number in range(args.steps):
         start = time.perf_counter()
         loss = step(number)
-        rows.append(
-            Row("extreme depth", case, "segment", f"step {number}", "loss", "", loss, trials=1)
-        )
+        rows.append(replace(blank, mode=f"step {number}", metric="loss", unit="", value=loss))
         print(f"step {number:2}: loss {loss:.4f}, {time.perf_counter() - start:.1f} s", flush=True)
     optimizer.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     peak = (peak_bytes(lambda: step(args.steps), cuda) - gradients) / 1e6
     print(f"{args.layers} layers: {peak:.1f} MB beyond parameters, gradients and momentum")
-    rows.append(
-        Row("extreme depth", case, "segment", "forward+backward", "peak", "MB", peak, trials=1)
-    )
-    common = {
-        "device": device_name(),
-        "versions": versions(torch.get_num_threads()),
-        "dtype": "fp32",
-        "layout": "channels_last",
-        "command": shlex.join(["python", "-m", "bench.extreme_depth", *sys.argv[1:]]),
-    }
-    path = args.out / CSV_NAME
-    old = read(path) if path.exists() else []
-    write(path, merge(old, describe(rows, common), SUITES))
-    render(path.parent)
+    rows.append(replace(blank, value=peak))
+    command = shlex.join(["python", "-m", "bench.extreme_depth", *sys.argv[1:]])
+    renew(args.out, rows, torch.get_num_threads(), command)
+    render(args.out)
 
 
 if __name__ == "__main__":

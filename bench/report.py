@@ -13,88 +13,41 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from bench.providers import COMPILE, EAGER
-from bench.schema import CSV_NAME, REPORTS, Row, read
+from bench.cases import network_of
+from bench.plots import depth_cases, plot_depth, plot_roofline
+from bench.providers import EAGER
+from bench.schema import CSV_NAME, MODE, REPORTS, Rows, read
 
 OURS = ("recompute", "invert_h1", "invert", "segment")
 PAGE = "README.md"
-STEP = "forward+backward"
-
-# Okabe and Ito's palette: told apart with any colour vision; markers and lines tell in print.
-_STYLES = {
-    EAGER: ("#000000", "o", "-"),
-    COMPILE: ("#56B4E9", "s", "-"),
-    "compile max-autotune": ("#56B4E9", "D", ":"),
-    "checkpoint": ("#E69F00", "^", "-"),
-    "recompute": ("#0072B2", "v", "--"),
-    "invert_h1": ("#009E73", "P", "--"),
-    "invert": ("#D55E00", "X", "--"),
-    "segment": ("#CC79A7", "*", "--"),
-}
-_OTHER = ("#F0E442", "h", "-.")
 
 
-def figure(value: float) -> str:
-    """A figure as tables print it: three to four significant digits, no exponent."""
+def figure(value: float | None) -> str:
+    """A figure as tables print it: three to four significant digits, no exponent; "" for None."""
+    if value is None:
+        return ""
     if value >= 1000:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def ratio(value: float | None) -> str:
-    """A ratio as tables print it."""
+    """A ratio as tables print it; "" for None."""
     if value is None:
         return ""
     return f"{value:.3f}x" if value < 0.1 else f"{value:.2f}x"
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    rows = [header, ["---"] + ["--:"] * (len(header) - 1), *lines]
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns to the left, the others to the right."""
+    rows = [header, ["---"] * left + ["--:"] * (len(header) - left), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-class Rows:
-    """Rows of a report, to be looked up."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = list(rows)
-
-    def where(self, **columns: str) -> list[Row]:
-        """Rows whose columns have these values, in order."""
-        return [r for r in self.rows if all(getattr(r, k) == v for k, v in columns.items())]
-
-    def one(self, **columns: str) -> Row | None:
-        """The row, or None where there is none."""
-        found = self.where(**columns)
-        return found[0] if found else None
-
-    def names(self, column: str, **columns: str) -> list[str]:
-        """Distinct values of a column, in order."""
-        return list(dict.fromkeys(getattr(r, column) for r in self.where(**columns)))
-
-
-def _network(case: str) -> tuple[str, int, int]:
-    """(block, depth, batch) of a network's case."""
-    found = re.fullmatch(r"(\w+) ResNet-(\d+), batch (\d+)", case)
-    if found is None:
-        raise ValueError(f"expected a network's case, got {case!r}")
-    return found[1], int(found[2]), int(found[3])
-
-
-def depth_cases(rows: Rows) -> list[str]:
-    """Of each depth the case that was measured first: the axis of depth."""
-    first: dict[int, str] = {}
-    for case in rows.names("case", suite="depth"):
-        first.setdefault(_network(case)[1], case)
-    return list(first.values())
-
-
 def _cell(rows: Rows, case: str, provider: str) -> str:
-    time = rows.one(suite="depth", case=case, provider=provider, metric="time", mode=STEP)
-    peak = rows.one(suite="depth", case=case, provider=provider, metric="peak", mode=STEP)
+    time = rows.one(suite="depth", case=case, provider=provider, metric="time", mode=MODE)
+    peak = rows.one(suite="depth", case=case, provider=provider, metric="peak", mode=MODE)
     if time is None or time.value is None or peak is None or peak.value is None:
         return "-"
     if provider == EAGER:
@@ -112,7 +65,7 @@ def opening(rows: Rows) -> str:
         return ""
     header = ["a step"]
     for case in chosen:
-        block, depth, batch = _network(case)
+        block, depth, batch = network_of(case)
         header.append(f"ResNet-{depth} ({block}, batch {batch})")
     lines = []
     missing: dict[str, list[str]] = {}
@@ -122,7 +75,7 @@ def opening(rows: Rows) -> str:
             if cell == "-":
                 row = rows.one(suite="depth", case=case, provider=provider, metric="time")
                 note = row.note if row else "not run"
-                missing.setdefault(f"`{provider}`: {note}", []).append(str(_network(case)[1]))
+                missing.setdefault(f"`{provider}`: {note}", []).append(str(network_of(case)[1]))
         if any(cell != "-" for cell in cells):
             lines.append([f"`{provider}`", *cells])
     under = (
@@ -160,16 +113,12 @@ def _conditions(rows: Rows, suite: str) -> str:
 
 def memory_table(rows: Rows, depth: int) -> str:
     """Memory and time of every provider at one depth; the README holds a copy."""
-    case = next(c for c in depth_cases(rows) if _network(c)[1] == depth)
-    block, _, batch = _network(case)
+    case = next(c for c in depth_cases(rows) if network_of(c)[1] == depth)
+    block, _, batch = network_of(case)
     lines = []
-    for provider in rows.names("provider", suite="depth", case=case, metric="peak"):
-        peak = rows.one(suite="depth", case=case, provider=provider, metric="peak")
-        time = rows.one(suite="depth", case=case, provider=provider, metric="time")
-        assert peak is not None
-        assert time is not None
-        assert peak.value is not None
-        assert time.value is not None
+    for peak in rows.where(suite="depth", case=case, metric="peak"):
+        provider = peak.provider
+        (time,) = rows.where(suite="depth", case=case, provider=provider, metric="time")
         lines.append(
             [
                 f"`{provider}`",
@@ -188,8 +137,8 @@ def summary(rows: Rows) -> str:
     """What this project's modes cost and save, over all networks measured, and where it loses."""
     lines = []
     for mode in OURS:
-        times = rows.where(suite="depth", provider=mode, metric="time", mode=STEP)
-        peaks = rows.where(suite="depth", provider=mode, metric="peak", mode=STEP)
+        times = rows.where(suite="depth", provider=mode, metric="time", mode=MODE)
+        peaks = rows.where(suite="depth", provider=mode, metric="peak", mode=MODE)
         slow = [r.ratio_to_eager for r in times if r.ratio_to_eager]
         small = [r.ratio_to_eager for r in peaks if r.ratio_to_eager]
         if not slow or not small:
@@ -229,19 +178,13 @@ def _timed_table(rows: Rows, suite: str) -> str:
             blank = [""] * (len(header) - 4 + has_launches)
             lines.append([time.case, f"`{time.provider}`", time.mode, time.note, *blank])
             continue
-        speed = rows.one(**key, metric="throughput")
-        peak = rows.one(**key, metric="peak")
-        assert speed is not None
-        assert peak is not None
-        assert speed.value is not None
-        assert peak.value is not None
-        launches = rows.one(**key, metric="launches")
+        (peak,) = rows.where(**key, metric="peak")
         line = [
             time.case,
             f"`{time.provider}`",
             time.mode,
             f"{figure(time.value)} ({figure(time.p20)}, {figure(time.p80)})",
-            figure(speed.value),
+            figure(rows.value(**key, metric="throughput")),
             ratio(time.ratio_to_eager),
             ratio(time.ratio_to_compile),
             f"{time.spread:.0%}" if time.spread is not None else "",
@@ -249,7 +192,8 @@ def _timed_table(rows: Rows, suite: str) -> str:
             ratio(peak.ratio_to_eager),
         ]
         if has_launches:
-            line.append(f"{launches.value:.0f}" if launches and launches.value else "")
+            launches = rows.value(**key, metric="launches")
+            line.append(f"{launches:.0f}" if launches else "")
         lines.append(line)
     return table(header + ["launches"] * has_launches, lines)
 
@@ -316,11 +260,8 @@ def _kernel_table(rows: Rows) -> str:
 
 
 def _rates_line(rows: Rows) -> str:
-    parts = [
-        f"{r.mode} {figure(r.value)} {r.unit}"
-        for r in rows.where(suite="kernel", case="device")
-        if r.value is not None
-    ]
+    rates = rows.where(suite="kernel", case="device")
+    parts = [f"{r.mode} {figure(r.value)} {r.unit}" for r in rates]
     return "Rates of the device, measured in the same run: " + ", ".join(parts) + "."
 
 
@@ -380,9 +321,7 @@ def page(rows: Rows, device: str) -> str:
 def extreme_text(rows: Rows) -> str:
     """The steps of bench.extreme_depth in a paragraph."""
     losses = [r.value for r in rows.where(suite="extreme depth", metric="loss") if r.value]
-    peak = rows.one(suite="extreme depth", metric="peak")
-    assert peak is not None
-    assert peak.value is not None
+    (peak,) = rows.where(suite="extreme depth", metric="peak")
     half = len(losses) // 2
     first, second = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
     return (
@@ -390,93 +329,6 @@ def extreme_text(rows: Rows) -> str:
         f"parameters, gradients and momentum. Mean loss of the first {half} steps {first:.3f}, of "
         f"the last {len(losses) - half} {second:.3f}. `{peak.command}`"
     )
-
-
-def _panel(axes: Any, rows: Rows, metric: str, figure_of: Callable[[Row, int], float]) -> None:
-    """A line for each provider: ``figure_of(row, batch)`` of a metric against depth."""
-    from matplotlib.ticker import NullLocator
-
-    for provider in rows.names("provider", suite="depth"):
-        points = []
-        for case in depth_cases(rows):
-            row = rows.one(suite="depth", case=case, provider=provider, metric=metric, mode=STEP)
-            if row is not None and row.value:
-                _, depth, batch = _network(case)
-                points.append((depth, figure_of(row, batch)))
-        if points:
-            colour, marker, line = _STYLES.get(provider, _OTHER)
-            axes.plot(
-                *zip(*sorted(points)), color=colour, marker=marker, linestyle=line, label=provider,
-                markersize=6, linewidth=1.4,
-            )  # fmt: skip
-    axes.set(xscale="log", xlabel="layers")
-    depths = sorted(_network(case)[1] for case in depth_cases(rows))
-    axes.set_xticks(depths, [str(d) for d in depths])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(alpha=0.3)
-
-
-def plot_depth(rows: Rows, path: Path) -> None:
-    """Time an image, time over eager's and peak memory an image against depth."""
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(13, 4.8), layout="constrained")
-    left, middle, right = drawing.subplots(1, 3)
-    _panel(left, rows, "time", lambda row, batch: (row.value or 0.0) / batch)
-    left.set(yscale="log", title="ms an image, forward and backward")
-    _panel(middle, rows, "time", lambda row, batch: row.ratio_to_eager or float("nan"))
-    middle.set(ylim=(0, None), title="time over eager's")
-    _panel(right, rows, "peak", lambda row, batch: (row.value or 0.0) / batch)
-    right.set(yscale="log", title="peak MB an image")
-    handles, labels = left.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
-    first = rows.where(suite="depth")[0]
-    name = first.device or "this device"
-    drawing.suptitle(f"A training step, {name}, {first.dtype}", fontsize=11)
-    drawing.savefig(path, dpi=110, format="png")
-
-
-def plot_roofline(rows: Rows, path: Path) -> None:
-    """FLOP/s reached against FLOPs a byte, under the roofs that the device's rates make."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    rates = {
-        r.mode: r.value for r in rows.where(suite="kernel", case="device") if r.value is not None
-    }
-    drawing = Figure(figsize=(8, 5), layout="constrained")
-    axes = drawing.subplots()
-    cases = rows.names("case", suite="kernel", metric="time")
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    low, high = 0.1, 100.0
-    for number, case in enumerate(cases):
-        for mode, filled in (("cold", False), ("warm", True)):
-            points = []
-            for name in rows.names("provider", suite="kernel", case=case):
-                key = {"suite": "kernel", "case": case, "provider": name, "mode": mode}
-                flops, size = rows.one(**key, metric="FLOPs"), rows.one(**key, metric="bytes")
-                speed = rows.one(**key, metric="FLOPs per second")
-                if flops and size and speed and flops.value and size.value and speed.value:
-                    points.append((flops.value / size.value, speed.value))
-            if not points:
-                continue
-            colour = colours[number % len(colours)]
-            axes.scatter(
-                *zip(*points), s=42, marker="os^DvP"[number % 6], edgecolors=colour,
-                facecolors=colour if filled else "none", label=f"{case}, {mode}",
-            )  # fmt: skip
-            low = min(low, *(p[0] / 2 for p in points))
-            high = max(high, *(p[0] * 2 for p in points))
-    x = np.geomspace(low, high, 200)
-    for mode, style in (("copy cold", "--"), ("copy warm", "-")):
-        roof = np.minimum(rates["multiply"], x * rates[mode])
-        axes.plot(x, roof, color="black", linestyle=style, linewidth=1.2, label=f"roof, {mode}")
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False, loc="best")
-    first = rows.where(suite="kernel")[0]
-    axes.set_title(f"Calls of a unit's chain, {first.device}, {first.dtype}", fontsize=11)
-    drawing.savefig(path, dpi=130, format="png")
 
 
 def render(folder: Path) -> None:

@@ -7,12 +7,14 @@ import multiprocessing
 import platform
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+SUITES = ("unit", "depth", "limits", "kernel", "accuracy", "extreme depth")
+MODE = "forward+backward"  # a training step, but for the optimizer's
 REPORTS = Path(__file__).parent / "reports"
 CSV_NAME = "report.csv"
 
@@ -47,6 +49,30 @@ class Row:
     dtype: str = ""
     layout: str = ""
     command: str = ""
+
+
+class Rows:
+    """Rows of a report, to be looked up."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+
+    def where(self, **columns: str) -> list[Row]:
+        """Rows whose columns have these values, in order."""
+        return [r for r in self.rows if all(getattr(r, k) == v for k, v in columns.items())]
+
+    def one(self, **columns: str) -> Row | None:
+        """The first such row, or None where there is none."""
+        return next(iter(self.where(**columns)), None)
+
+    def value(self, **columns: str) -> float | None:
+        """Its value, or None where there is no such row or it has no value."""
+        row = self.one(**columns)
+        return None if row is None else row.value
+
+    def names(self, column: str, **columns: str) -> list[str]:
+        """Distinct values of a column, in order."""
+        return list(dict.fromkeys(getattr(r, column) for r in self.where(**columns)))
 
 
 _TYPES = {f.name: f.type for f in fields(Row)}
@@ -90,11 +116,24 @@ def _parse(name: str, text: str) -> object:
     return float(text) if text else None
 
 
-def merge(old: Sequence[Row], new: Sequence[Row], order: Sequence[str]) -> list[Row]:
-    """``new`` in place of the suites that it holds; suites in the given order."""
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """``new`` in place of the suites that it holds; suites in the order of ``SUITES``."""
     renewed = {row.suite for row in new}
     rows = [row for row in old if row.suite not in renewed] + list(new)
-    return sorted(rows, key=lambda row: order.index(row.suite) if row.suite in order else 99)
+    return sorted(rows, key=lambda row: SUITES.index(row.suite))
+
+
+def renew(folder: Path, rows: Iterable[Row], threads: int, command: str) -> None:
+    """Put a run's rows into the CSV of ``folder``, in place of those of the same suites."""
+    run = {
+        "device": device_name(),
+        "versions": versions(threads),
+        "layout": "channels_last",
+        "command": command,
+    }
+    path = folder / CSV_NAME
+    old = read(path) if path.exists() else []
+    write(path, merge(old, [replace(row, **run) for row in rows]))
 
 
 def device_name() -> str:

@@ -5,30 +5,27 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from bench.cases import Case
 from bench.kernel_steps import KernelTime
-from bench.measure import Bench, Failure, Outcome, quantiles, spread
+from bench.measure import Bench, Outcome, quantiles, spread
 from bench.providers import COMPILE, EAGER
-from bench.schema import Row
-
-SUITES = ("unit", "depth", "limits", "kernel", "accuracy", "extreme depth")
-MODE = "forward+backward"
+from bench.schema import MODE, Row
+from bench.worker import Failure
 
 
 def timed_rows(suite: str, case: Case, outcomes: dict[str, Outcome]) -> Iterator[Row]:
     """Time, images/s, peak memory and launches of every provider and mode, or why not."""
     for name, outcome in outcomes.items():
         for mode in case.modes:
-            row = Row(suite, case.name, name, mode, "time", "ms", None, dtype=case.dtype)
+            blank = Row(suite, case.name, name, mode, "time", "ms", None, dtype=case.dtype)
             times = outcome.times.get(mode)
             if outcome.problem or times is None:
-                yield replace(row, note=outcome.problem or "not run: eager has no time")
+                yield replace(blank, note=outcome.problem or "not run: eager has no time")
                 continue
             p20, p50, p80 = (1e3 * value for value in quantiles(times.seconds))
             row = replace(
-                row,
+                blank,
                 trials=len(times.seconds),
                 ratio_to_eager=_median(times.to_eager),
                 ratio_to_compile=_median(times.to_compile),
@@ -57,29 +54,13 @@ def timed_rows(suite: str, case: Case, outcomes: dict[str, Outcome]) -> Iterator
                 trials=1,
                 spread=None,
             )
+            once = replace(blank, trials=1)
             launches = outcome.launches.get(mode)
             if launches is not None:
-                yield replace(
-                    row,
-                    metric="launches",
-                    unit="kernels",
-                    value=float(launches),
-                    ratio_to_eager=None,
-                    ratio_to_compile=None,
-                    trials=1,
-                    spread=None,
-                )
+                yield replace(once, metric="launches", unit="kernels", value=float(launches))
             if outcome.compile_seconds and mode == case.modes[-1]:
-                yield replace(
-                    row,
-                    metric="compile and first step",
-                    unit="s",
-                    value=outcome.compile_seconds,
-                    ratio_to_eager=None,
-                    ratio_to_compile=None,
-                    trials=1,
-                    spread=None,
-                )
+                seconds = outcome.compile_seconds
+                yield replace(once, metric="compile and first step", unit="s", value=seconds)
 
 
 def _median(values: list[float]) -> float | None:
@@ -224,8 +205,3 @@ def rate_rows(rates: dict[str, float], dtype: str) -> Iterator[Row]:
         yield Row(
             "kernel", "device", "device", name, "rate", unit, value / 1e9, dtype=dtype, trials=1
         )
-
-
-def describe(rows: list[Row], common: dict[str, Any]) -> list[Row]:
-    """Rows with the columns that a whole run shares."""
-    return [replace(row, **common) for row in rows]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from bench.report import table
 from bench.schema import REPORTS
 from resnetv2.training.checkpoint import read
 from resnetv2.training.evaluate import evaluate_run
@@ -165,10 +166,11 @@ def by_run(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
 
 def accuracy_table(epochs: list[dict[str, str]]) -> str:
     """A line a run."""
-    lines = [
-        "| run | net | seed | steps | test accuracy | of images | training | images/s | threads |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+    header = (
+        "run", "net", "seed", "steps", "test accuracy", "of images", "training", "images/s",
+        "threads",
+    )  # fmt: skip
+    lines = []
     for name, rows in by_run(epochs).items():
         last = rows[-1]
         seconds = sum(float(row["seconds"]) for row in rows)
@@ -176,11 +178,19 @@ def accuracy_table(epochs: list[dict[str, str]]) -> str:
         accuracy = last["whole_test_accuracy"] or last["test_accuracy"]
         tested = "all" if last["whole_test_accuracy"] else last["tested_images"]
         lines.append(
-            f"| {name} | {last['model']}, {last['backend']}, {last['memory']} | {last['seed']} "
-            f"| {last['step']} of {last['total_steps']} | {100 * float(accuracy):.2f} % | {tested} "
-            f"| {seconds / 60:.1f} min | {images / seconds:.0f} | {last['threads']} |"
+            [
+                name,
+                f"{last['model']}, {last['backend']}, {last['memory']}",
+                last["seed"],
+                f"{last['step']} of {last['total_steps']}",
+                f"{100 * float(accuracy):.2f} %",
+                tested,
+                f"{seconds / 60:.1f} min",
+                f"{images / seconds:.0f}",
+                last["threads"],
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return table(header, lines, left=2) + "\n"
 
 
 def comparison(epochs: list[dict[str, str]]) -> str:

@@ -1,0 +1,337 @@
+"""A provider's side of a measurement: it builds a case and runs it, in a process of its own.
+
+So no allocator serves two providers, and whatever one of them does, down to dying, changes its own
+rows only.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import DTYPES, Case, device
+from bench.providers import Provider
+from bench.schema import MODE
+from resnetv2.data.host import keep_freed_memory
+from resnetv2.planning.memory import peak_bytes
+
+
+class Failure(Exception):  # noqa: N818 - an outcome to report, not an error of the benchmark
+    """Why a provider has no figures for a case, in one line."""
+
+
+def launched(step: Callable[[], Any]) -> int | None:
+    """Kernels that ``step()`` runs on a GPU; None on a CPU, where nothing is launched."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type() == DeviceType.CUDA and not event.name().startswith(("Memcpy", "Memset"))
+        for event in profiler.profiler.kineto_results.events()
+    )
+
+
+class Worker:
+    """One provider's side: holds a case and answers orders. Runs inline or in a process."""
+
+    def __init__(self) -> None:
+        self.case: Case | None = None
+        self.graphs: dict[str, Any] = {}
+        self.graph_outs: dict[str, Tensor] = {}
+        self.graph_bytes: dict[str, int] = {}
+
+    def build(self, case: Case, provider: Provider) -> None:
+        """Prepare the case; nothing is run."""
+        self.drop()
+        self.case, self.provider = case, provider
+        self.module = provider.prepare(case)
+        self.x, self.target = case.inputs()
+
+    def drop(self) -> None:
+        """Forget the case."""
+        self.case = self.module = self.x = self.target = None
+        self.graphs.clear()
+        self.graph_outs.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _autocast(self) -> Any:
+        assert self.case is not None
+        if self.case.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(device().type, DTYPES[self.case.dtype])
+
+    def _clear(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+        self.x.grad = None
+
+    def _step(self, mode: str) -> Tensor:
+        """The workload once; the output."""
+        assert self.case is not None
+        with self._autocast():
+            out = self.module(self.x)
+            if mode == "forward":
+                return out
+            loss, gradient = self.case.loss(out, self.target)
+        loss.backward(gradient)
+        return out
+
+    def _runner(self, mode: str) -> Callable[[], Any]:
+        if not self.provider.graph:
+
+            def run() -> None:
+                self._clear()
+                self._step(mode)
+
+            return run
+        if mode not in self.graphs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._clear()
+                    self._step(mode)
+            torch.cuda.current_stream().wait_stream(side)
+            self._clear()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.cuda.graph(graph):
+                self.graph_outs[mode] = self._step(mode)
+            self.graph_bytes[mode] = torch.cuda.max_memory_allocated() - before
+            self.graphs[mode] = graph
+        return self.graphs[mode].replay
+
+    def results(self) -> dict[str, Tensor]:
+        """One forward and backward: "out", "dx", "grad NAME" and "buffer NAME", in float64."""
+        if self.provider.graph:
+            self._runner(MODE)()
+            out = self.graph_outs[MODE]
+        else:
+            self._clear()
+            out = self._step(MODE)
+        result = {"out": out}
+        if self.x.grad is not None:
+            result["dx"] = self.x.grad
+        for name, parameter in _plain(self.module).named_parameters():
+            if parameter.grad is None:
+                raise Failure(f"no gradient for {name}")
+            result[f"grad {name}"] = parameter.grad
+        for name, buffer in _plain(self.module).named_buffers():
+            if buffer.is_floating_point():
+                result[f"buffer {name}"] = buffer
+        return {name: tensor.detach().double().cpu() for name, tensor in result.items()}
+
+    def reference(self, case: Case, path: str) -> None:
+        """The case in float64 by eager PyTorch, saved to ``path``; unlike the rest, no provider."""
+        plain = case._replace(dtype="fp32")
+        self.case, self.provider = plain, Provider("float64", lambda case: None)
+        self.module = plain.build(backend="eager", dtype=torch.float64)
+        self.x, self.target = plain.inputs()
+        self.x = self.x.detach().double().requires_grad_(self.x.requires_grad)
+        torch.save(self.results(), path)
+        self.drop()
+
+    def errors(self, path: str) -> tuple[dict[str, float], float]:
+        """Relative distance to ``reference``'s results of "out", "dx", "gradients", "buffers";
+        and the seconds that the first step took, compiling included.
+
+        The Euclidean norm over all elements of all tensors of a kind, over the same of the
+        reference.
+        """
+        exact = torch.load(path)
+        threads = torch.get_num_threads()
+        if not self.provider.compiles:
+            # All providers do this at once, and threads that wait for a taken core are slow. What
+            # is compiled here has the number of threads that it will be timed with.
+            torch.set_num_threads(1)
+        start = time.perf_counter()
+        mine = self.results()
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(threads)
+        if mine.keys() != exact.keys():
+            differing = sorted(mine.keys() ^ exact.keys())
+            raise Failure(f"other results than the reference: {differing[0]}")
+        kinds = {"out": "out", "dx": "dx", "grad": "gradients", "buffer": "buffers"}
+        sums: dict[str, list[float]] = {}
+        for name, value in exact.items():
+            total = sums.setdefault(kinds[name.split()[0]], [0.0, 0.0])
+            if mine[name].shape != value.shape:
+                raise Failure(f"{name} has shape {tuple(mine[name].shape)}")
+            total[0] += float((mine[name] - value).square().sum())
+            total[1] += float(value.square().sum())
+        return {kind: math.sqrt(error / size) for kind, (error, size) in sums.items()}, seconds
+
+    def sample(self, mode: str, repeats: int) -> float:
+        """Seconds for ``repeats`` runs."""
+        run = self._runner(mode)
+        _synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        _synchronize()
+        return time.perf_counter() - start
+
+    def peak(self, mode: str) -> int:
+        """Most bytes that a step allocates beyond parameters and gradients."""
+        run = self._runner(mode)
+        if self.provider.graph:
+            return self.graph_bytes[mode] - self._gradient_bytes(mode)
+        self._clear()
+        _synchronize()
+        return peak_bytes(run, torch.cuda.is_available()) - self._gradient_bytes(mode)
+
+    def _gradient_bytes(self, mode: str) -> int:
+        if mode == "forward":
+            return 0
+        return sum(p.numel() * p.element_size() for p in _plain(self.module).parameters())
+
+    def launches(self, mode: str) -> int | None:
+        """Kernels a step runs on a GPU."""
+        return launched(self._runner(mode))
+
+    def need(self, case: Case, provider: Provider) -> int:
+        """Bytes that a training step needs in all: parameters, momentum, gradients and the rest.
+
+        A step is run for it; the module is dropped again.
+        """
+        self.build(case, provider)
+        try:
+            if torch.cuda.is_available():  # the first step also allocates cuDNN's workspaces
+                self.sample(MODE, 1)
+            peak = self.peak(MODE)
+            parameters = self._gradient_bytes(MODE)
+            buffers = sum(b.numel() * b.element_size() for b in _plain(self.module).buffers())
+            return peak + 3 * parameters + buffers
+        finally:
+            self.drop()
+
+
+def _plain(module: Any) -> nn.Module:
+    """The module itself, without torch.compile's wrapper and the prefix that it gives to names."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reason(error: BaseException) -> str:
+    """One line for a row: what went wrong."""
+    if isinstance(error, Failure):
+        return str(error)
+    text = str(error).strip().splitlines() or [""]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text[0]:
+        return "out of memory"
+    return f"{type(error).__name__}: {text[0]}"[:200]
+
+
+def _serve(pipe: Any, threads: int) -> None:
+    """A provider's process: carries out orders until the pipe closes."""
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    worker = Worker()
+    while True:
+        try:
+            order, *arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, getattr(worker, order)(*arguments)))
+        except Exception as error:  # whatever a provider raises is a row, not a crash
+            reason = _reason(error)
+            del error
+            worker.drop()
+            pipe.send((False, reason))
+
+
+class Inline:
+    """A host that carries out orders in this process: for tests."""
+
+    def __init__(self, threads: int = 0) -> None:
+        self.worker = Worker()
+        self.answers: list[tuple[bool, Any]] = []
+
+    def send(self, order: str, *arguments: Any) -> None:
+        try:
+            self.answers.append((True, getattr(self.worker, order)(*arguments)))
+        except Exception as error:  # as in _serve
+            self.answers.append((False, _reason(error)))
+
+    def receive(self, patience: float) -> Any:
+        right, answer = self.answers.pop(0)
+        if not right:
+            raise Failure(answer)
+        return answer
+
+    def close(self) -> None:
+        self.worker.drop()
+
+
+class Process:
+    """A host that carries out orders in a process of its own, started again if it dies."""
+
+    def __init__(self, threads: int = 0) -> None:
+        self.threads = threads
+        self.process: Any = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def send(self, order: str, *arguments: Any) -> None:
+        if self.process is None:
+            self._start()
+        try:
+            self.pipe.send((order, *arguments))
+        except OSError:  # it died since it last answered
+            self._kill()
+            self._start()
+            self.pipe.send((order, *arguments))
+
+    def receive(self, patience: float) -> Any:
+        if not self.pipe.poll(patience):
+            self._kill()
+            raise Failure(f"gave up after {patience:.0f} s")
+        try:
+            right, answer = self.pipe.recv()
+        except EOFError:
+            self._kill()
+            raise Failure("the process died, as it does where memory ends") from None
+        if not right:
+            raise Failure(answer)
+        return answer
+
+    def _kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process = None
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.pipe.close()
+            self.process.join(timeout=10)
+            if self.process.is_alive():
+                self._kill()
+            self.process = None
