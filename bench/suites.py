@@ -1,4 +1,4 @@
-"""What each suite records: outcomes as rows of the report."""
+"""Outcomes as rows of the report, suite by suite."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
+from ..errors import InputError
 from ._torchvision import import_torchvision
 from .batches import Batches, ImageData, Split
-from ..errors import InputError
 from .host import available_memory, check_memory, gibibytes
 from .imagefiles import SizesDifferError, common_size, decode, list_folders, pixels, size_of
 from .streaming import FolderData
@@ -259,7 +259,7 @@ def _load_cifar(class_name: str, root: Path) -> ImageData:
         if not had_root:
             with contextlib.suppress(OSError):
                 root.rmdir()
-        # Of a URLError, of a system's error, of torchvision's.
+        # A URLError and an OSError hold their reason in an attribute.
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         reason = " ".join(str(reason).split())
         raise InputError(
@@ -275,7 +275,7 @@ def _load_cifar(class_name: str, root: Path) -> ImageData:
 
 
 def _incomplete(dataset: Any, root: Path) -> str | None:
-    """What is missing of torchvision's CIFAR under `root`; None where there is nothing at all."""
+    """Files of torchvision's CIFAR that `root` lacks or holds damaged; None without any file."""
     from torchvision.datasets.utils import check_integrity
 
     folder = root / dataset.base_folder

@@ -1,4 +1,4 @@
-"""What this machine has for a process: memory and cores."""
+"""The memory and the cores that this machine has for a process."""
 
 import contextlib
 import ctypes
@@ -71,10 +71,11 @@ def gibibytes(count: int) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as PyTorch's allocator does on a GPU; for a whole process.
+    """Let glibc keep freed memory in this process, as PyTorch's allocator does on a GPU.
 
-    By default it gives large blocks back at once or keeps them, as the course of earlier sizes has
-    it, and then the same step takes 1x or 1.8x of its time from process to process: page faults.
+    By default the sizes of earlier blocks decide whether glibc keeps a large one or returns it to
+    the system. Page faults then make the same step take up to 1.8 times as long in one process as
+    in another.
     """
     global _keeps
     if sys.platform != "linux":
@@ -87,10 +88,10 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Give back what lies free where ``keep_freed_memory`` keeps it.
+    """Return to the system the free memory that ``keep_freed_memory`` keeps.
 
-    From step to step blocks come to lie elsewhere, and what was touched once stays resident: 4 %
-    more in 40 steps of 1,001 layers. After a checkpoint it is taken anew, in a second.
+    Blocks lie elsewhere in every step, and a page that was touched once stays resident: 4 % more
+    memory in 40 steps of 1,001 layers. The step after a checkpoint takes it again, in a second.
     """
     if _keeps:
         ctypes.CDLL(None).malloc_trim(0)

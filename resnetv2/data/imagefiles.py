@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._torchvision import import_torchvision
 from ..errors import InputError
+from ._torchvision import import_torchvision
 from .host import decoding_threads
 
 # torchvision's ImageFolder's.
@@ -29,8 +29,8 @@ _PIXELS_FOR_THREADS = 96 * 96
 class Files:
     """Image files under `root` and their labels (N,), int64 from 0.
 
-    `names` (N,) are paths from `root` as bytes in one array: of a million Python strings every
-    worker process would come to hold a copy, because counting references writes to them.
+    `names` (N,) are paths from `root` as bytes in one array. Of a million Python strings every
+    worker process would soon have its own copy, because a reference count is written at each use.
     """
 
     root: str

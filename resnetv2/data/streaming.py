@@ -1,7 +1,7 @@
 """Images that come a batch at a time, from files or from the host's memory, by worker processes.
 
-Whatever is drawn for an image of a streamed set is a function of (seed, epoch, number of the
-image): neither workers nor ranks nor a resumed run change a pixel.
+The random crop and flip of a streamed image are functions of (seed, epoch, number of the image):
+neither workers nor ranks nor a resumed run change a pixel.
 """
 
 import multiprocessing
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ._torchvision import import_torchvision
 from ..errors import InputError
+from ._torchvision import import_torchvision
 from .host import decoding_threads
 from .imagefiles import Files, read_rgb
 
@@ -31,7 +31,7 @@ _WORKERS_GRACE_SECONDS = 20
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# What random numbers are for. It is part of their seed, so that no two uses share a stream.
+# The use of random numbers is part of their seed, so that no two uses share a stream.
 ORDER, CROPS, IMAGE = range(3)
 
 _STATISTICS_IMAGES = 1024

@@ -1,4 +1,4 @@
-"""What the studies that train share: their options, their nets and what may be concluded."""
+"""Common to the studies that train: options, nets, and conclusions within the spread over seeds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .harness import Comparison, Result, StudyOptions, Table
 from .variants import ResidualNetwork, layout
 from .visualizer import Picture, ResNetV2Visualizer
 
-# Digits, because they come without a download. Depth 20 trains in seconds there; lr and batch are
-# the paper's but for the batch, halved so that 1,437 images make 22 steps an epoch.
+# Digits need no download, and depth 20 trains on them in seconds. The batch is half of the paper's,
+# so that 1,437 images make 22 steps an epoch.
 TRAINING: dict[str, Any] = {
     "data": "digits",
     "root": "data",
@@ -80,7 +80,7 @@ Factory = Callable[[], nn.Module]
 
 
 def network(options: StudyOptions, data: ImageData, **choices: Any) -> Factory:
-    """A factory of `ResidualNetwork`s of the asked depth for the data set; `choices` are its."""
+    """A factory of `ResidualNetwork`s of the asked depth; `choices` are its arguments."""
     layers, widths = layout(options.one_depth, options.width, options.stages)
 
     def make() -> nn.Module:
@@ -96,7 +96,7 @@ def network(options: StudyOptions, data: ImageData, **choices: Any) -> Factory:
 
 
 def library_network(options: StudyOptions, data: ImageData, **choices: Any) -> Factory:
-    """A factory of the library's own `PreActResNet`s, unfused; `choices` are its blocks'."""
+    """A factory of the library's own `PreActResNet`s, unfused; `choices` go to the blocks."""
     layers, widths = layout(options.one_depth, options.width, options.stages)
 
     def make() -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a study can be asked for, checked, and the data set that comes of it."""
+"""The options of a study, their checks, and the data set that they name."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NOISE = 800
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What a study is asked for. Studies name the fields that they use and their own defaults.
+    """The options of a study. Each study names the fields that it uses and its own defaults.
 
     Args:
         data: a name of `resnetv2.data.load_data`, "noise" (800 images of white noise with random
-            labels: what can be learned is their noise), or an `ImageData`.
+            labels, which a net can only learn by heart), or an `ImageData`.
         root, image_size: see `load_data`.
         depth: layers of the nets, or several numbers where a study compares depths.
         width: channels of the blocks, or of the first stage's.
@@ -163,8 +163,8 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def _noise(size: int) -> ImageData:
-    """White noise with random labels; the test set is the training set, there being no pattern
-    that other images could share."""
+    """White noise with random labels. The test set is the training set: other images of noise
+    would share no pattern with it."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(NOISE, 3, size, size, generator=generator)
     labels = torch.randint(10, (NOISE,), generator=generator)

@@ -1,4 +1,4 @@
-"""What a study hands back: tables, conclusions and figures, as text, as JSON and as PNGs."""
+"""The result of a study: tables, conclusions and figures, as text, as JSON and as PNGs."""
 
 from __future__ import annotations
 
