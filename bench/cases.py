@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
 from resnetv2.blocks import Stage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
 MODES = ("forward", "forward+backward")
 

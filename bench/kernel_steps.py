@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import DTYPES, Case, device
+from bench.cases import Case, device
 from resnetv2.core.chain import Chain
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels.dispatch import AtenEngine, engine
+from resnetv2.names import DTYPES
 from resnetv2.planning.cost import Cost, CostEngine, Rates, copy_rate, floor_seconds, multiply_rate
 
 CALLS = ("moments", "norm_stats", "conv_forward", "conv_backward", "norm_conv_backward")

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Case
+from bench.cases import Case
 from bench.providers import COMPILE, EAGER, Provider
 from bench.worker import Failure, Process
+from resnetv2.names import DTYPES
 
 # A provider's error against float64 may be twice eager's (the project's yardstick), plus a few
 # units in the last place, where eager has hardly any.

@@ -286,9 +286,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Rows], str]]] = {
     "kernel": (
         "Kernels",
         "Calls that a unit's chain makes, each alone. Bytes and FLOPs: the cost model's "
-        "(`resnetv2.planning.cost`). Floor: the larger of bytes over the faster copy rate and FLOPs over "
-        "the rate of matrix products, launch by launch; gap: time over floor. Cold: a buffer "
-        "larger than the L2 caches is written in between.",
+        "(`resnetv2.planning.cost`). Floor: the larger of bytes over the faster copy rate and "
+        "FLOPs over the rate of matrix products, launch by launch; gap: time over floor. Cold: a "
+        "buffer larger than the L2 caches is written in between.",
         _kernel_table,
     ),
     "accuracy": (

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import DTYPES, Case, device
+from bench.cases import Case, device
 from bench.providers import Provider
 from bench.schema import MODE
 from resnetv2.data.host import keep_freed_memory
+from resnetv2.names import DTYPES
 from resnetv2.planning.memory import peak_bytes
 
 

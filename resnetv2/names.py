@@ -16,4 +16,4 @@ BACKENDS = (*_ENGINES, EAGER)
 MEMORY_MODES = ("recompute", "invert_h1", "invert", "segment")
 
 # In what convolutions multiply.
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

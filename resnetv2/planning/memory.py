@@ -41,9 +41,7 @@ class Plan(NamedTuple):
         for r in self.rows:
             sizes = (r.parameters, r.gradients, r.optimizer, r.kept, r.walk, r.peak)
             mark = " *" if r.mode == self.mode else ""
-            rows.append(
-                (r.mode + mark, *(format_bytes(n) for n in sizes), f"+{r.extra_flops:.0%}")
-            )
+            rows.append((r.mode + mark, *(format_bytes(n) for n in sizes), f"+{r.extra_flops:.0%}"))
         lines = [text_table(names, rows, [False] + [True] * (len(names) - 1))]
         lines.append(f"batch {self.batch_size}; eager PyTorch keeps {format_bytes(self.eager)}")
         if self.budget is not None:

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 from ..data.batches import ImageData, Split
 from ..data.datasets import as_image_data, load_data
 from ..errors import InputError
+from ..names import DTYPES
 from ..training.environment import select_device
-from ..training.evaluate import DTYPES
 from ..training.schedule import learning_rate
 
 SCHEDULES = ("constant", "paper", "step")

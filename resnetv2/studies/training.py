@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.batches import Batches, ImageData
+from ..names import DTYPES
 from ..training.environment import reproducible
-from ..training.evaluate import DTYPES, evaluate
+from ..training.evaluate import evaluate
 from ..training.loop import EpochMetrics
 from ..training.step import Step
 from .histories import Comparison, History
