@@ -2,8 +2,8 @@
 
 from .data.datasets import create_synthetic_dataset
 from .errors import InputError
-from .names import DTYPES
 from .training.config import TrainConfig
+from .training.evaluate import DTYPES
 from .training.loop import (
     DivergenceError,
     EpochMetrics,

@@ -19,9 +19,10 @@ import yaml
 from ..core.memory import parse_bytes
 from ..errors import InputError
 from ..models import BLOCKS, STEMS
-from ..names import BACKENDS, DTYPES, MEMORY_MODES
+from ..names import BACKENDS, MEMORY_MODES
 from .schedule import SCHEDULES
 
+DTYPES = ("fp32", "bf16", "fp16")
 CACHES = ("auto", "memory", "stream")
 DEFAULT_EPOCHS = 30
 
@@ -152,7 +153,7 @@ class TrainConfig:
     ema: Part = 0.0
     crop_padding: Whole | None = None
     flip: bool | None = None
-    dtype: Annotated[str, _Choice(tuple(DTYPES))] = "fp32"
+    dtype: Annotated[str, _Choice(DTYPES)] = "fp32"
     device: str = "auto"
     graph: bool = False
     sync_bn: bool = True

@@ -16,12 +16,13 @@ from ..data.batches import Batches
 from ..data.datasets import load_data
 from ..errors import InputError
 from ..kernels.dispatch import resolve_backend
-from ..names import DTYPES
 from .checkpoint import Checkpoints, check_parts
 from .config import TrainConfig, saved_config
 from .environment import reproducible, select_device
 from .parallel import World
 from .step import compute_logits
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def memory_format_of(config: TrainConfig) -> torch.memory_format:

@@ -33,12 +33,12 @@ from ..data.host import memory_in_use, release_freed_memory
 from ..data.streaming import FolderData
 from ..errors import InputError
 from ..models import PreActResNet
-from ..names import DTYPES
 from ..planning.memory import plan
 from .checkpoint import Checkpoints, check_parts
 from .config import TrainConfig, check_resumable, check_steps, make_config
 from .environment import device_name, package_versions, reproducible, select_device
 from .evaluate import (
+    DTYPES,
     build_model,
     check_backend,
     evaluate_as,

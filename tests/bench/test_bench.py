@@ -1,11 +1,9 @@
 """The benchmarks' own promises: wrong providers refused, failures their own rows, one schema."""
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from bench import cases, compare, report, schema
 from bench.conftest import record
@@ -15,9 +13,6 @@ from bench.providers import EAGER, Provider, all_providers
 from bench.schema import Row
 from bench.suites import accuracy_rows, kernel_rows, largest, limit_rows, timed_rows
 from bench.worker import Inline, Process
-from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
-from resnetv2.cli.plan import plan as plan_command
-from resnetv2.planning.cost import Rates, chain_costs, floor_seconds, h100_rates, step_costs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,58 +274,6 @@ def test_report_from_csv(measured, tmp_path):
     assert report.main([str(tmp_path / "nowhere")]) == 2
 
 
-# --- the cost model -----------------------------------------------------------------------------
-
-# Design 7, in w channels times M rows; 2w more for each operand of a 3x3 that is written once, and
-# in the backward what the waiting gradient of a written operand saves.
-
-
-@pytest.mark.parametrize("block", [PreActBlock, BottleneckPreActBlock])
-def test_cost_is_what_the_interpreter_counts(block):
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("bytes are counted in Triton's interpreter")
-    from resnetv2.core.run import run_chain
-    from resnetv2.kernels.inspect import counting
-
-    torch.manual_seed(0)
-    units = [block(32, 32).unit_modules()]
-    x = torch.randn(2, 32, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
-    with counting.count() as forward:
-        out = run_chain(units, x, backend="triton", memory="recompute")
-    with counting.count() as backward:
-        out.backward(torch.randn_like(out))
-    predicted, _ = chain_costs(units, x, torch.float32, triton=True)
-    large = 8 * 2 * 16 * 16  # elements of the smallest activation
-    for counted, costs in ((forward, predicted.forward), (backward, predicted.backward)):
-        moved = sum(launch.bytes_where(lambda t: t.numel >= large) for launch in counted.launches)
-        assert sum(c.nbytes for c in costs) == pytest.approx(moved, rel=0.1)
-        # A weight gradient split over programs is added up by one more launch, of a workspace.
-        launches = [x for x in counted.launches if x.name != "_wgrad_reduce_kernel"]
-        assert len(launches) == len(costs)
-
-
-def test_modes_cost_what_they_compute_again():
-    with torch.device("meta"):
-        model = PreActResNet.from_depth(29, "bottleneck")
-    rates = Rates(1e9, 1e9, torch.float32, "")
-    count = functools.partial(step_costs, model, 4, triton=True)
-    floors = [
-        floor_seconds(count(memory=m).all, rates)
-        for m in ("recompute", "invert_h1", "invert", "segment")
-    ]
-    assert floors == sorted(floors)
-    assert len(set(floors)) == 4
-
-
-def test_h100_has_no_float64_rate_here():
-    with pytest.raises(ValueError, match="expected float32, float16 or bfloat16"):
-        h100_rates(torch.float64)
-
-
-# --- comparing runs -----------------------------------------------------------------------------
-
-
 def test_compare(tmp_path, capsys):
     def run_of(ratio, name):
         row = Row("unit", "c", "recompute", "forward", "time", "ms", 1.0, ratio_to_eager=ratio)
@@ -342,25 +285,3 @@ def test_compare(tmp_path, capsys):
     assert compare.main([one, far]) == 1
     assert "largest 30.0% (c, recompute, forward: 1.000 and 1.300)" in capsys.readouterr().out
     assert compare.main([one, str(tmp_path / "nowhere")]) == 2
-
-
-# --- resnetv2 plan --time -----------------------------------------------------------------------
-
-
-def plan(*arguments):
-    return CliRunner().invoke(plan_command, ["--depth", "29", "--block", "bottleneck", *arguments])
-
-
-def test_plan_prints_floors_per_mode():
-    result = plan("--batch-size", "8", "--dtype", "bf16", "--time", "--rates", "h100")
-    assert result.exit_code == 0, result.output
-    floors = result.output[result.output.index("launches") :]
-    with torch.device("meta"):
-        model = PreActResNet.from_depth(29, "bottleneck")
-    for mode in ("recompute", "invert_h1", "invert", "segment"):
-        cost = step_costs(model, 8, 32, torch.bfloat16, mode, triton=True)
-        seconds = floor_seconds(cost.all, h100_rates(torch.bfloat16))
-        line = next(x for x in floors.splitlines() if x.startswith(f"{mode} "))
-        assert line.endswith(f"{1e3 * seconds:.2f} ms")
-        assert f" {len(cost.all)} " in line
-    assert "data sheet of an H100 SXM" in floors

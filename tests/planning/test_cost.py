@@ -1,0 +1,75 @@
+"""The cost model: bytes and launches of a chain's kernels, and the floor of a step's time."""
+
+import functools
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
+from resnetv2.cli.plan import plan as plan_command
+from resnetv2.core.run import run_chain
+from resnetv2.names import MEMORY_MODES
+from resnetv2.planning.cost import Rates, chain_costs, floor_seconds, h100_rates, step_costs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("block", [PreActBlock, BottleneckPreActBlock])
+def test_cost_is_what_the_interpreter_counts(block):
+    """Bytes of activations and weights, and launches; values per channel are left out of both."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("bytes are counted in Triton's interpreter")
+    from resnetv2.kernels.inspect import counting
+
+    torch.manual_seed(0)
+    units = [block(32, 32).unit_modules()]
+    x = torch.randn(2, 32, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    with counting.count() as forward:
+        out = run_chain(units, x, backend="triton", memory="recompute")
+    with counting.count() as backward:
+        out.backward(torch.randn_like(out))
+    predicted, _ = chain_costs(units, x, torch.float32, triton=True)
+    activation = 8 * 2 * 16 * 16  # elements of the smallest
+    for counted, costs in ((forward, predicted.forward), (backward, predicted.backward)):
+        moved = sum(
+            tensor.read + tensor.written
+            for launch in counted.launches
+            for name, tensor in launch.tensors.items()
+            if name != "workspace_ptr" and (tensor.numel >= activation or len(tensor.shape) == 4)
+        )
+        assert sum(cost.nbytes for cost in costs) == moved
+        # A weight gradient split over programs is added up by one more launch, of a workspace.
+        launches = [x for x in counted.launches if x.name != "_wgrad_reduce_kernel"]
+        assert len(launches) == len(costs)
+
+
+def test_modes_cost_what_they_compute_again():
+    with torch.device("meta"):
+        model = PreActResNet.from_depth(29, "bottleneck")
+    rates = Rates(1e9, 1e9, torch.float32, "")
+    count = functools.partial(step_costs, model, 4, triton=True)
+    floors = [floor_seconds(count(memory=mode).all, rates) for mode in MEMORY_MODES]
+    assert floors == sorted(set(floors))
+
+
+def test_h100_has_no_float64_rate_here():
+    with pytest.raises(ValueError, match="expected float32, float16 or bfloat16"):
+        h100_rates(torch.float64)
+
+
+def test_plan_prints_floors_per_mode():
+    command = "--depth 29 --block bottleneck --batch-size 8 --dtype bf16 --time --rates h100"
+    result = CliRunner().invoke(plan_command, command.split())
+    assert result.exit_code == 0, result.output
+    floors = result.output[result.output.index("launches") :]
+    with torch.device("meta"):
+        model = PreActResNet.from_depth(29, "bottleneck")
+    for mode in MEMORY_MODES:
+        cost = step_costs(model, 8, 32, torch.bfloat16, mode, triton=True)
+        seconds = floor_seconds(cost.all, h100_rates(torch.bfloat16))
+        line = next(x for x in floors.splitlines() if x.startswith(f"{mode} "))
+        assert line.endswith(f"{1e3 * seconds:.2f} ms")
+        assert f" {len(cost.all)} " in line
+    assert "data sheet of an H100 SXM" in floors
