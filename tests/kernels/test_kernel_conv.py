@@ -23,8 +23,8 @@ from resnetv2.kernels.conv_dgrad import conv_dgrad
 from resnetv2.kernels.conv_forward import conv_forward
 from resnetv2.kernels.launch import Config
 from resnetv2.kernels.operands import Act, Geometry, Grad, Partials, running_stats
+from tests.support.kernel_checks import DEVICE, DTYPES_IN_TURN, in_turn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ACTS = {
     "identity": Act("identity"),
@@ -50,9 +50,9 @@ SHAPES = {
 }
 Shape = tuple[int, int, int, int, int, int, int, int]
 
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+shapes_in_turn = in_turn("shape, dtype", SHAPES, DTYPES_IN_TURN, each=2)
+plain_shapes_in_turn = in_turn("shape, dtype", SHAPES, DTYPES.items())
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-acts = pytest.mark.parametrize("act", ACTS.values(), ids=ACTS.keys())
 
 _empty = torch.empty
 _guarded: list[Tensor] = []
@@ -198,8 +198,7 @@ def close_sums(got: Any, eager: Any, exact: Any, options: Any, h: Tensor) -> Non
 # --- forward ------------------------------------------------------------------------------------
 
 
-@shapes
-@dtypes
+@shapes_in_turn
 def test_forward(shape: Shape, dtype: torch.dtype) -> None:
     """Prologue, bias and moments; the border stays 0 although act(b) is not."""
     case = Case(shape, dtype)
@@ -216,20 +215,33 @@ def test_forward(shape: Shape, dtype: torch.dtype) -> None:
     )
 
 
-@shapes
-@dtypes
+@plain_shapes_in_turn
 def test_forward_plain(shape: Shape, dtype: torch.dtype) -> None:
     """No prologue, no epilogue."""
     case = Case(shape, dtype)
     check(conv_forward, case.x, case.weight, None, case.geometry, dtype=dtype)
 
 
-@acts
+RESIDUALS = {
+    f"{how}-{sign}": (how, sign == "subtract")
+    for how in ("residual", "residual-act", "stream")
+    for sign in ("add", "subtract")
+}
+
+
+@pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)
 @dtypes
-@pytest.mark.parametrize("subtract", [False, True], ids=["add", "subtract"])
-@pytest.mark.parametrize("how", ["residual", "residual-act", "stream"])
-def test_forward_residual(act: Act, dtype: torch.dtype, subtract: bool, how: str) -> None:
+def test_forward_residual(dtype: torch.dtype, residual: tuple[str, bool]) -> None:
     """A residual as it is, activated, or in a float32 stream beside a low dtype."""
+    check_residual(ACTS["relu"], dtype, *residual)
+
+
+@in_turn("act, residual", ACTS, RESIDUALS.items(), each=3)
+def test_forward_residual_of_any_act(act: Act, residual: tuple[str, bool]) -> None:
+    check_residual(act, torch.bfloat16, *residual)
+
+
+def check_residual(act: Act, dtype: torch.dtype, how: str, subtract: bool) -> None:
     case = Case(SHAPES["3x3"], dtype)
     stream = torch.float32 if how == "stream" else dtype
     check(
@@ -339,8 +351,7 @@ def test_weight_layouts_and_dtypes(dtype: torch.dtype) -> None:
 # --- dgrad --------------------------------------------------------------------------------------
 
 
-@shapes
-@dtypes
+@shapes_in_turn
 def test_dgrad(shape: Shape, dtype: torch.dtype) -> None:
     """A gradient that waits for a norm's backward, act' and the sums."""
     case = Case(shape, dtype)
@@ -357,8 +368,7 @@ def test_dgrad(shape: Shape, dtype: torch.dtype) -> None:
     )
 
 
-@shapes
-@dtypes
+@plain_shapes_in_turn
 def test_dgrad_plain(shape: Shape, dtype: torch.dtype) -> None:
     """No norm on either side, with a further gradient of z."""
     case = Case(shape, dtype)
@@ -373,11 +383,22 @@ def test_dgrad_plain(shape: Shape, dtype: torch.dtype) -> None:
     )
 
 
-@acts
+ENDINGS = ("q", "sums", "finish", "stream")
+
+
 @dtypes
-@pytest.mark.parametrize("how", ["q", "sums", "finish", "stream"])
-def test_dgrad_endings(act: Act, dtype: torch.dtype, how: str) -> None:
+@pytest.mark.parametrize("how", ENDINGS)
+def test_dgrad_endings(dtype: torch.dtype, how: str) -> None:
     """q and its sums, the sums alone, dx at once, dx in a float32 stream."""
+    check_ending(ACTS["relu"], dtype, how)
+
+
+@in_turn("act, how", ACTS, [(how, how) for how in ENDINGS], each=2)
+def test_dgrad_endings_of_any_act(act: Act, how: str) -> None:
+    check_ending(act, torch.bfloat16, how)
+
+
+def check_ending(act: Act, dtype: torch.dtype, how: str) -> None:
     case = Case(SHAPES["3x3"], dtype)
     stream = torch.float32 if how == "stream" else dtype
     grad = Grad(case.output(), None, case.coef(case.k))

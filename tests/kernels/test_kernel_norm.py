@@ -12,13 +12,16 @@ from torch import Tensor
 from tests.support.kernel_checks import (
     BF16,
     DEVICE,
+    DTYPES_IN_TURN,
     F16,
     F32,
+    STREAMS,
     activation,
     assert_accurate,
     assert_same_bits,
     assert_same_specials,
     exactly,
+    in_turn,
     per_channel,
     poisoned_memory,  # noqa: F401
     streams,
@@ -38,8 +41,12 @@ SHAPES = {
     "c48": (3, 48, 5, 9),
     "c80": (2, 80, 7, 5),
 }
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 acts = pytest.mark.parametrize("act", [Act(kind, 0.2) for kind in ACTS], ids=ACTS)
+Stream = tuple[torch.dtype, torch.dtype]
+shapes_in_turn = in_turn("shape, stream", SHAPES, STREAMS.items())
+acts_in_turn = in_turn(
+    "act, stream", {kind: Act(kind, 0.2) for kind in ACTS}, STREAMS.items(), each=2
+)
 dtypes = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
 EPS = 1e-5
 
@@ -66,8 +73,7 @@ def merged(partials: Partials) -> Tensor:
 # --- moments, norm_stats ------------------------------------------------------------------------
 
 
-@shapes
-@dtypes
+@in_turn("shape, dtype", SHAPES, DTYPES_IN_TURN)
 def test_statistics(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     affine = dtype != F16  # affine=False as well
     x = activation(shape, dtype, 0.5, 2.0)
@@ -147,18 +153,14 @@ def check_norm_act(
     assert_accurate(z, eager, exact)
 
 
-@shapes
-@streams
-def test_norm_act_of_any_shape(
-    shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype
-) -> None:
-    check_norm_act(shape, Act("relu"), stream, dtype)
+@shapes_in_turn
+def test_norm_act_of_any_shape(shape: tuple[int, ...], stream: Stream) -> None:
+    check_norm_act(shape, Act("relu"), *stream)
 
 
-@acts
-@streams
-def test_norm_act_of_any_act(act: Act, stream: torch.dtype, dtype: torch.dtype) -> None:
-    check_norm_act((2, 17, 5, 3), act, stream, dtype)
+@acts_in_turn
+def test_norm_act_of_any_act(act: Act, stream: Stream) -> None:
+    check_norm_act((2, 17, 5, 3), act, *stream)
 
 
 @dtypes
@@ -188,18 +190,14 @@ def check_act_backward(
     assert error <= 2 * own + 4 * torch.finfo(F32).eps * scale + 1e-30
 
 
-@shapes
-@streams
-def test_act_backward_of_any_shape(
-    shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype
-) -> None:
-    check_act_backward(shape, Act("relu"), stream, dtype, add=False)
+@shapes_in_turn
+def test_act_backward_of_any_shape(shape: tuple[int, ...], stream: Stream) -> None:
+    check_act_backward(shape, Act("relu"), *stream, add=False)
 
 
-@acts
-@streams
-def test_act_backward_of_any_act(act: Act, stream: torch.dtype, dtype: torch.dtype) -> None:
-    check_act_backward((2, 17, 5, 3), act, stream, dtype, add=True)
+@acts_in_turn
+def test_act_backward_of_any_act(act: Act, stream: Stream) -> None:
+    check_act_backward((2, 17, 5, 3), act, *stream, add=True)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
@@ -231,12 +229,9 @@ def check_input_grad(
     assert_accurate(g, eager, exact)
 
 
-@shapes
-@streams
-def test_input_grad_of_any_shape(
-    shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype
-) -> None:
-    check_input_grad(shape, stream, dtype, identity=True, form="ABC")
+@shapes_in_turn
+def test_input_grad_of_any_shape(shape: tuple[int, ...], stream: Stream) -> None:
+    check_input_grad(shape, *stream, identity=True, form="ABC")
 
 
 @streams

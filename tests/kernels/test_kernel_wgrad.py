@@ -13,13 +13,14 @@ from tests.support.kernel_checks import (
     DEVICE,
     F16,
     F32,
+    STREAMS,
     activation,
     assert_accurate,
     assert_same_bits,
     exactly,
+    in_turn,
     per_channel,
     poisoned_memory,  # noqa: F401
-    streams,
 )
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -48,7 +49,6 @@ CASES = {
     "5x3-uneven": ((2, 6, 9, 8), 5, (5, 3), (1, 2), (2, 0)),
 }
 RELU = Act("relu")
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 Case = tuple[tuple[int, int, int, int], int, tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -124,14 +124,12 @@ def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER._replace(multiprocessors=3))
 
 
-@cases
-@streams
-def test_with_both_prologues(case: Case, stream: torch.dtype, dtype: torch.dtype) -> None:
-    Problem(case, stream, dtype, memory_format=torch.channels_last).check()
+@in_turn("case, stream", CASES, STREAMS.items())
+def test_with_both_prologues(case: Case, stream: tuple[torch.dtype, torch.dtype]) -> None:
+    Problem(case, *stream, memory_format=torch.channels_last).check()
 
 
-@cases
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
+@in_turn("case, dtype", CASES, [("fp16", F16), ("bf16", BF16)])
 def test_of_written_operands(case: Case, dtype: torch.dtype) -> None:
     """As the dispatcher calls it for a 3x3: z and g as they lie in memory, and a bias."""
     Problem(case, dtype, dtype, form="q", act=None, bias=True, weight_dtype=dtype).check()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,25 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # The dtype of the activations, and the one in which convolutions multiply.
 STREAMS = {"fp32": (F32, F32), "fp16": (F16, F16), "bf16": (BF16, BF16), "fp32-bf16": (F32, BF16)}
 streams = pytest.mark.parametrize(("stream", "dtype"), STREAMS.values(), ids=STREAMS)
+# Each second one is float32, whose tiles are others than those of half precision.
+DTYPES_IN_TURN = (("fp32", F32), ("bf16", BF16), ("fp32", F32), ("fp16", F16))
+
+
+def in_turn(
+    names: str, first: Mapping[str, Any], second: Iterable[tuple[str, Any]], each: int = 1
+) -> Any:
+    """Parametrise ``names`` over ``first``, each with ``each`` values of ``second`` in turn.
+
+    For options that do not meet within a kernel. All combinations would be kernels that say nothing
+    new, and on a GPU each takes a second to compile.
+    """
+    turns = cycle(second)
+    cases = {}
+    for key, value in first.items():
+        for _ in range(each):
+            name, other = next(turns)
+            cases[f"{key}-{name}"] = (value, other)
+    return pytest.mark.parametrize(names, cases.values(), ids=cases)
 
 
 def activation(
