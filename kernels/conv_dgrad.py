@@ -66,6 +66,7 @@ def conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """One program: BLOCK_M positions of h (M = N*H*W) times BLOCK_N of its C channels."""
     column_tiles: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
@@ -113,6 +114,7 @@ def conv_dgrad_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        UNROLL,
     )
 
     offsets = rows[:, None] * C + columns[None, :]
@@ -274,6 +276,7 @@ def conv_dgrad(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        UNROLL=config.unroll,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -64,6 +64,7 @@ def conv_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """One program: BLOCK_M positions of out (M = N*P*Q) times BLOCK_N of its K channels."""
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -112,6 +113,7 @@ def conv_forward_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        UNROLL,
     )
 
     if bias_ptr is not None:
@@ -255,6 +257,7 @@ def conv_forward(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        UNROLL=config.unroll,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

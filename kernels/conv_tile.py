@@ -20,7 +20,8 @@ is made of what is read (design 2):
 
 Weights are read in their own dtype through their strides and rounded in registers. What one step
 (a tap of a block of channels) multiplies is read a step ahead, into registers, so that its latency
-hides behind the multiplication before it; taps are unrolled, which makes their offsets immediates.
+hides behind the multiplication before it. With UNROLL, taps are unrolled, which makes their offsets
+immediates, and so are few blocks of channels.
 Shapes and weight strides are constexpr: divisions become shifts or multiplications, and the
 compiler sees where 16 bytes can be read at once. Only the number of rows is a run-time argument.
 """
@@ -182,6 +183,7 @@ def conv_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """acc (BLOCK_M, BLOCK_N), float32.
 
@@ -198,11 +200,11 @@ def conv_tile(
     # Without padding, every position that a forward convolution reads exists.
     MASKED: tl.constexpr = not SAME_ROWS and (TRANSPOSED or PADDING_H + PADDING_W > 0)
     # Unrolled, float32 spills without matrix units (ieee), and with a prologue at every tap.
-    UNROLL: tl.constexpr = DTYPE.primitive_bitwidth < 32 or (
-        PRECISION != "ieee" and (TAPS == 1 or PROLOGUE == "none")
+    STRAIGHT: tl.constexpr = UNROLL and (
+        DTYPE.primitive_bitwidth < 32 or (PRECISION != "ieee" and (TAPS == 1 or PROLOGUE == "none"))
     )
-    UNROLL_TAPS: tl.constexpr = TAPS if UNROLL and TAPS <= 25 else 1
-    UNROLL_BLOCKS: tl.constexpr = BLOCKS if UNROLL and TAPS * BLOCKS <= 16 else 1
+    UNROLL_TAPS: tl.constexpr = TAPS if STRAIGHT and TAPS <= 25 else 1
+    UNROLL_BLOCKS: tl.constexpr = BLOCKS if STRAIGHT and TAPS * BLOCKS <= 16 else 1
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     position = rows

@@ -357,6 +357,7 @@ def conv_wgrad(
         dtype=dtype,
         stream=h.dtype,
         prologue=stats is not None or coef is not None,
+        plain_gradient=coef is None and q.dtype == dtype,
     ).smaller(smaller)
     blocks, splits = config.splits(rows, k, j, device)
     _, size = config.workspace(rows, k, j, with_bias, device)

@@ -55,13 +55,17 @@ class KernelError(RuntimeError):
 
 
 class Config(NamedTuple):
-    """A kernel's tile and how it is run. BLOCK_M: rows, BLOCK_N: columns, BLOCK_K: reduction."""
+    """A kernel's tile and how it is run. BLOCK_M: rows, BLOCK_N: columns, BLOCK_K: reduction.
+
+    unroll: whether a convolution's loops over taps and channels are unrolled where they are short.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int = 4
     num_stages: int = 2
+    unroll: bool = True
 
 
 class Compiled(NamedTuple):
@@ -201,6 +205,13 @@ class Device(NamedTuple):
     def target(self) -> str:
         """ "sm_90", "gfx942", ..."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch or self.backend)
+
+    @property
+    def matrix_unit(self) -> str:
+        """What multiplies matrices: "wgmma", "tcgen05", "mma.sync", AMD's "mfma", or nothing."""
+        if self.backend != "cuda":
+            return "mfma" if self.backend == "hip" else ""
+        return {9: "wgmma", 10: "tcgen05"}.get(int(self.arch) // 10, "mma.sync")
 
 
 INTERPRETER = Device(1, "interpreter", "")

@@ -41,9 +41,8 @@ from .operands import Partials
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # Elements of one block: 16 a thread at 4 warps, two 16-byte loads of each 16-bit tensor in flight.
-# With more, the longest activations spill. Moments have none, and a reduction to spread out.
+# With more, the longest activations spill.
 BLOCK_ELEMENTS = 2048
-_MOMENTS_ELEMENTS = 4096
 MAX_TILES = 1024
 # The merge's tile: rows of partials at a time, and channels, one L2 sector of each row.
 MERGE_TILES = 1024
@@ -72,7 +71,6 @@ def row_tiling(
     channels: int,
     device: Device,
     max_tiles: int | None = None,
-    elements: int = BLOCK_ELEMENTS,
 ) -> RowTiling:
     """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
 
@@ -84,6 +82,7 @@ def row_tiling(
     block_c = min(whole, 64)
     column_blocks = cdiv(channels, block_c)
     wanted = (4 if max_tiles is None else 2) * device.multiprocessors
+    elements = BLOCK_ELEMENTS
     while elements > 1024 and cdiv(rows, elements // block_c) * column_blocks < wanted:
         elements //= 2
     block_m = elements // block_c
@@ -283,7 +282,7 @@ def moments(x: Tensor) -> Partials:
     rows = x.numel() // max(channels, 1)
     if rows == 0:
         raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
-    tiling = row_tiling(rows, channels, device_of(x), MAX_TILES, _MOMENTS_ELEMENTS)
+    tiling = row_tiling(rows, channels, device_of(x), MAX_TILES)
     data = torch.empty((tiling.tiles, 2, channels), dtype=torch.float32, device=x.device)
     launch(
         _moments_kernel,
@@ -296,7 +295,9 @@ def moments(x: Tensor) -> Partials:
         WHOLE=rows % tiling.block_m == 0 and channels % tiling.block_c == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
-        num_warps=4,
+        # A program is one warp: the sums over rows need no other's, and so no shared memory, where
+        # eight lanes would store to one bank.
+        num_warps=1,
     )
     return Partials(data, rows, tiling.steps * tiling.block_m)
 

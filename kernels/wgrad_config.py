@@ -81,17 +81,22 @@ def wgrad_config(
     prologue: bool,
     same_rows: bool,
     pointwise: bool,
+    plain_gradient: bool = False,
 ) -> WgradConfig:
     """The tile for a (rows, K) gradient and a (rows, J) im2col matrix.
 
     Args:
         dtype, stream: of the multiplication, and of h as it is read.
-        prologue: whether either operand has one.
+        prologue: whether either operand has one. plain_gradient: the gradient has none, and is
+            multiplied in the dtype that it is read in.
         pointwise: the kernel is 1x1. same_rows: and it reads the rows that it writes (stride 1).
     """
     # Border masks beside a prologue's coefficients, or float32 beside masks, are registers: with
     # more rows at a time, compilers for some GPUs spill.
     crowded = not same_rows and (prologue or (stream == torch.float32 and not pointwise))
+    # Where h alone passes through registers, Triton copies the gradient into one buffer while wgmma
+    # still reads it; ptxas notices (C7515) and waits after each wgmma, copies and all.
+    stages = 1 if prologue and plain_gradient and device.matrix_unit == "wgmma" else 2
     block_k = min(max(next_power_of_2(k), 16), 64)
     block_j = min(max(next_power_of_2(j), 16), 64)
     if dtype == torch.float32:
@@ -100,16 +105,16 @@ def wgrad_config(
     if max(block_k, block_j) < 64:
         block_k, block_j = (64, block_j) if block_k > block_j else (block_k, 64)
     # Much to multiply: fewer reads of either operand, and a workspace that is small beside it.
-    large = WgradConfig(64, 128, 128, 1, 8, 2)
+    large = WgradConfig(64, 128, 128, 1, 8, stages)
     if j >= 128 and (k % 128 == 0 or k >= 512) and large.steps(rows, k, j, device) >= 8:
         return large
     if pointwise and max(k, j) <= 16 and not crowded:
         # Three quarters of one side are padding; more rows at a time carry its cost.
         config = WgradConfig(128, block_k, block_j, 1, 4, 1)
     elif prologue and k >= 64 and j >= 256:
-        config = WgradConfig(32, 64, 128, 1, 4, 2)
+        config = WgradConfig(32, 64, 128, 1, 4, stages)
     elif prologue or pointwise or k > 32:
-        config = WgradConfig(32 if crowded else 64, block_k, block_j, 1, 4, 2)
+        config = WgradConfig(32 if crowded else 64, block_k, block_j, 1, 4, stages)
     else:
         # Without pipelining the taps are read through L1, which asynchronous copies bypass, and
         # a program that walks over several taps finds them there.
@@ -130,6 +135,7 @@ def config_of(
     dtype: torch.dtype,
     stream: torch.dtype,
     prologue: bool,
+    plain_gradient: bool = False,
 ) -> WgradConfig:
     """``wgrad_config`` of a convolution: its ``rows`` of results and its weight's (K, C, R, S)."""
     k, c, kernel_h, kernel_w = weight
@@ -144,4 +150,5 @@ def config_of(
         prologue=prologue,
         same_rows=pointwise and tuple(geometry.stride) == (1, 1) and not any(geometry.padding),
         pointwise=pointwise,
+        plain_gradient=plain_gradient,
     )

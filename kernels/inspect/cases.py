@@ -25,13 +25,16 @@ DTYPES = {
     "bf16+fp32": (torch.bfloat16, torch.float32, False),
 }
 _RELU = Act("relu")
+# Targets with sm_80's matrix unit.
+_LIKE_SM_80 = ("sm_86", "sm_89", "sm_120")
 
 
 class Unit(NamedTuple):
     """A residual unit: channels in and out, inner width, input size, stride, images a batch.
 
     ``act`` and ``training`` are those of its norms; ``reach`` says for what it is compiled by
-    default: 0 for sm_90 in bf16, 1 for sm_90 in every dtype, 2 for every target.
+    default: 0 for sm_90 in bf16, 1 for sm_90 in every dtype, 2 for every kind of matrix unit,
+    3 for every target in bf16.
     """
 
     name: str
@@ -79,7 +82,17 @@ UNITS = (
     _bottleneck("imagenet/2", 512, 512, 28, 32),
     _bottleneck("imagenet/3", 1024, 1024, 14, 32, reach=1),
     _bottleneck("imagenet/4", 2048, 2048, 7, 32),
+    _bottleneck("imagenet/1 entry", 64, 256, 56, 32),
     _bottleneck("imagenet/2 entry", 256, 512, 56, 32, 2),
+    _bottleneck("imagenet/3 entry", 512, 1024, 28, 32, 2),
+    _bottleneck("imagenet/4 entry", 1024, 2048, 14, 32, 2, reach=3),
+    _basic("imagenet basic/1", 64, 64, 56, 32),
+    _basic("imagenet basic/2", 128, 128, 28, 32),
+    _basic("imagenet basic/3", 256, 256, 14, 32),
+    _basic("imagenet basic/4", 512, 512, 7, 32),
+    _basic("imagenet basic/2 entry", 64, 128, 56, 32, 2),
+    _basic("imagenet basic/3 entry", 128, 256, 28, 32, 2),
+    _basic("imagenet basic/4 entry", 256, 512, 14, 32, 2),
     _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, reach=2),
     _bottleneck("gelu", 48, 48, 15, 3, act=Act("gelu")),
     _basic("leaky_relu", 80, 80, 9, 8, act=Act("leaky_relu", 0.1)),
@@ -94,14 +107,17 @@ def rated(unit: Unit, target: str, dtype: str) -> bool:
 def selected(target: str, dtype: str, everything: bool = False) -> list[Unit]:
     """The units compiled for a target and dtype, by their ``reach``.
 
-    A whole matrix takes a quarter of an hour; the targets beside sm_90 show with a few units that
-    every kernel compiles for them, sm_90 shows what each tile becomes.
+    A whole matrix takes hours; the targets beside sm_90 show with a few units that every kernel
+    compiles for them, sm_90 shows what each tile becomes.
     """
     if everything or (target, dtype) == ("sm_90", "bf16"):
         return list(UNITS)
-    if target != "sm_90" and dtype not in ("fp32", "fp16", "bf16"):
-        return []
-    return [unit for unit in UNITS if unit.reach >= (1 if target == "sm_90" else 2)]
+    reach = {3} if dtype == "bf16" else set()
+    if target == "sm_90":
+        reach = {1, 2}
+    elif target not in _LIKE_SM_80 and dtype in ("fp32", "fp16", "bf16"):
+        reach.add(2)
+    return [unit for unit in UNITS if unit.reach in reach]
 
 
 def steps(
@@ -173,7 +189,7 @@ def steps(
         h = out
     # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
     yield "act backward", lambda: norm_backward.act_backward(h, h, stats_of(h.shape[1]), unit.act)
-    if unit.reach == 2:
+    if unit.reach >= 2:
         yield "merged over ranks", lambda: between_ranks(h)
     if unit.projection:
         geometry = Geometry((unit.projection, unit.projection))

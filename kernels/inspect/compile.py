@@ -1,14 +1,16 @@
 """Compile every kernel for GPUs that are not there, and print what the compilers made of it.
 
-    python -m resnetv2.kernels.compile                                # every kernel, all targets
-    python -m resnetv2.kernels.compile --target sm_90 --dtype bf16    # the static ratios
-    python -m resnetv2.kernels.compile --target sm_90 --dtype bf16 --case 1x1 --kernel wgrad
+    python -m resnetv2.kernels.inspect.compile   # every kernel, all targets
+    python -m resnetv2.kernels.inspect.compile --target sm_90 --dtype bf16  # the static ratios
+    python -m resnetv2.kernels.inspect.compile --target sm_90 --dtype bf16 --case 1x1 --kernel wgrad
+    python -m resnetv2.kernels.inspect.compile --all --report bench/reports/compile   # hours
 
 The steps out of which a chain is made run on CPU tensors through the project's own launch path, in
 a dry run (dryrun.py): what is listed is what that GPU would launch for these shapes. sm_90 in bf16
 compiles every unit of cases.py, the rest a selection (--all: everything everywhere). Columns:
 
     regs, spill, smem   registers and spilled bytes a thread, bytes of shared memory a program
+    s                   seconds of processor time that compiling it took
     mma                 matrix instructions that a warp executes, wgmma marked with w; where instr
                         is not counted, those that stand in the code
     programs            the launch's
@@ -43,7 +45,7 @@ import torch
 from .. import tuning
 from ..fallback import FallbackWarning
 from ..launch import Config
-from . import dryrun
+from . import compile_report, dryrun
 from .cases import DTYPES, UNITS, rated, selected, steps
 
 TARGETS = tuple(dryrun.DEVICES)
@@ -69,6 +71,7 @@ class Row:
     registers: int
     spilled: int
     shared: int
+    seconds: float | None
     matrix: int
     rounded: int
     wgmma: int
@@ -169,6 +172,7 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch, counted: bool
         registers=kernel.registers,
         spilled=kernel.spilled,
         shared=kernel.shared,
+        seconds=kernel.seconds,
         matrix=count.matrix if count else instructions_named(_MATRIX, kernel),
         rounded=rounded_operands(kernel),
         wgmma=count.wgmma if count else instructions_named(_WGMMA, kernel),
@@ -226,6 +230,8 @@ def rows_of(
                 # The table is about the kernels that should run, not about what replaces them.
                 warnings.simplefilter("error", FallbackWarning)
                 step()
+            if run.failures:
+                raise RuntimeError(f"{label} does not fit on {target}: {'; '.join(run.failures)}")
             rows += [row(target, dtype, label, launch, count) for launch in run.launches]
     return rows
 
@@ -291,7 +297,7 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as text for a terminal."""
     lines = [
         f"{'target':7}{'dtype':10}{'kernel':26}{'tile':16}{'regs':>5}{'spill':>6}{'smem':>8}"
-        f"{'mma':>6}{'programs':>9}{'instr':>7}{'ratio':>7}{'tile':>6}  case"
+        f"{'s':>6}{'mma':>6}{'programs':>9}{'instr':>7}{'ratio':>7}{'tile':>6}  case"
     ]
     for r in rows:
         tile = "x".join(str(v) for k, v in r.constants.items() if k.startswith("BLOCK"))
@@ -304,7 +310,9 @@ def table(rows: Sequence[Row]) -> str:
         note = r.fault or r.unsure
         lines.append(
             f"{r.target:7}{r.dtype:10}{r.kernel.removesuffix('_kernel'):26}{tile:16}"
-            f"{r.registers:5}{r.spilled:6}{r.shared:8}{f'{r.matrix}' + 'w' * (r.wgmma > 0):>6}"
+            f"{r.registers:5}{r.spilled:6}{r.shared:8}"
+            f"{'-' if r.seconds is None else f'{r.seconds:.1f}':>6}"
+            f"{f'{r.matrix}' + 'w' * (r.wgmma > 0):>6}"
             f"{r.programs:9}{r.instructions or '-':>7}{ratios}  {r.case}"
             + (f"  <- {note}" if note else "")
         )
@@ -314,7 +322,7 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m resnetv2.kernels.compile",
+        prog="python -m resnetv2.kernels.inspect.compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -323,6 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", default="", help="only cases whose label contains this")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument(
+        "--report",
+        metavar="FOLDER",
+        help="write a page and a CSV there; other targets' and dtypes' rows in it stay",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--all", action="store_true", help="all units for all targets and dtypes")
     parser.add_argument(
@@ -343,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rows = [r for r in rows if options.kernel in r.kernel]
     print(table(rows))
+    if options.report:
+        compile_report.write(Path(options.report), rows)
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(r) for r in rows]))
     return int(any(r.fault for r in rows))

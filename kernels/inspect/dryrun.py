@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -40,11 +41,16 @@ class Device(NamedTuple):
     shared_memory: int
 
 
-# The data sheets of A100, H100 SXM, B200 and MI300X; shared memory is what one program may take.
+# A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090 and MI300X: their data sheets' multiprocessors,
+# and the shared memory that one program may take (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability": 163, 99, 99, 227, 227 and 99 KB).
 DEVICES = {
     "sm_80": Device(GPUTarget("cuda", 80, 32), 108, 166912),
+    "sm_86": Device(GPUTarget("cuda", 86, 32), 82, 101376),
+    "sm_89": Device(GPUTarget("cuda", 89, 32), 128, 101376),
     "sm_90": Device(GPUTarget("cuda", 90, 32), 132, 232448),
     "sm_100": Device(GPUTarget("cuda", 100, 32), 148, 232448),
+    "sm_120": Device(GPUTarget("cuda", 120, 32), 170, 101376),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304, 65536),
 }
 
@@ -65,6 +71,7 @@ class Resources(NamedTuple):
 class Kernel:
     """One compiled kernel: name, what it was specialised for, and what it takes.
 
+    ``seconds`` of processor time went into compiling it; None if a dry run did not compile it.
     ``files`` maps the stages of compilation (ttgir, ptx, cubin, amdgcn, ...) to their files.
     """
 
@@ -79,6 +86,7 @@ class Kernel:
     stack: int
     spilled: int
     shared: int
+    seconds: float | None
     files: dict[str, Path] = field(repr=False)
 
     def text(self, stage: str) -> str:
@@ -173,9 +181,45 @@ def dry_run(target: str = "sm_90") -> Iterator[DryRun]:
     run = DryRun(DEVICES[target])
     config.set_active(_Driver(target, run))
     try:
-        yield run
+        with _compilation_timed():
+            yield run
     finally:
         config._active = previous
+
+
+_SECONDS = "compile_seconds"
+
+
+def _compile_seconds(file: str | None) -> float | None:
+    """What compiling the kernel took that ``file`` of Triton's cache belongs to."""
+    note = None if file is None else Path(file).with_name(_SECONDS)
+    return float(note.read_text()) if note is not None and note.exists() else None
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the compilers that it ran and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+@contextlib.contextmanager
+def _compilation_timed() -> Iterator[None]:
+    """Note beside each kernel in Triton's cache what compiling it took, for later processes too."""
+    began = 0.0
+
+    def begin(**_: Any) -> None:
+        nonlocal began
+        began = _processor_seconds()
+
+    def end(metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            note = Path(next(iter(metadata_group.values()))).with_name(_SECONDS)
+            note.write_text(f"{_processor_seconds() - began:.2f}")
+
+    with triton.knobs.runtime.scope(), triton.knobs.compilation.scope():
+        triton.knobs.runtime.jit_cache_hook = begin
+        triton.knobs.compilation.listener = end
+        yield
 
 
 class _Utils:
@@ -253,6 +297,7 @@ class _Launcher:
             stack=resources.stack,
             spilled=resources.spilled,
             shared=metadata.shared,
+            seconds=_compile_seconds(next(iter(group.values()), None)),
             files={Path(name).suffix[1:]: Path(path) for name, path in group.items()},
         )
 

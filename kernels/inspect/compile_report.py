@@ -1,0 +1,148 @@
+"""The compile matrix as a page and a CSV, for a folder of bench/reports."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from . import dryrun
+from .cases import DTYPES, UNITS
+
+if TYPE_CHECKING:
+    from .compile import Row
+
+COLUMNS = (
+    "target", "dtype", "case", "kernel", "tile", "warps", "stages",
+    "registers", "spilled", "shared", "seconds", "versions",
+)  # fmt: skip
+Entry = dict[str, str]
+
+
+def versions() -> str:
+    """What compiled: the compilers that triton carries are told by its version."""
+    return f"triton {triton.__version__}, torch {torch.__version__}, {platform.machine()}"
+
+
+def _entry(row: Row) -> Entry:
+    tile = "x".join(str(v) for k, v in row.constants.items() if k.startswith("BLOCK"))
+    seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
+    values = (
+        row.target, row.dtype, row.case, row.kernel, tile, row.num_warps, row.num_stages,
+        row.registers, max(row.spilled, row.local), row.shared, seconds, versions(),
+    )  # fmt: skip
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def write(folder: Path, rows: Sequence[Row]) -> None:
+    """Write kernels.csv and README.md into ``folder``.
+
+    Rows of targets and dtypes that are not among ``rows`` are kept: a matrix takes hours, and may
+    be compiled in parts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "kernels.csv"
+    entries = [_entry(row) for row in rows]
+    new = {(e["target"], e["dtype"]) for e in entries}
+    if file.exists():
+        with file.open(newline="") as lines:
+            entries += [e for e in csv.DictReader(lines) if (e["target"], e["dtype"]) not in new]
+    targets, dtypes, names = list(dryrun.DEVICES), list(DTYPES), [unit.name for unit in UNITS]
+
+    def position(entry: Entry) -> tuple[int, int, int]:
+        return (
+            targets.index(entry["target"]),
+            dtypes.index(entry["dtype"]),
+            names.index(_unit(entry)),
+        )
+
+    entries.sort(key=position)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(entries)
+    (folder / "README.md").write_text(page(entries))
+
+
+def _unit(entry: Entry) -> str:
+    return entry["case"].split(":")[0]
+
+
+def _largest(entries: Iterable[Entry], column: str) -> float:
+    return max((float(e[column]) for e in entries if e[column]), default=0.0)
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    rows = [head, ["---", *["--:"] * (len(head) - 1)], *lines]
+    return "\n".join("| " + " | ".join(str(v) for v in row) + " |" for row in rows)
+
+
+def _groups(
+    entries: Sequence[Entry], key: Callable[[Entry], str]
+) -> Iterable[tuple[str, list[Entry]]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(key(entry), []).append(entry)
+    return found.items()
+
+
+def _worst(entries: Sequence[Entry]) -> list[str]:
+    spills = [e for e in entries if float(e["spilled"])]
+    return [
+        str(len(entries)),
+        f"{_largest(entries, 'registers'):.0f}",
+        f"{len(spills)} ({_largest(spills, 'spilled'):.0f})" if spills else "0",
+        f"{_largest(entries, 'shared'):,.0f}",
+        f"{_largest(entries, 'seconds'):.1f}",
+    ]
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """The page: each target's worst kernels, its slowest to compile, and its units."""
+    by_target = list(_groups(entries, lambda e: e["target"]))
+    slowest = [
+        (target, max(found, key=lambda e: float(e["seconds"] or 0))) for target, found in by_target
+    ]
+    head = ("kernels", "registers", "spills", "shared", "seconds")
+    parts = [
+        "# What compilers make of the kernels",
+        "Compiled without a GPU for the launches of the units in `kernels/inspect/cases.py`, by\n"
+        "`python -m resnetv2.kernels.inspect.compile --all --report bench/reports/compile`\n"
+        f"({'; '.join(sorted({e['versions'] for e in entries}))}). Every distinct kernel is a row\n"
+        "of kernels.csv. Registers and spilled bytes are a thread's, shared memory is a program's in\n"
+        "bytes, seconds are of processor time for one kernel. Each column gives the largest value;\n"
+        "spills are the number of kernels that spill, with the most bytes in brackets.",
+        "## Targets",
+        _table(
+            ("target", "dtypes", *head, "shared memory of the device"),
+            [
+                (
+                    target,
+                    ", ".join(dict.fromkeys(e["dtype"] for e in found)),
+                    *_worst(found),
+                    f"{dryrun.DEVICES[target].shared_memory:,}",
+                )
+                for target, found in by_target
+            ],
+        ),
+        "## Slowest to compile",
+        _table(
+            ("target", "seconds", "dtype", "kernel", "case"),
+            [(t, e["seconds"], e["dtype"], f"`{e['kernel']}`", e["case"]) for t, e in slowest],
+        ),
+        "## Units",
+        _table(
+            ("unit", "target", *head),
+            [
+                (unit, target, *_worst(found))
+                for unit, of_unit in _groups(entries, _unit)
+                for target, found in _groups(of_unit, lambda e: e["target"])
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
