@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,12 @@ COLUMNS = (
     "registers", "spilled", "shared", "seconds", "versions",
 )  # fmt: skip
 Entry = dict[str, str]
+
+_ABOUT = """Compiled without a GPU for the launches of the units in kernels/inspect/cases.py, by
+`python -m resnetv2.kernels.inspect.compile --all --report bench/reports/compile` ({}). Every
+distinct kernel is a row of kernels.csv. Registers and spilled bytes are a thread's, shared memory
+is a program's in bytes, seconds are of processor time for one kernel. Each column gives the largest
+value; spills are the number of kernels that spill, with the most bytes in brackets."""
 
 
 def versions() -> str:
@@ -111,12 +118,7 @@ def page(entries: Sequence[Entry]) -> str:
     head = ("kernels", "registers", "spills", "shared", "seconds")
     parts = [
         "# What compilers make of the kernels",
-        "Compiled without a GPU for the launches of the units in `kernels/inspect/cases.py`, by\n"
-        "`python -m resnetv2.kernels.inspect.compile --all --report bench/reports/compile`\n"
-        f"({'; '.join(sorted({e['versions'] for e in entries}))}). Every distinct kernel is a row\n"
-        "of kernels.csv. Registers and spilled bytes are a thread's, shared memory is a program's in\n"
-        "bytes, seconds are of processor time for one kernel. Each column gives the largest value;\n"
-        "spills are the number of kernels that spill, with the most bytes in brackets.",
+        textwrap.fill(_ABOUT.format("; ".join(sorted({e["versions"] for e in entries}))), 100),
         "## Targets",
         _table(
             ("target", "dtypes", *head, "shared memory of the device"),

@@ -5,16 +5,26 @@ selection for the other targets (kernels/cases.py); compiled in processes of the
 one may interpret kernels.
 """
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-from resnetv2.kernels.inspect import compile as matrix
-from resnetv2.kernels.inspect.cases import DTYPES, UNITS, selected
-from tests.support.compile_checks import MULTIPROCESSORS, RATIOS, kernel_size, over_the_ratio, told
+from triton.runtime.cache import get_cache_manager  # noqa: E402
+
+from resnetv2.kernels.inspect import compile as matrix  # noqa: E402
+from resnetv2.kernels.inspect.cases import DTYPES, UNITS, selected  # noqa: E402
+from tests.support.compile_checks import (  # noqa: E402
+    MULTIPROCESSORS,
+    RATIOS,
+    kernel_size,
+    over_the_ratio,
+    told,
+)
 
 _BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_J")
 LOW = ("fp16", "bf16", "bf16+fp32")
@@ -49,6 +59,28 @@ def test_wgmma_on_sm_90(rows, dtype):
     assert {r.convolution for r in convolutions} == {"forward", "dgrad", "wgrad"}
     without = [r for r in convolutions if not r.wgmma]
     assert not without, told(without)
+
+
+def test_wgmmas_stay_in_flight_in_weight_gradients(rows):
+    """ptxas waits after each wgmma where what it reads is overwritten in flight, and says so."""
+    pointwise = [
+        r
+        for r in rows
+        if (r.target, r.dtype, r.convolution) == ("sm_90", "bf16", "wgrad")
+        and r.constants["KERNEL_H"] == 1
+    ]
+    assert pointwise
+    serialised = [r for r in pointwise if "serialized" in ptxas_says(r)]
+    assert not serialised, told(serialised)
+
+
+@pytest.mark.parametrize("target", matrix.TARGETS)
+def test_moments_are_summed_within_a_warp(rows, target):
+    """Sums across warps put a float of each warp and channel into shared memory."""
+    found = [r for r in rows if r.target == target and r.kernel == "_moments_kernel"]
+    assert found
+    across = [r for r in found if r.shared > 4 * r.constants["BLOCK_C"]]
+    assert not across, told(across)
 
 
 @pytest.mark.parametrize("target", matrix.TARGETS)
@@ -116,6 +148,15 @@ def elements_of_operands(row):
     else:
         elements = block["K"] * (block["M"] + block["N"])
     return max(1, elements // (32 * row.num_warps))
+
+
+def ptxas_says(row):
+    """The messages of ptxas on a kernel's PTX, which Triton keeps in its cache."""
+    files = get_cache_manager(row.key).get_group(f"{row.kernel}.json")
+    command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", files[f"{row.kernel}.ptx"]]
+    done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def channels(row):

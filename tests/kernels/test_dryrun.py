@@ -174,6 +174,26 @@ def test_records_a_launch(toy):
     assert launch["spilled"] == 0
 
 
+SECONDS = """
+import torch
+
+from resnetv2.kernels import moments
+from resnetv2.kernels.inspect.dryrun import dry_run
+
+with dry_run("sm_90") as run:
+    moments.moments(torch.empty(2, 16, 4, 4).to(memory_format=torch.channels_last))
+print(run.kernels[0].seconds)
+"""
+
+
+def test_compile_time_is_kept_with_the_kernel(tmp_path, monkeypatch):
+    """A later process, which finds the kernel in Triton's cache, knows what compiling it took."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    first, second = (float(compiled("-c", SECONDS)) for _ in range(2))
+    assert first > 0
+    assert second == first
+
+
 def test_a_loop_counts_as_often_as_it_runs(toy):
     """64 elements are two loads of a warp, 1000 are 16 times that.
 
