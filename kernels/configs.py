@@ -108,9 +108,10 @@ def _conv(shape: ConvShape, device: Device, exact: bool) -> Config:
             break
     # Two steps' operands of the widest tile, read ahead, leave four warps no registers.
     crowded = tile[0] * tile[1] >= 128 * 64 and block_k >= 64
-    # mma.sync takes its operands out of registers, and ptxas reads those of several unrolled steps
-    # ahead until they spill: only the narrow ones of a kernel's taps leave room.
-    unroll = device.matrix_unit != "mma.sync" or (taps > 1 and block_k * dtype.itemsize <= 64)
+    # Other matrix units take their operands out of registers, and compilers read those of several
+    # unrolled steps ahead until they spill: only the narrow ones of a kernel's taps leave room.
+    from_shared_memory = device.matrix_unit in ("wgmma", "tcgen05")
+    unroll = from_shared_memory or (taps > 1 and block_k * dtype.itemsize <= 64)
     return Config(*tile, block_k, 8 if crowded else 4, num_stages=1, unroll=unroll)
 
 
