@@ -115,7 +115,9 @@ def selected(target: str, dtype: str, everything: bool = False) -> list[Unit]:
     reach = {3} if dtype == "bf16" else set()
     if target == "sm_90":
         reach = {1, 2}
-    elif target not in _LIKE_SM_80 and dtype in ("fp32", "fp16", "bf16"):
+    elif (target, dtype) == ("sm_80", "tf32") or (
+        target not in _LIKE_SM_80 and dtype in ("fp32", "fp16", "bf16")
+    ):
         reach.add(2)
     return [unit for unit in UNITS if unit.reach in reach]
 

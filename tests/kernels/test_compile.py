@@ -97,7 +97,7 @@ def test_tf32_uses_matrix_units_and_float32_does_not(rows):
     assert not any(r.matrix for r in convolutions if r.dtype == "fp32")
 
 
-@pytest.mark.parametrize("target", [t for t in matrix.TARGETS if t.startswith("sm_")])
+@pytest.mark.parametrize("target", [t for t in matrix.TARGETS if selected(t, "tf32")])
 def test_tf32_operands_are_rounded(rows, target):
     """Both operands, each thread its elements of either (test_tf32.py)."""
     convolutions = [r for r in rows if r.target == target and r.convolution]

@@ -16,8 +16,8 @@ def row(target, dtype, registers, spilled=0, seconds=0.5):
         target=target, dtype=dtype, case=f"{UNITS[0].name}: moments", kernel="_moments_kernel",
         constants={"C": 64, "BLOCK_M": 32, "BLOCK_C": 64}, key="", grid=[1, 1, 1], programs=1,
         num_warps=1, num_stages=3, registers=registers, spilled=spilled, shared=2048,
-        seconds=seconds, matrix=0, wgmma=0, local=0, multiply_adds=0, instructions=None, nbytes=0,
-        ratio=None, tile_ratio=None, unsure="",
+        seconds=seconds, matrix=0, wgmma=0, local=0, multiply_adds=0, rounded=0, instructions=None,
+        nbytes=0, ratio=None, tile_ratio=None, unsure="",
     )  # fmt: skip
 
 
