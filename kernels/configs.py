@@ -108,10 +108,14 @@ def _conv(shape: ConvShape, device: Device, exact: bool) -> Config:
             break
     # Two steps' operands of the widest tile, read ahead, leave four warps no registers.
     crowded = tile[0] * tile[1] >= 128 * 64 and block_k >= 64
-    # Other matrix units take their operands out of registers, and compilers read those of several
-    # unrolled steps ahead until they spill: only the narrow ones of a kernel's taps leave room.
-    from_shared_memory = device.matrix_unit in ("wgmma", "tcgen05")
-    unroll = from_shared_memory or (taps > 1 and block_k * dtype.itemsize <= 64)
+    unroll = True
+    if device.matrix_unit not in ("wgmma", "tcgen05"):
+        # Other matrix units take their operands out of registers, and compilers read those of
+        # several unrolled steps ahead until they spill: only the narrow ones of a kernel's taps
+        # leave room. The masks of taps beside wide ones need eight warps.
+        wide = block_k * dtype.itemsize > 64
+        unroll = taps > 1 and not wide
+        crowded = crowded or (taps > 1 and wide and tile == (64, 64))
     return Config(*tile, block_k, 8 if crowded else 4, num_stages=1, unroll=unroll)
 
 
