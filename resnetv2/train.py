@@ -2,16 +2,11 @@
 
 from .data.datasets import create_synthetic_dataset
 from .errors import InputError
+from .names import DTYPES
 from .training.config import TrainConfig
-from .training.evaluate import DTYPES
-from .training.loop import (
-    DivergenceError,
-    EpochMetrics,
-    Interrupted,
-    TrainingResult,
-    train,
-    train_resnet_v2,
-)
+from .training.loop import DivergenceError, Interrupted
+from .training.metrics import EpochMetrics, TrainingResult
+from .training.run import train, train_resnet_v2
 from .training.schedule import learning_rate
 
 __all__ = [

@@ -20,9 +20,6 @@ COMMANDS = {
     "study": "resnetv2.cli.study:study",
 }
 
-# The OpenMP runtime ends the process where it has no memory for so many.
-MOST_THREADS = 1024
-
 
 class CommandGroup(click.Group):
     """Subcommands by name, imported when needed."""

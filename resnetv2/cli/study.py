@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command import MOST_THREADS, PathName, WrongInput, clean_errors
+from .command import PathName, WrongInput, clean_errors
+from .options import progress, threads
 
 if TYPE_CHECKING:
     from ..studies import Study
@@ -59,9 +60,7 @@ class Depths(click.ParamType[tuple[int, ...]]):
 @click.option("--samples", type=int, help="Random inputs.")
 @click.option("--dtype", metavar="NAME", help="fp32, bf16 or fp16.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]"
-)
+@threads
 @click.option(
     "--out",
     type=PathName(path_type=Path),
@@ -69,9 +68,7 @@ class Depths(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Folder for NAME/results.json and NAME/*.png, and for index.html.",
 )
-@click.option(
-    "--progress/--no-progress", default=None, help="Progress bars.  [default: on a terminal]"
-)
+@progress
 def study(
     names: tuple[str, ...],
     listed: bool,

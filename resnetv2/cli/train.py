@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from .command import MOST_THREADS, PathName, clean_errors
-
-
-def _choice(*names: str) -> click.Choice[str]:
-    return click.Choice(names)
+from ..training.config import TrainConfig, checked_options, make_config
+from .command import PathName, clean_errors
+from .options import options_of, progress, threads
 
 
 @click.command()
@@ -21,109 +19,7 @@ def _choice(*names: str) -> click.Choice[str]:
     help="Options from a file, which those given here override: paper, fast, or the path of a "
     ".yaml file.",
 )
-@click.option(
-    "--data",
-    metavar="NAME",
-    help="digits (no download), cifar10, cifar100, imagefolder:PATH (with PATH/train and "
-    "PATH/test or PATH/val, a folder of images for each class) or synthetic.  [default: digits]",
-)
-@click.option(
-    "--depth", type=int, help="Layers: 6n+2 for basic, 9n+2 for bottleneck.  [default: 20]"
-)
-@click.option("--block", type=_choice("basic", "bottleneck"), help="[default: basic]")
-@click.option("--stem", type=_choice("cifar", "imagenet"), help="[default: cifar]")
-@click.option("--epochs", type=int, help="Passes over the training images.  [default: 30]")
-@click.option("--steps", type=int, help="Optimizer steps of the whole run, instead of --epochs.")
-@click.option("--batch-size", type=int, help="Images a step, of all processes.  [default: 128]")
-@click.option(
-    "--drop-last/--keep-last",
-    default=None,
-    help="Leave out or keep an epoch's last, smaller batch.  [default: leave out]",
-)
-@click.option("--lr", type=float, help="Learning rate, the schedule's highest.  [default: 0.1]")
-@click.option(
-    "--schedule",
-    type=_choice("step", "cosine", "one-cycle", "constant"),
-    help="step divides it by 10 at 1/2 and at 3/4 of all steps.  [default: step]",
-)
-@click.option(
-    "--warmup-steps",
-    type=int,
-    help="Steps of warm-up.  [default: step 1 in 160, at most 400; cosine 5 %; one-cycle 30 %]",
-)
-@click.option("--momentum", type=float, help="[default: 0.9]")
-@click.option("--nesterov/--no-nesterov", default=None, help="[default: no]")
-@click.option("--weight-decay", type=float, help="[default: 0.0001]")
-@click.option(
-    "--decay-all/--decay-weights",
-    default=None,
-    help="Decay all parameters, or not those of norms and biases.  [default: all]",
-)
-@click.option("--label-smoothing", type=float, help="[default: 0]")
-@click.option(
-    "--ema", type=float, help="Decay of a moving average of the weights, which is tested.  [off]"
-)
-@click.option(
-    "--crop-padding",
-    type=int,
-    help="Pixels around training images before a random crop.  [default: the data set's]",
-)
-@click.option(
-    "--flip/--no-flip", default=None, help="Mirror half of them.  [default: the data set's]"
-)
-@click.option("--eager", is_flag=True, default=None, help="Train the same model unfused.")
-@click.option(
-    "--memory",
-    type=_choice("recompute", "invert_h1", "invert", "segment", "auto"),
-    help="What is kept from forward to backward; auto: the fastest mode that fits --budget.  "
-    "[default: recompute]",
-)
-@click.option(
-    "--budget",
-    help='Bytes for all of a step with --memory auto, such as "8GiB".  [default: the GPU\'s free '
-    "memory]",
-)
-@click.option(
-    "--backend",
-    type=_choice("auto", "triton", "aten", "eager"),
-    help="auto: triton on a GPU, aten elsewhere.  [default: auto]",
-)
-@click.option(
-    "--dtype",
-    type=_choice("fp32", "bf16", "fp16"),
-    help="bf16 and fp16 train under autocast.  [default: fp32]",
-)
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU if there is one]")
-@click.option(
-    "--graph/--no-graph",
-    default=None,
-    help="Capture the whole step as a CUDA graph, where that is possible.  [default: no]",
-)
-@click.option(
-    "--sync-bn/--no-sync-bn",
-    default=None,
-    help="Batch norms take the moments of all processes' images.  [default: yes]",
-)
-@click.option(
-    "--channels-last/--contiguous", default=None, help="Memory format.  [default: channels last]"
-)
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]"
-)
-@click.option("--seed", type=int, help="Of weights, order and augmentation.  [default: 0]")
-@click.option("--root", help="Where CIFAR lies or is downloaded to.  [default: data]")
-@click.option("--image-size", type=int, help="Resize and crop all images to this many pixels.")
-@click.option(
-    "--cache",
-    type=_choice("auto", "memory", "stream"),
-    help="Decode images once into memory, or for each batch.  [default: memory, if they fit]",
-)
-@click.option("--workers", type=int, help="Processes that make batches.  [default: 0]")
-@click.option(
-    "--limit-batches",
-    type=int,
-    help="At most so many training and test batches an epoch, for trying things out.",
-)
+@options_of(TrainConfig)
 @click.option(
     "--out",
     type=PathName(path_type=Path),
@@ -137,20 +33,8 @@ def _choice(*names: str) -> click.Choice[str]:
     "checkpoint, or the folder of a run.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
-@click.option(
-    "--checkpoint-every", type=int, help="Steps between checkpoints.  [default: every epoch]"
-)
-@click.option("--keep", type=int, help="Checkpoints kept besides the best.  [default: 3]")
-@click.option(
-    "--log-steps",
-    is_flag=True,
-    default=None,
-    help="Write every step's loss and memory to metrics.jsonl.",
-)
-@click.option("--tensorboard", is_flag=True, default=None, help="Write TensorBoard's events.")
-@click.option(
-    "--progress/--no-progress", default=None, help="Progress bar.  [default: on a terminal]"
-)
+@threads
+@progress
 def train(
     recipe: str | None,
     out: Path | None,
@@ -176,9 +60,8 @@ def train(
         import torch
 
         from ..data.host import keep_freed_memory
-        from ..training.config import make_config
-        from ..training.loop import train as run
         from ..training.parallel import alike
+        from ..training.run import train as run
 
         keep_freed_memory()
         if threads is not None:
@@ -201,7 +84,6 @@ def train(
 
 def _options_of(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run that is to go on, so that they need not be given again."""
-    from ..training.config import checked_options
     from ..training.log import read_config
 
     if not (folder / "config.yaml").exists():
@@ -215,9 +97,8 @@ def _options_of(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 def _run_folder(out: Path | None, resume: str | None, options: dict[str, Any]) -> Path:
     """The folder of the run that is to go on, or where a new one's files go."""
-    from ..training.config import TrainConfig
     from ..training.log import holds_a_run
-    from ..training.loop import run_of
+    from ..training.run import run_of
 
     if resume is not None and resume != "auto":
         out = run_of(resume)
@@ -244,23 +125,13 @@ def _run_folder(out: Path | None, resume: str | None, options: dict[str, Any]) -
     metavar="auto|best|FILE",
     help="auto: the newest usable one.",
 )
-@click.option("--data", help="Another data set of the same classes.  [default: the run's]")
-@click.option("--root", help="Where CIFAR lies.  [default: the run's]")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the run's]")
-@click.option(
-    "--backend", type=_choice("auto", "triton", "aten", "eager"), help="[default: the run's]"
-)
-@click.option("--workers", type=int, help="Processes that make batches.  [default: the run's]")
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]"
-)
-@click.option(
-    "--progress/--no-progress", default=None, help="Progress bar.  [default: on a terminal]"
-)
+@options_of(TrainConfig, "data", "root", "device", "backend", "workers", default="the run's")
+@threads
+@progress
 def evaluate(
     run: Path, checkpoint: str, threads: int | None, progress: bool | None, **options: Any
 ) -> None:
-    """Give the test error of the run in folder RUN again.
+    """Give the test error of the run in folder RUN again, or on other data of the same classes.
 
     \b
     resnetv2 eval runs/digits-basic-20

@@ -14,7 +14,7 @@ from ..data.batches import Batches, ImageData
 from ..names import DTYPES
 from ..training.environment import reproducible
 from ..training.evaluate import evaluate
-from ..training.loop import EpochMetrics
+from ..training.metrics import EpochMetrics
 from ..training.step import Step
 from .histories import Comparison, History
 from .options import StudyOptions

@@ -1,4 +1,1 @@
-"""What a training run is made of: configuration, schedule, step, checkpoints and log.
-
-``resnetv2.train`` puts them together.
-"""
+"""The parts of a training run. ``run`` puts them together; ``resnetv2.train`` has public names."""

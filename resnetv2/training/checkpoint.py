@@ -1,8 +1,8 @@
 """Checkpoints of a run: written whole or not at all, verified when read, the last few kept.
 
-A file appears under its name only after its bytes are on the disk (`resnetv2.training.files`): a
+A file appears under its name only after its bytes are on the disk (``resnetv2.training.files``): a
 process killed at any point, or a disk that fills up, leaves the older checkpoints as they were.
-Checkpoints are `torch.save`'s zip archives, whose entries carry a CRC-32; reading checks every one
+Checkpoints are ``torch.save``'s zip archives, whose entries carry a CRC-32; reading checks every one
 before anything is taken from it.
 """
 
@@ -23,15 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .files import (
-    link_atomically,
-    make_folder,
-    reason_of,
-    remove_leftovers,
-    write_atomically,
-)
+from .files import make_folder, reason_of, write_atomically
 
-__all__ = ["FORMAT", "Checkpoints", "check_parts", "read", "write_atomically"]
+__all__ = ["FORMAT", "Checkpoints", "check_parts", "read"]
 
 # Raised by one when a file of this version can no longer be read by the version before it.
 FORMAT = 1
@@ -49,17 +43,17 @@ _ADVICE = {
 
 
 class Checkpoints:
-    """The checkpoints in one folder: `step-00001234.pt` for the last few, `best.pt`.
+    """The checkpoints in one folder: ``step-00001234.pt`` for the last few, ``best.pt``.
 
-    Two processes that save into one folder do not damage each other's files: of two files with one
-    name the one finished later stays, and each removes old ones as if all were its own.
+    Two processes that save into one folder take turns: of two files with one name the one finished
+    later stays, and each removes old ones as if all were its own.
 
     Args:
-        folder: is created by the first `save`.
-        keep: so many of the newest stay, at least 1. `best.pt` does not count.
+        folder: is created by the first ``save``.
+        keep: so many of the newest stay, at least 1. ``best.pt`` does not count.
 
     Raises:
-        InputError: `keep` is below 1.
+        InputError: ``keep`` is below 1.
     """
 
     def __init__(self, folder: Path | str, keep: int = 3) -> None:
@@ -67,7 +61,7 @@ class Checkpoints:
             raise InputError(f"keep must be at least 1, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
-        # Files that `load` could not use: they do not count as kept ones.
+        # Files that ``load`` could not use: they do not count as kept ones.
         self._unusable: set[Path] = set()
 
     @property
@@ -86,14 +80,14 @@ class Checkpoints:
         return sorted(found, key=_step_of, reverse=True)
 
     def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
-        """Write the state after `step` steps, and only then remove the ones it makes too many.
+        """Write the state after ``step`` steps, and only then remove the ones it makes too many.
 
         A tensor that is a part of a larger storage is written without the rest of it.
 
         Args:
             state: of tensors and plain data (numbers, strings, None, dicts, lists, tuples).
             step: optimizer steps done. Files of later steps are left alone, whoever wrote them.
-            best: `best.pt` becomes this state too: before the step's own file, so that a run
+            best: ``best.pt`` becomes this state too: before the step's own file, so that a run
                 killed in between does the step again and finds it the best again.
 
         Returns:
@@ -101,18 +95,14 @@ class Checkpoints:
 
         Raises:
             InputError: it cannot be written. The line says which checkpoints are left.
-            TypeError: `state` has something that `read` would refuse.
+            TypeError: ``state`` has something that ``read`` would refuse.
         """
         content = {**_plain(state, "state"), "format": FORMAT, "step": step}
         path = self.folder / f"step-{step:08d}.pt"
         try:
             make_folder(self.folder)
-            remove_leftovers(self.folder)
-            if best:
-                write_atomically(self.best, lambda file: torch.save(content, file))
-                link_atomically(self.best, path)
-            else:
-                write_atomically(path, lambda file: torch.save(content, file))
+            names = (self.best, path) if best else (path, None)
+            write_atomically(names[0], lambda file: torch.save(content, file), names[1])
         except InputError as error:
             raise InputError(f"{error}; {self._left(error)}") from error
         self._unusable.discard(path)
@@ -125,13 +115,13 @@ class Checkpoints:
         """Read a checkpoint.
 
         Args:
-            which: `auto` for the newest usable one of this folder, `best.pt` if no other is
-                usable; `best` for `best.pt`; or a path: of a file, of a run's folder, or of a
+            which: ``auto`` for the newest usable one of this folder, ``best.pt`` if no other is
+                usable; ``best`` for ``best.pt``; or a path: of a file, of a run's folder, or of a
                 folder with checkpoints, in which the newest usable one is taken.
             warn: is called with one line for every file that cannot be used and is passed over.
 
         Returns:
-            The path and the state, tensors on the CPU. None if `which` is `auto` and the folder
+            The path and the state, tensors on the CPU. None if ``which`` is ``auto`` and the folder
             has no checkpoint at all.
 
         Raises:
@@ -157,7 +147,6 @@ class Checkpoints:
         Raises:
             InputError: one cannot be removed.
         """
-        remove_leftovers(self.folder)
         for path in [*self.files(), self.best]:
             try:
                 path.unlink(missing_ok=True)
@@ -166,7 +155,7 @@ class Checkpoints:
         self._unusable.clear()
 
     def _remove_older(self, step: int) -> None:
-        """Leave the last `keep` usable files up to `step`, and none older than those."""
+        """Leave the last ``keep`` usable files up to ``step``, and none older than those."""
         files = [file for file in self.files() if _step_of(file) <= step]
         kept = [file for file in files if file not in self._unusable][: self.keep]
         for file in files:
@@ -268,7 +257,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
 
 
 def check_parts(state: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint that `read` takes and that lacks what a run goes on from.
+    """Refuse a checkpoint that ``read`` takes and that lacks what a run goes on from.
 
     Raises:
         InputError: names the file and the first part that is missing or of another type.
@@ -318,7 +307,7 @@ def _read(file: BinaryIO, path: Path) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """`value` as `torch.load(weights_only=True)` takes it back, tensors without their surroundings.
+    """``value`` as ``torch.load(weights_only=True)`` takes it back, tensors without their surroundings.
 
     Numbers and strings of derived types (numpy's float64, torch's version) become plain ones.
     """

@@ -15,7 +15,7 @@ from ..errors import InputError
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """The device by its name; `auto` is a GPU where there is one.
+    """The device by its name; ``auto`` is a GPU where there is one.
 
     Raises:
         InputError: there is no such device here.

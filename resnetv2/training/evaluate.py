@@ -16,13 +16,13 @@ from ..data.batches import Batches
 from ..data.datasets import load_data
 from ..errors import InputError
 from ..kernels.dispatch import resolve_backend
+from ..models import PreActResNet
+from ..names import DTYPES
 from .checkpoint import Checkpoints, check_parts
 from .config import TrainConfig, saved_config
 from .environment import reproducible, select_device
 from .parallel import World
 from .step import compute_logits
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def memory_format_of(config: TrainConfig) -> torch.memory_format:
@@ -33,7 +33,7 @@ def memory_format_of(config: TrainConfig) -> torch.memory_format:
 def evaluate_as(
     config: TrainConfig, model: nn.Module, batches: Batches, world: World | None = None
 ) -> tuple[float, float]:
-    """`evaluate` as a run of this configuration does it after each epoch."""
+    """``evaluate`` as a run of this configuration does it after each epoch."""
     return evaluate(
         model,
         batches,
@@ -59,9 +59,9 @@ def evaluate(
     """Mean cross entropy in nats and accuracy in 0..1 on the test set, in evaluation mode.
 
     Args:
-        model: logits from images, on the device of `batches`; its modes are left as they were.
-        dtype, memory_format: as in training (`step.compute_logits`).
-        batch_size: images at a time. limit: at most so many batches, see `Batches.testing`.
+        model: logits from images, on the device of ``batches``; its modes are left as they were.
+        dtype, memory_format: as in training (``step.compute_logits``).
+        batch_size: images at a time. limit: at most so many batches, see ``Batches.testing``.
         world: the processes that share the test set. All call it together.
 
     Raises:
@@ -89,8 +89,6 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
     Raises:
         InputError: there is no such net, or memory "auto" has nothing to go by.
     """
-    from ..models import PreActResNet
-
     try:
         return PreActResNet.from_depth(
             config.depth,
@@ -107,7 +105,7 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """Refuse a backend that cannot run on `device`, before anything else is done.
+    """Refuse a backend that cannot run on ``device``, before anything else is done.
 
     Raises:
         InputError: no such backend, or kernels without a GPU. ImportError: Triton is missing.
@@ -126,7 +124,7 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_run` found.
+    """What ``evaluate_run`` found.
 
     Args:
         checkpoint: the file; step, epoch: of the run when it was written.
@@ -158,12 +156,12 @@ def evaluate_run(
     """Test what a run has trained, on the run's own test set.
 
     Args:
-        run: the run's folder. checkpoint: `auto` for its newest, `best`, or a file.
+        run: the run's folder. checkpoint: ``auto`` for its newest, ``best``, or a file.
         device: instead of the run's.
         progress: show a bar while images are decoded; None means only on a terminal.
         warn: is called with a line for each checkpoint that cannot be used.
-        options: further fields of `TrainConfig` that do not decide what the net computes, such as
-            `data` (another data set of the same classes), `root`, `workers` or `backend`.
+        options: further fields of ``TrainConfig`` that do not decide what the net computes, such as
+            ``data`` (another data set of the same classes), ``root``, ``workers`` or ``backend``.
 
     Raises:
         InputError: no run or checkpoint there, a damaged one, one of another net or data set.

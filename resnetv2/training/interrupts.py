@@ -10,7 +10,7 @@ from typing import Any
 
 
 class StopRequests:
-    """While active, SIGINT and SIGTERM set `signal` instead of raising; the second one raises.
+    """While active, SIGINT and SIGTERM set ``signal`` instead of raising; the second one raises.
 
     Outside the main thread, where Python allows no handlers, signals do what they did before.
 

@@ -1,7 +1,7 @@
 """What a run writes beside its checkpoints: config.yaml, metrics.jsonl, TensorBoard's events.
 
 metrics.jsonl has one JSON object a line, readable while the run goes on. A run that was killed and
-goes on leaves the same lines as one that was not, and a `resume` line for each time.
+goes on leaves the same lines as one that was not, and a ``resume`` line for each time.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import yaml
 
 from ..errors import InputError
 from .checkpoint import Checkpoints
-from .files import make_folder, reason_of, remove_leftovers, write_atomically
+from .files import make_folder, reason_of, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,17 +37,17 @@ class RunLog:
 
     Args:
         folder: of the run, created if missing. None: nothing is written.
-        config: what the run was asked for and ran with, the first line (event `config`).
+        config: what the run was asked for and ran with, the first line (event ``config``).
         resume_step: None starts a new file, in place of an old one. A number of steps goes on
             with the old file: what it holds beyond that many steps is dropped, as is a last line
-            that a kill tore, lines of unknown events stay, and an event `resume` is added, with
-            what differs from the configuration so far as `changes`. A missing file is started.
-        tensorboard: write `tensorboard/` too. What an earlier part of the run wrote there beyond
-            `resume_step` is marked as void, and TensorBoard does not show it.
+            that a kill tore, lines of unknown events stay, and an event ``resume`` is added, with
+            what differs from the configuration so far as ``changes``. A missing file is started.
+        tensorboard: write ``tensorboard/`` too. What an earlier part of the run wrote there beyond
+            ``resume_step`` is marked as void, and TensorBoard does not show it.
 
     Raises:
         InputError: the folder or a file in it cannot be written, in one line.
-        ImportError: `tensorboard` is asked for and not installed.
+        ImportError: ``tensorboard`` is asked for and not installed.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class RunLog:
         # First, as it alone can fail without a file written.
         writer = _summary_writer() if tensorboard else None
         make_folder(self.folder)
-        remove_leftovers(self.folder)
         header = _clean({"event": "config", **config})
         lines = [] if resume_step is None else self._lines_up_to(resume_step)
         known = _last_config(lines)
@@ -94,9 +93,9 @@ class RunLog:
         string, a tensor of one element as its number.
 
         Args:
-            record: with `event`. Of events `step` (`step` from 0) and `epoch` (`step`: steps done)
+            record: with ``event``. Of events ``step`` (``step`` from 0) and ``epoch`` (``step``: steps done)
                 the numbers are scalars for TensorBoard too, at the index of the last step done:
-                a step's under `step/`, an epoch's `train_*` and `test_*` under `train/`, `test/`.
+                a step's under ``step/``, an epoch's ``train_*`` and ``test_*`` under ``train/``, ``test/``.
 
         Raises:
             InputError: the system refuses, such as on a full disk; no part of the line is left.
@@ -164,7 +163,7 @@ class RunLog:
             ) from error
 
     def _lines_up_to(self, resume_step: int) -> list[bytes]:
-        """The old file's lines that belong to a run of `resume_step` steps so far."""
+        """The old file's lines that belong to a run of ``resume_step`` steps so far."""
         try:
             lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
@@ -198,7 +197,7 @@ class RunLog:
 
 
 def write_config(folder: Path | str, config: dict[str, Any]) -> None:
-    """Write what a run was started with to config.yaml, for people and for `read_config`.
+    """Write what a run was started with to config.yaml, for people and for ``read_config``.
 
     Tuples become lists; paths and other objects become strings.
 
@@ -240,10 +239,10 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 
 
 def holds_a_run(folder: Path | str) -> str | None:
-    """What a run has left in `folder`, such as "metrics.jsonl, 3 checkpoints"; None if nothing.
+    """What a run has left in ``folder``, such as "metrics.jsonl, 3 checkpoints"; None if nothing.
 
     Raises:
-        InputError: `folder` is a file, or may not be looked into.
+        InputError: ``folder`` is a file, or may not be looked into.
     """
     folder = Path(folder)
     if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -260,7 +259,7 @@ def holds_a_run(folder: Path | str) -> str | None:
 
 
 def check_folder(folder: Path | str) -> None:
-    """Find out what a run's files would run into in `folder`, before anything is made there.
+    """Find out what a run's files would run into in ``folder``, before anything is made there.
 
     Raises:
         InputError: a folder where a file goes or the other way round, or no permission to write.
@@ -315,7 +314,7 @@ def _is_beyond(record: Any, resume_step: int) -> bool:
 
 
 def _last_config(lines: list[bytes]) -> dict[str, Any] | None:
-    """The configuration that holds after `lines`: the header's, with every resumption's changes."""
+    """The configuration that holds after ``lines``: the header's, with every resumption's changes."""
     config: dict[str, Any] | None = None
     for record in map(_parsed, lines):
         if not isinstance(record, dict):
@@ -334,7 +333,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clean(value: Any, finite: bool = True) -> Any:
-    """`value` of JSON's types; with `finite`, NaN and the infinities are None."""
+    """``value`` of JSON's types; with ``finite``, NaN and the infinities are None."""
     if isinstance(value, dict):
         return {str(key): _clean(item, finite) for key, item in value.items()}
     if isinstance(value, list | tuple):

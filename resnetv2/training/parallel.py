@@ -1,6 +1,6 @@
 """The processes of one training run: who this is, and what they tell each other.
 
-`torchrun` starts them and says so in the environment; a process of its own is the only one.
+``torchrun`` starts them and says so in the environment; a process of its own is the only one.
 Tensors are reduced on the device, by NCCL or gloo; what the host decides (to stop, which
 checkpoint) is agreed upon over gloo, so that no process waits for its GPU.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
-from .step import capture_stream
+from .capture import capture_stream
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in the order of their ranks; `values` on the only one."""
+        """The sum over all processes, in the order of their ranks; ``values`` on the only one."""
         return self._gathered(values).sum(0) if self.size > 1 else values
 
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -83,7 +83,7 @@ class World:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the main process, told to all; or the InputError that it raised."""
+        """What ``work`` gives in the main process, told to all; or the InputError that it raised."""
         if self.size == 1:
             return work()
         told: list[Any] = [None, None]
@@ -98,7 +98,7 @@ class World:
         return told[0]  # type: ignore[no-any-return]
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` gives in this process; or, in every process, an InputError that one raised.
+        """What ``work`` gives in this process; or, in every process, an InputError that one raised.
 
         The first process that has one reports it: none waits for another that has given up.
         """

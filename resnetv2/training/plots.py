@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .loop import EpochMetrics
+from .metrics import EpochMetrics
 
 # Okabe and Ito's palette: told apart with any colour vision, and by line style in print.
 _TRAIN = {"color": "#0072B2", "linestyle": "--", "label": "training"}
 _TEST = {"color": "#D55E00", "linestyle": "-", "label": "test"}
 
 
-def plot_curves(history: Sequence["EpochMetrics"], path: str | Path, title: str) -> None:
-    """Draw loss and error against epochs, as in the paper's figures, and write `path` (PNG).
+def plot_curves(history: Sequence[EpochMetrics], path: str | Path, title: str) -> None:
+    """Draw loss and error against epochs, as in the paper's figures, and write ``path`` (PNG).
 
     Args:
         history: one entry an epoch, at least one.

@@ -28,10 +28,10 @@ _NORMS = (
 
 
 def default_warmup(total_steps: int, schedule: str = "step") -> int:
-    """Steps of warm-up in a run of `total_steps` that names none.
+    """Steps of warm-up in a run of ``total_steps`` that names none.
 
-    `step`: the paper's proportion, 400 in 64,000, and at most 400. `cosine`: 5 %. `one-cycle`:
-    30 %, as fast.ai has it. `constant`: none.
+    ``step``: the paper's proportion, 400 in 64,000, and at most 400. ``cosine``: 5 %. ``one-cycle``:
+    30 %, as fast.ai has it. ``constant``: none.
     """
     if schedule == "step":
         return min(_PAPER_WARMUP, round(total_steps * (_PAPER_WARMUP / _PAPER_STEPS)))
@@ -51,23 +51,23 @@ def learning_rate(
     warmup_steps: int | None = None,
     schedule: str = "step",
 ) -> float:
-    """The learning rate at `step`, from 0, of a run of `total_steps`.
+    """The learning rate at ``step``, from 0, of a run of ``total_steps``.
 
-    - `step`, the paper's (He et al. 2016, appendix): lr/10 during the warm-up, then lr, then lr/10
+    - ``step``, the paper's (He et al. 2016, appendix): lr/10 during the warm-up, then lr, then lr/10
       from a half and lr/100 from three quarters of all steps on.
-    - `cosine` (Loshchilov and Hutter 2017, equation 5, one period): linearly from lr/warmup_steps
-      to lr, then half a cosine that would be 0 at `total_steps`.
-    - `one-cycle` (Smith and Topin 2018, with fast.ai's cosines): from lr/25 up to lr in the last
+    - ``cosine`` (Loshchilov and Hutter 2017, equation 5, one period): linearly from lr/warmup_steps
+      to lr, then half a cosine that would be 0 at ``total_steps``.
+    - ``one-cycle`` (Smith and Topin 2018, with fast.ai's cosines): from lr/25 up to lr in the last
       step of the warm-up, then down to lr/250,000 in the last step of all.
-    - `constant`: linearly from lr/warmup_steps to lr, then lr.
+    - ``constant``: linearly from lr/warmup_steps to lr, then lr.
 
     Args:
-        step: from `total_steps` on, the last step's rate; for `cosine` 0.
+        step: from ``total_steps`` on, the last step's rate; for ``cosine`` 0.
         total_steps: optimizer steps of the whole run, at least 1.
         lr: the highest rate.
-        warmup_steps: None means `default_warmup`; of a warm-up longer than the run, the run sees
-            its beginning (`resnetv2.training.config.check_steps` refuses it).
-        schedule: one of `SCHEDULES`.
+        warmup_steps: None means ``default_warmup``; of a warm-up longer than the run, the run sees
+            its beginning (``resnetv2.training.config.check_steps`` refuses it).
+        schedule: one of ``SCHEDULES``.
 
     Raises:
         ValueError: an unknown schedule.
@@ -94,7 +94,7 @@ def learning_rate(
 
 
 def _cosine(part: float, start: float, end: float) -> float:
-    """Half a cosine from `start` at part 0 to `end` at part 1 and after."""
+    """Half a cosine from ``start`` at part 0 to ``end`` at part 1 and after."""
     weight = (1 + math.cos(math.pi * min(part, 1.0))) / 2
     return weight * start + (1 - weight) * end
 
@@ -104,7 +104,7 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: each parameter once, in the model's order.
 
-    With `decay_all` a single group, as in the paper. Without, a second one with a weight decay of
+    With ``decay_all`` a single group, as in the paper. Without, a second one with a weight decay of
     0 for biases and the parameters of norms, which scale and shift what the weights' size cancels
     out of; it holds every parameter of at most one dimension and all of a norm module's own. An
     empty group is left out.

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from resnetv2.cli.command import COMMANDS, main
 from resnetv2.training.checkpoint import Checkpoints, read
-from resnetv2.training.loop import train_resnet_v2
+from resnetv2.training.run import train_resnet_v2
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--device", "cpu", "--depth", "8", "--epochs", "2", "--limit-batches", "2"]
@@ -199,42 +199,12 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "mnist"], "Error: unknown data set 'mnist': choose from digits"),
-        (
-            ["--data", "imagefolder:/no/such"],
-            "Error: /no/such does not exist: imagefolder:PATH needs",
-        ),
-        (["--depth", "21"], "Error: "),
-        (["--lr", "-1"], "Error: lr must be a number above 0, got -1.0"),
-        (["--resume", "/no/such.pt"], "Error: no checkpoint at /no/such.pt"),
-    ],
-    ids=["data", "folder", "depth", "lr", "resume"],
-)
-def test_wrong_input_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tmp_path: Path
-) -> None:
-    result = run("train", *QUICK, "--out", str(tmp_path / "run"), *arguments)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert all(name in result.output for name in COMMANDS)
     for name in COMMANDS:
         assert run(name, "--help").exit_code == 0
-
-
-def test_unknown_command() -> None:
-    result = run("tarin")
-    assert result.exit_code == 2
-    assert "No such command 'tarin'" in result.stderr
 
 
 def test_module_is_the_command() -> None:

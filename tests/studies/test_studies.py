@@ -47,7 +47,7 @@ from resnetv2.studies.variants import (
     post_activation_block,
 )
 from resnetv2.studies.visualizer import ResNetV2Visualizer
-from resnetv2.training.loop import EpochMetrics
+from resnetv2.training.metrics import EpochMetrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

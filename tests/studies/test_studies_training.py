@@ -22,7 +22,7 @@ from resnetv2.studies.ordering import order_of_table_2
 from resnetv2.studies.recipe import ALL, NOTHING, PLAIN, V1, V2, effects, label, regimes
 from resnetv2.studies.shortcuts import JOINS, agreement
 from resnetv2.studies.versions import duration, epochs_table, losses, speed
-from resnetv2.training.loop import EpochMetrics
+from resnetv2.training.metrics import EpochMetrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,7 +1,9 @@
 """What people type wrongly, and files that are not what they should be: a table of commands.
 
 Each is a command line after `resnetv2`, run in an empty folder, the part of the message that says
-what is wrong, and where needed a function that puts files into that folder first.
+what is wrong, and where needed a function that puts files into that folder first. The table holds
+what the command line adds: one line, exit code 2, nothing lost. The values that a field, a recipe,
+a checkpoint or a folder of images may have are the tables of their own tests.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,6 @@ IMAGES = RUN + "--data imagefolder:images "
 STREAM = IMAGES + "--cache stream --batch-size 2 "
 RECIPE = RUN + "--recipe own.yaml"
 PLAN = "plan --depth 20 --budget 8GiB "
-WHOLE = "a whole number of at least"
 
 CASES: dict[str, Case] = {}
 
@@ -103,120 +103,49 @@ def add(group: str, cases: dict[str, tuple[Any, ...]], **options: Any) -> None:
 add(
     "usage",
     {
-        "command": ("tarin", "No such command 'tarin'; resnetv2 --help lists"),
-        "option": ("train --dept 8", "'--depth', '--keep'?); resnetv2 train --help lists"),
-        "option-of-another-command": ("eval run --lr 1", "No such option '--lr'"),
-        "words-for-an-integer": ("train --depth twenty", "'twenty' is not a valid integer"),
-        "half-an-integer": ("train --batch-size 12.5", "'12.5' is not a valid integer"),
-        "words-for-a-number": ("train --lr fast", "'--lr': 'fast' is not a valid float"),
-        "decimal-comma": ("train --lr 0,1", "'0,1' is not a valid float"),
-        "empty-number": ("train --lr ''", "'' is not a valid float"),
-        "no-value": ("train --lr", "Option '--lr' requires an argument; resnetv2 train --help"),
-        "value-for-a-flag": ("train --eager=yes", "Option '--eager' does not take a value"),
-        "block": ("train --block botleneck", "is not one of 'basic', 'bottleneck'"),
-        "stem": ("train --stem mnist", "'mnist' is not one of 'cifar', 'imagenet'"),
-        "memory": ("train --memory all", "'all' is not one of 'recompute', 'invert_h1'"),
-        "dtype": ("train --dtype fp64", "'fp64' is not one of 'fp32', 'bf16', 'fp16'"),
-        "schedule": ("train --schedule linear", "'linear' is not one of 'step', 'cosine'"),
-        "backend": ("train --backend cudnn", "'cudnn' is not one of 'auto', 'triton'"),
-        "cache": ("train --cache disk", "'disk' is not one of 'auto', 'memory', 'stream'"),
-        "extra-argument": ("train digits", "unexpected extra argument (digits)"),
-        "threads-0": ("train --threads 0", "0 is not in the range 1<=x<=1024"),
-        "threads-negative": ("eval run --threads -1", "-1 is not in the range 1<=x<=1024"),
+        "command": ("tarin", "; resnetv2 --help lists what there is"),
+        "option": ("train --dept 8", "; resnetv2 train --help lists what there is"),
+        "words-for-an-integer": ("train --depth twenty", "'--depth'"),
+        "choice": ("train --block botleneck", "'--block'"),
+        "no-run": ("eval", "'RUN'; resnetv2 eval --help"),
         # OpenMP would end the process.
-        "threads-beyond-memory": ("train --threads 1000000000", "not in the range 1<=x<=1024"),
-        "threads-beyond-integers": ("study depth --threads 99999999999", "not in the range"),
-        "no-run": ("eval", "Missing argument 'RUN'; resnetv2 eval --help"),
-        "two-runs": ("eval one two", "unexpected extra argument (two)"),
-        "plan-without-depth": ("plan", "Missing option '--depth'"),
+        "threads-beyond-memory": ("train --threads 1000000000", "'--threads'"),
+        "threads-beyond-integers": ("study depth --threads 99999999999", "'--threads'"),
     },
 )
 
 for option, value, says in [
-    ("depth", "0", f"depth must be {WHOLE} 1 and below 100000, got 0"),
-    ("depth", "-3", "got -3"),
+    ("depth", "0", "depth must be a whole number of at least 1 and below 100000, got 0"),
     ("depth", "2", "depth must be 6n+2 for PreActBlock, got 2; nearest: 8"),
     ("depth", "21", "got 21; nearest: 20 or 26"),
-    ("depth", "6000000002", "below 100000, got 6000000002"),
     ("depth", "1" + "0" * 30, "depth is too large, got 1000"),
-    ("epochs", "0", f"epochs must be {WHOLE} 1, got 0"),
-    ("epochs", "-5", "got -5"),
-    ("epochs", "9" * 20, "epochs is too large"),
-    ("batch-size", "0", f"batch_size must be {WHOLE} 1, got 0"),
-    ("batch-size", "-128", "got -128"),
-    ("batch-size", str(2**63), "batch_size is too large"),
-    ("lr", "0", "lr must be a number above 0, got 0.0"),
-    ("lr", "-0.1", "got -0.1"),
-    ("lr", "nan", "got nan"),
-    ("lr", "inf", "got inf"),
-    ("lr", "1e400", "lr must be a number above 0, got inf"),
-    ("warmup-steps", "-1", f"warmup_steps must be {WHOLE} 0, got -1"),
+    ("lr", "nan", "lr must be a number above 0, got nan"),
     ("warmup-steps", "1000", "warmup_steps must be at most the run's 4 steps, got 1,000"),
-    ("momentum", "1", "momentum must be a number of at least 0 and below 1, got 1.0"),
-    ("momentum", "-0.1", "got -0.1"),
-    ("momentum", "nan", "got nan"),
-    ("weight-decay", "-1", "weight_decay must be a number of at least 0, got -1.0"),
-    ("weight-decay", "inf", "got inf"),
-    ("label-smoothing", "1", "label_smoothing must be a number of at least 0 and below 1"),
-    ("label-smoothing", "nan", "got nan"),
-    ("ema", "1", "ema must be a number of at least 0 and below 1, got 1.0"),
-    ("ema", "-1", "got -1.0"),
-    ("crop-padding", "-1", f"crop_padding must be {WHOLE} 0, got -1"),
     ("crop-padding", "1000000000", "crop_padding must be at most the images' 8 pixels"),
-    ("seed", "-1", f"seed must be {WHOLE} 0, got -1"),
-    ("seed", str(2**63), "seed is too large"),
-    ("seed", "1.5", "'1.5' is not a valid integer"),
-    ("image-size", "0", f"image_size must be {WHOLE} 1, got 0"),
-    ("image-size", "-32", "got -32"),
     ("image-size", "1000000", "of memory that this process can have: --image-size makes them"),
-    ("workers", "-1", f"workers must be {WHOLE} 0 and below 1024, got -1"),
-    ("workers", "100000", "got 100000"),
-    ("limit-batches", "0", f"limit_batches must be {WHOLE} 1, got 0"),
-    ("checkpoint-every", "0", f"checkpoint_every must be {WHOLE} 1, got 0"),
-    ("keep", "0", f"keep must be {WHOLE} 1, got 0"),
-    ("keep", "9" * 20, "keep is too large"),
-    ("steps", "0", f"steps must be {WHOLE} 1, got 0"),
     ("steps", "4", "epochs and steps both say how long to train: give one of them"),
     ("device", "tpu", "there is no device 'tpu': expected cpu, cuda, cuda:1, ... or auto"),
-    ("device", "CPU", "there is no device 'CPU'"),
     ("device", "cuda:-1", "there is no device 'cuda:-1'"),
     ("device", "cuda:99", "cannot use device 'cuda:99': "),
-    ("device", "mps", "cannot use device 'mps': this PyTorch does not compute there"),
     ("device", "hpu", "cannot use device 'hpu': this PyTorch does not compute there"),
     ("device", "mkldnn", "cannot use device 'mkldnn'"),
     ("device", "meta", "cannot use device 'meta': it computes nothing"),
-    ("device", "''", "device must be some text, got ''"),
-    ("root", "''", "root must be some text, got ''"),
     ("root", "'\udcff'", "root must be some text, got '\\udcff'"),
     ("resume", "''", "'--resume': expected a path, got nothing"),
-    ("recipe", "''", "unknown recipe '': choose from fast, paper, or give the path"),
     ("out", "''", "'--out': expected a path, got nothing"),
     ("out", "'r\udcff'", "'r\\udcff' is not in UTF-8: take another name"),
-    ("data", "''", "data must be some text, got ''"),
     ("data", "mnist", "unknown data set 'mnist': choose from digits, cifar10"),
-    ("data", "Digits", "unknown data set 'Digits'"),
     ("data", "digits:x", "unknown data set 'digits:x'"),
-    ("data", "imagefolder", "imagefolder needs a path with a train and a test folder"),
     ("data", "imagefolder:", "imagefolder needs a path"),
     ("data", "'imagefolder:a\nb'", "a\\nb does not exist: imagefolder:PATH needs PATH/train"),
 ]:
     add("value", {f"{option}={value[:12]!a}": (f"{RUN}--{option} {value}", says)})
 
-for value in ("8 elephants", "-1GiB", "0", "nan", "GiB", "8GiBB", "inf", ""):
-    says = f"budget must be bytes, such as \"8GiB\" or a number above 0, got '{value}'"
-    add("budget", {value or "empty": (f"{RUN}--memory auto --budget '{value}'", says)})
-
 add(
     "contradiction",
     {
         "eager-backend": (RUN + "--eager", "eager contradicts backend 'aten'"),
-        "nesterov": (RUN + "--nesterov --momentum 0", "nesterov needs a momentum above 0"),
-        "budget-without-auto": (RUN + "--budget 8GiB", 'budget is for memory "auto"'),
         "auto-without-budget": (RUN + "--memory auto", 'memory "auto" needs a budget'),
-        "budget-of-any-size": (
-            RUN + "--memory auto --budget 1e999",
-            "budget is too large, got '1e999'",
-        ),
         "budget-too-small": (
             RUN + "--memory auto --budget 1MB",
             "more than the budget of 1.0 MB; no batch fits it",
@@ -225,7 +154,6 @@ add(
             RUN + "--memory auto --budget 4MB",
             "the largest batch that fits is",
         ),
-        "stream-digits": (RUN + "--cache stream", 'cache "stream" is for images in a folder'),
         "block-depth": (RUN + "--block bottleneck", "depth must be 9n+2"),
         "one-value-a-channel": (
             RUN + "--batch-size 1 --image-size 4",
@@ -259,31 +187,13 @@ def spoil(write: Callable[[Path], object], image: str = "train/dog/2.png") -> Fi
     return make
 
 
-def truncated(path: Path) -> None:
-    Image.effect_noise((8, 8), 90).save(path, "png")
-    path.write_bytes(path.read_bytes()[:-30])
-
-
 def without(folder: str) -> Files:
     return lambda place: shutil.rmtree(place.images() / folder)
 
 
-def emptied(folder: str) -> Files:
-    def make(place: Place) -> None:
-        for path in (place.images() / folder).iterdir():
-            path.unlink()
-
-    return make
-
-
-def test_images_of_another_size(place: Place) -> None:
+def of_another_size(place: Place) -> None:
     place.images(("train",))
     place.images(("test",), size=9)
-
-
-def one_class(place: Place) -> None:
-    for part in ("train", "test"):
-        shutil.rmtree(place.images((part,)) / part / "dog")
 
 
 def offline(place: Place) -> None:
@@ -299,13 +209,6 @@ def offline(place: Place) -> None:
     place.monkeypatch.setattr(cifar, "download_and_extract_archive", refuse)
 
 
-def half_a_cifar(place: Place) -> None:
-    offline(place)
-    folder = place / "root" / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    (folder / "data_batch_1").write_bytes(b"half")
-
-
 def hidden(module: str) -> Files:
     """A package that is not installed."""
     return lambda place: place.monkeypatch.setitem(sys.modules, module, None)
@@ -315,46 +218,12 @@ BROKEN_IMAGE = "cannot read the image images/train/dog/2.png: "
 add(
     "data",
     {
-        "gone": (RUN + "--data imagefolder:gone", "gone does not exist: imagefolder:PATH needs"),
         "no-home": (RUN + "--data imagefolder:~nobody-here/x", "~nobody-here/x does not exist"),
-        "file": (
-            RUN + "--data imagefolder:file",
-            "file is a file, not a folder: imagefolder:PATH needs",
-            lambda place: (place / "file").touch(),
-        ),
-        "link-to-itself": (
-            IMAGES,
-            "images cannot be opened (Too many levels of symbolic links)",
-            lambda place: (place / "images").symlink_to("images"),
-        ),
-        "half": (IMAGES, "images/test does not exist", without("test")),
-        "no-train": (IMAGES, "images/train does not exist", without("train")),
         "class-missing": (IMAGES, "images/test lacks dog, which images/train", without("test/dog")),
-        "class-new": (IMAGES, "images/train lacks dog, which images/test", without("train/dog")),
-        "class-empty": (IMAGES, "images/train/dog holds no image: add", emptied("train/dog")),
-        "one-class": (IMAGES, "images/train has one class only, cat", one_class),
-        "no-classes": (
-            IMAGES,
-            "images/train holds no folders: it needs a folder of images for every class",
-            lambda place: [(place / "images" / p).mkdir(parents=True) for p in ("train", "test")],
-        ),
         "text-for-an-image": (
             IMAGES,
             BROKEN_IMAGE + "not an image, or damaged; replace or remove it",
             spoil(lambda path: path.write_text("no image")),
-        ),
-        "empty-image": (IMAGES, BROKEN_IMAGE + "empty file", spoil(Path.touch)),
-        "truncated-image": (IMAGES, BROKEN_IMAGE, spoil(truncated)),
-        "broken-link": (
-            IMAGES,
-            "images/train/dog/2.png is not a file (a broken link?): remove it",
-            spoil(lambda path: path.symlink_to("gone")),
-        ),
-        "pipe": (IMAGES, "images/train/dog/2.png is not a file", spoil(os.mkfifo)),
-        "loop": (
-            IMAGES,
-            "images/train/dog/again is a link to a folder above it: remove the link",
-            lambda place: (place.images() / "train" / "dog" / "again").symlink_to(".."),
         ),
         "newline": (
             IMAGES,
@@ -374,7 +243,7 @@ add(
         "sizes-in-memory": (
             IMAGES + "--cache memory",
             "images differ in size: images/test/cat/0.png is 9x9, others are 8x8",
-            test_images_of_another_size,
+            of_another_size,
         ),
         "streamed-image": (STREAM, BROKEN_IMAGE, spoil(Path.touch)),
         "streamed-image-workers": (
@@ -391,11 +260,6 @@ add(
             RUN + "--data cifar10 --root none",
             "CIFAR10 is not under none and could not be downloaded (no route to host). Without",
             offline,
-        ),
-        "cifar-half": (
-            RUN + "--data cifar10 --root root",
-            "lacks data_batch_2, data_batch_3 and 4 more and has a damaged data_batch_1",
-            half_a_cifar,
         ),
         "cifar-root-is-a-file": (
             RUN + "--data cifar10 --root file",
@@ -567,32 +431,10 @@ add(
     "recipe",
     {
         "misspelt": (RUN + "--recipe fats", "give the path of a .yaml file: did you mean fast?"),
-        "no-yaml": (RUN + "--recipe own.txt", "unknown recipe 'own.txt'", text("lr: 1", "own.txt")),
         "gone": (RECIPE, "no recipe at own.yaml"),
-        "no-home": (RUN + "--recipe ~nobody-here/x.yaml", "cannot read the recipe ~nobody-here"),
-        "folder": (RECIPE, "own.yaml is not a file", lambda p: (p / "own.yaml").mkdir()),
-        "pipe": (RECIPE, "own.yaml is not a file", lambda p: os.mkfifo(p / "own.yaml")),
-        "empty": (RECIPE, "expected a line for each option, such as epochs: 10, got", text("")),
-        "list": (RECIPE, "such as epochs: 10, got ['lr', 0.1]", text("- lr\n- 0.1\n")),
         "broken": (RECIPE, "is not valid YAML at line 2, column 7", text("lr: [0.1\nepochs: 3")),
-        "tab": (RECIPE, "is not valid YAML at line 1", text("lr:\t0.1\n\tepochs: 3\n")),
-        "binary": (RECIPE, "own.yaml is not a text file", text(bytes(range(256)))),
-        "zero-byte": (RECIPE, "own.yaml is not a text file", text(b"lr: 0.1\x00")),
         "unknown-option": (RECIPE, "unknown option 'speed'", text("speed: 1\n")),
-        "misspelt-option": (RECIPE, "'batchsize': did you mean batch_size?", text("batchsize: 8")),
-        "option-twice": (RECIPE, "line 2, column 1: 'lr' is there twice", text("lr: 1\nlr: 2\n")),
-        "number-for-a-name": (RECIPE, "own.yaml: unknown option 1", text("1: 2\n")),
-        "words": (RECIPE, "own.yaml: lr must be a number above 0, got 'fast'", text("lr: fast")),
-        "nan": (RECIPE, "own.yaml: lr must be a number above 0, got nan", text("lr: .nan\n")),
-        "nothing": (RECIPE, "own.yaml: lr must be a number above 0, got None", text("lr:\n")),
-        "no-date": (RECIPE, "is not valid YAML: month must be", text("lr: 2026-13-45\n")),
-        "object": (
-            RECIPE,
-            "could not determine a constructor for the tag",
-            text("lr: !!python/object/apply:os.mkdir [trap]\n"),
-        ),
         "contradiction": (RECIPE, "(with the options of own.yaml)", text("eager: true\n")),
-        "too-long": (RECIPE, "own.yaml is longer than 1 MiB", text("#" + "x" * 2**20)),
     },
 )
 
@@ -639,11 +481,6 @@ def damaged(change: Callable[[bytes], bytes]) -> Files:
     return put
 
 
-def flipped(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
-
-
 def state(change: Callable[[dict[str, Any]], object]) -> Files:
     """The newest checkpoint with another content, and no other."""
 
@@ -659,15 +496,6 @@ def state(change: Callable[[dict[str, Any]], object]) -> Files:
     return put
 
 
-def saved(content: Any) -> Files:
-    return lambda place: torch.save(content, place / "other.pt")
-
-
-def archive(place: Place) -> None:
-    with zipfile.ZipFile(place / "other.pt", "w") as file:
-        file.writestr("notes/readme.txt", "no checkpoint")
-
-
 NEWEST = "run/checkpoints/step-00000004.pt"
 OTHER = RUN + "--resume other.pt"
 add(
@@ -680,28 +508,16 @@ add(
             lambda place: (place / "empty").mkdir(),
         ),
         "text": (OTHER, "other.pt is not a checkpoint of resnetv2", text("hello", "other.pt")),
-        "empty-file": (OTHER, "other.pt is empty, not a checkpoint", text("", "other.pt")),
-        "pipe": (OTHER, "other.pt is no file", lambda p: os.mkfifo(p / "other.pt")),
         "endless-device": (RUN + "--resume /dev/zero", "/dev/zero is no file, expected a"),
         "link-to-itself": (
             OTHER,
             "cannot read other.pt: Too many levels of symbolic links",
             lambda place: (place / "other.pt").symlink_to("other.pt"),
         ),
-        "weights": (OTHER, "or weights without the state of a run", saved({"w": torch.ones(2)})),
-        "module": (OTHER, "objects other than tensors and plain", saved(torch.nn.Linear(2, 2))),
-        "zip": (OTHER, "other.pt is not a checkpoint of resnetv2", archive),
         "truncated": (
             RESUME,
             f"none of the 3 checkpoints in run/checkpoints can be used; the newest: {NEWEST} is",
             damaged(lambda content: content[: len(content) // 2]),
-        ),
-        "all-empty": (RESUME, f"{NEWEST} is empty", damaged(lambda content: b"")),
-        "flipped-bit": (f"train --resume {NEWEST}", "fails its checksum", damaged(flipped)),
-        "newer-format": (
-            RESUME,
-            "written by a newer version of resnetv2 (format 99, this one reads up to 1): upgrade",
-            state(lambda content: content.update(format=99)),
         ),
         "later-than-the-end": (
             RESUME,
@@ -724,16 +540,11 @@ add(
             state(lambda content: content["history"][0].update(colour=1)),
         ),
         "config-broken": (RESUME, "run/config.yaml is not YAML (line 2", config_is("depth: [8\n")),
-        "config-list": (RESUME, "must be a mapping of options to values", config_is("- depth\n")),
-        "config-empty": (RESUME, "to values, it holds nothing", config_is("")),
-        "config-binary": (RESUME, "run/config.yaml is not YAML", config_is(bytes(range(256)))),
         "config-unknown": (
             RESUME,
             "run/config.yaml: unknown option 'dept': did you mean depth?",
             config_is("dept: 8\n"),
         ),
-        "config-words": (RESUME, "run/config.yaml: depth must be", config_is("depth: eight\n")),
-        "config-number": (RESUME, "every option must be a name, got 1", config_is("1: 2\n")),
         "config-folder": (RESUME, f"run/config.yaml {NO_FILE}", config_made(Path.mkdir)),
         "config-pipe": (RESUME, f"run/config.yaml {NO_FILE}", config_made(os.mkfifo)),
         "config-gone": (
@@ -768,17 +579,9 @@ for part in ("config", "run", "processes", "model", "optimizer", "sums", "random
         },
     )
 for option, then, now in [
-    ("depth 14", "depth 8", "depth 14"),
     ("seed 1", "seed 0", "seed 1"),
-    ("batch-size 64", "batch_size 128", "batch_size 64"),
-    ("lr 0.2", "lr 0.1", "lr 0.2"),
-    ("epochs 3", "epochs 2", "epochs 3"),
     ("steps 9", "epochs 2, steps None", "epochs None, steps 9"),
     ("data synthetic", "data 'digits'", "data 'synthetic'"),
-    ("image-size 16", "image_size None", "image_size 16"),
-    ("schedule cosine", "schedule 'step'", "schedule 'cosine'"),
-    ("dtype bf16", "dtype 'fp32'", "dtype 'bf16'"),
-    ("ema 0.9", "ema 0.0", "ema 0.9"),
 ]:
     says = f"{NEWEST} was written with {then}, this run has {now}: a resumed run keeps what"
     add("resume-with", {option: (f"{RESUME}--{option}", says, Place.run)})
@@ -840,10 +643,7 @@ add(
             "gone does not exist: imagefolder:PATH needs",
             state(lambda content: content["config"].update(data="imagefolder:gone")),
         ),
-        "data-unknown": ("eval run --data mnist", "unknown data set 'mnist'", Place.run),
-        "device": ("eval run --device tpu", "there is no device 'tpu'", Place.run),
         "workers": ("eval run --workers -1", "workers must be a whole number", Place.run),
-        "backend": ("eval run --backend x", "'x' is not one of 'auto'", Place.run),
     },
 )
 
@@ -884,13 +684,7 @@ add(
 
 for option, says in {
     "--depth 21": "depth must be 6n+2 for PreActBlock, got 21; nearest: 20 or 26",
-    "--depth 0": "0 is not in the range 1<=x<=99999",
-    "--depth 6000000002": "is not in the range 1<=x<=99999",
-    "--batch-size 0": "0 is not in the range",
-    "--batch-size 99999999999999999999": "is not in the range",
-    "--image-size 0": "0 is not in the range 1<=x<=65536",
-    "--image-size -3": "-3 is not in the range",
-    "--dtype fp8": "'fp8' is not one of 'fp32'",
+    "--batch-size 99999999999999999999": "'--batch-size'",
     "--budget x": 'expected bytes like "8GiB", "500MB" or a number, got \'x\'',
     "--budget 0": "a budget must be positive, got '0'",
     "--budget ''": "expected bytes like",
@@ -898,10 +692,8 @@ for option, says in {
     "--optimizer-states -1": "optimizer_states must be a number from 0 on, got -1.0",
     "--optimizer-states nan": "optimizer_states must be a number from 0 on, got nan",
     "--optimizer-states inf": "optimizer_states must be a number from 0 on, got inf",
-    "--device tpu": "'tpu' is not one of 'cpu', 'cuda'",
     "--rates h100": "--rates belongs to --time: give both",
     "--block bottleneck --depth 21": "depth must be 9n+2 for BottleneckPreActBlock, got 21",
-    "extra": "unexpected extra argument (extra)",
 }.items():
     add("plan", {option: (PLAN + option, says)})
 add(

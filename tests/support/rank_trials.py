@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from resnetv2.errors import InputError
+from tests.support.ports import free_port
 from tests.support.resume_trials import course, differences, newest
 
 STEPS = 20
@@ -42,12 +42,6 @@ def arguments() -> list[str]:
         option = f"--{name.replace('_', '-')}"
         words += [option] if value is True else [option, str(value)]
     return words
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def launch(
@@ -125,11 +119,10 @@ def run(out: Path | None, moved: int = 0, **options: Any) -> Any:
 
     moved: with a number, from initial weights that are 2^-20 of themselves away, drawn by it.
     """
-    import resnetv2.training.loop as train
-    from resnetv2.training.loop import train_resnet_v2
+    from resnetv2.training import run as training
 
     if moved:
-        build = train.build_model
+        build = training.build_model
 
         def build_moved(*arguments: Any) -> torch.nn.Module:
             model = build(*arguments)
@@ -139,10 +132,11 @@ def run(out: Path | None, moved: int = 0, **options: Any) -> Any:
                     weight.mul_(1 + 2**-20 * torch.randn(weight.shape, generator=generator))
             return model
 
-        train.build_model = build_moved
+        training.build_model = build_moved
 
     resume = None if out is None else "auto"
-    result = train_resnet_v2(**{**OPTIONS, **options}, out=out, resume=resume, progress=False)
+    given = {**OPTIONS, **options, "out": out, "resume": resume, "progress": False}
+    result = training.train_resnet_v2(**given)
     return {
         "parameters": digest(result.model.parameters()),
         "buffers": digest(result.model.buffers()),
@@ -161,13 +155,13 @@ def command(*words: str, full_after: int = 0) -> Any:
 
     write, written = checkpoint.write_atomically, 0
 
-    def on_a_full_disk(path: Path, work: Callable[[Any], Any]) -> None:
+    def on_a_full_disk(path: Path, *work: Any) -> None:
         nonlocal written
         written += 1
         if written > full_after:
             full = OSError(errno.ENOSPC, "No space left on device")
             raise InputError(f"cannot write {path}: {full.strerror}") from full
-        write(path, work)
+        write(path, *work)
 
     if full_after:
         checkpoint.write_atomically = on_a_full_disk
@@ -182,13 +176,14 @@ def compare(run_folder: Path, whole: Path) -> list[str]:
 def main(folder: Path) -> None:
     import tqdm
 
-    import resnetv2.training.loop as train
+    from resnetv2.training import loop
+    from resnetv2.training.run import train_resnet_v2
 
     tqdm.tqdm.monitor_interval = 0  # a thread would not survive a fork
     torch.set_num_threads(1)
-    train.plot_curves = lambda *arguments: None  # a second for each run, and no part of its state
+    loop.plot_curves = lambda *arguments: None  # a second for each run, and no part of its state
     warm = {**OPTIONS, "steps": 2, "limit_batches": 2, "verbose": False}
-    train.train_resnet_v2(**warm)
+    train_resnet_v2(**warm)
 
     results: dict[str, Any] = {}
     for size in (1, 2, 4):

@@ -67,7 +67,7 @@ def trials() -> dict[str, Trial]:
         Kill("enter", number=12, function="resnetv2.training.files:_sync_folder"),
         Kill("enter", number=5, function="resnetv2.training.checkpoint:_step_of"),
         # Between best.pt and the step's own file.
-        Kill("enter", number=2, function="resnetv2.training.checkpoint:link_atomically"),
+        Kill("enter", number=2, function="resnetv2.training.files:_linked"),
     ]
     assert len(plain) == KILLS
     result = {
@@ -81,7 +81,7 @@ def trials() -> dict[str, Trial]:
     return result
 
 
-_STEP = "resnetv2.training.loop:learning_rate"
+_STEP = "resnetv2.training.state:learning_rate"
 
 
 class Noisy(nn.Module):
@@ -177,33 +177,33 @@ def around(owner: Any, name: str, stage: str, board: Board) -> None:
 
 def arm(kill: Kill | None, calls: int, board: Board) -> None:
     """In the child, before the run: the stages, and what will kill it."""
-    import resnetv2.training.loop as train
-    from resnetv2.training import checkpoint, files, log
+    from resnetv2.training import checkpoint, files, log, loop
+    from resnetv2.training.state import RunState
 
-    around(train._Run, "save", "checkpoint", board)
+    around(loop.Loop, "save", "checkpoint", board)
     around(log.RunLog, "_append", "log", board)
-    around(train, "evaluate_as", "test", board)
-    rate = train._Run._rate
+    around(loop, "evaluate_as", "test", board)
+    rate = RunState.rate
 
     def count(run: Any, step: int) -> float:
         board.write(0, Board.STAGES.index("step"))
         board.write(1, run.done)
         return rate(run, step)
 
-    train._Run._rate = count  # type: ignore[method-assign]
+    RunState.rate = count  # type: ignore[method-assign]
     if kill is None or kill.how == "call":
         count_calls(None if kill is None else int(kill.at * calls), board)
     elif kill.how == "write":
         write = checkpoint.write_atomically
         seen = 0
 
-        def counting(path: Path, work: Callable[[Any], Any]) -> None:
+        def counting(path: Path, *work: Any) -> None:
             nonlocal seen
             seen += 1
             if seen == kill.number:
                 size = max(file.stat().st_size for file in path.parents[2].glob("*/checkpoints/*"))
                 tear(files._RecordingFile, int(kill.at * size))
-            write(path, work)
+            write(path, *work)
 
         checkpoint.write_atomically = counting
     elif kill.how == "line":
@@ -347,7 +347,7 @@ class Kind:
         self.state, self.course = newest(self.whole), course(self.whole)
 
     def run(self, out: Path, kill: Kill | None, count: bool = True) -> None:
-        from resnetv2.training.loop import train_resnet_v2
+        from resnetv2.training.run import train_resnet_v2
 
         if count or kill is not None:
             arm(kill, getattr(self, "calls", 0), self.board)
@@ -390,13 +390,14 @@ class Kind:
 def main(folder: Path) -> None:
     import tqdm
 
-    import resnetv2.training.loop as train
+    from resnetv2.training import loop
+    from resnetv2.training.run import train_resnet_v2
 
     tqdm.tqdm.monitor_interval = 0  # a thread would not survive a fork
     torch.set_num_threads(1)
-    train.plot_curves = lambda *arguments: None  # a second for each run, and no part of its state
+    loop.plot_curves = lambda *arguments: None  # a second for each run, and no part of its state
     warm = {"depth": 8, "backend": "aten", "device": "cpu", "steps": 2, "verbose": False}
-    train.train_resnet_v2("digits", **warm, ema=0.9, limit_batches=2)
+    train_resnet_v2("digits", **warm, ema=0.9, limit_batches=2)
     board, kinds, results = Board(), {}, {}
     for name, trial in trials().items():
         if trial.kind not in kinds:
@@ -411,12 +412,13 @@ def one(folder: Path, kind: str, out: Path, step: int) -> None:
     step: it is killed there; 0 for a run that may end.
     """
     torch.set_num_threads(1)
-    import resnetv2.training.loop as train
+    from resnetv2.training import loop
+    from resnetv2.training.run import train_resnet_v2
 
-    train.plot_curves = lambda *arguments: None
+    loop.plot_curves = lambda *arguments: None
     if step:
         arm(Kill("enter", number=step, function=_STEP), 0, Board())
-    train.train_resnet_v2(**options_of(kind, folder), out=out, resume="auto")
+    train_resnet_v2(**options_of(kind, folder), out=out, resume="auto")
 
 
 if __name__ == "__main__":

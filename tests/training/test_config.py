@@ -12,20 +12,18 @@ import pytest
 import torch
 import yaml
 
+from resnetv2.cli.train import train
 from resnetv2.errors import InputError
 from resnetv2.training import config as module
 from resnetv2.training.config import (
-    DECIDES,
     FIELDS,
-    FREE,
-    ROUNDS,
     TrainConfig,
     check_resumable,
     check_steps,
     make_config,
-    recipe_names,
     saved_config,
 )
+from resnetv2.training.recipe import recipe_names
 from resnetv2.training.schedule import learning_rate
 
 
@@ -46,14 +44,12 @@ def test_defaults_are_the_papers_in_proportion() -> None:
     assert (config.ema, config.label_smoothing, config.nesterov) == (0, 0, False)
 
 
-def test_every_option_is_documented() -> None:
+def test_every_option_is_documented_and_on_the_command_line() -> None:
+    """A field without an ``Option`` would be missing in both."""
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
     arguments, _, _ = (TrainConfig.__doc__ or "").partition("Raises:")
-    documented = re.findall(r"^ {8}(\w+): ", arguments, flags=re.MULTILINE)
-    assert documented == list(FIELDS)
-
-
-def test_every_option_has_one_meaning_for_a_resumed_run() -> None:
-    assert sorted((*DECIDES, *ROUNDS, *FREE)) == sorted(FIELDS)
+    assert re.findall(r"^ {8}(\w+): ", arguments, flags=re.MULTILINE) == names
+    assert {*names} < {parameter.name for parameter in train.params}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +141,7 @@ WRONG = [
     ("budget", True, BYTES),
     ("block", "wide", "one of basic, bottleneck"),
     ("stem", 7, "one of cifar, imagenet"),
-    ("memory", None, "one of recompute, invert, invert_h1, segment, auto"),
+    ("memory", None, "one of recompute, invert_h1, invert, segment, auto"),
     ("dtype", ["fp32"], "one of fp32, bf16, fp16"),
 ]
 
@@ -482,15 +478,16 @@ def test_resuming_with_another_value(name: str) -> None:
     saved = dataclasses.asdict(TrainConfig())
     now = TrainConfig(**{name: OTHER[name]})
     was, here = repr(saved[name]), repr(OTHER[name])
-    if name in DECIDES:
+    if FIELDS[name].option.resume == "decides":
         assert message(check_resumable, saved, now, Path("runs/a.pt")) == (
             f"runs/a.pt was written with {name} {was}, this run has {name} {here}: a resumed run "
             "keeps what decides its result"
         )
     else:
-        rounds = ": the same function with other roundings" if name in ROUNDS else ""
+        rounds = FIELDS[name].option.resume == "rounds"
+        note = ": the same function with other roundings" if rounds else ""
         assert check_resumable(saved, now, Path("runs/a.pt")) == [
-            f"{name} was {was} and is {here}{rounds}"
+            f"{name} was {was} and is {here}{note}"
         ]
 
 

@@ -18,7 +18,7 @@ import torch
 from resnetv2.data.datasets import create_synthetic_dataset
 from resnetv2.errors import InputError
 from resnetv2.training.checkpoint import Checkpoints
-from resnetv2.training.loop import train_resnet_v2
+from resnetv2.training.run import train_resnet_v2
 from tests.support.resume_trials import KILLS, course, differences, newest, trials
 
 ROOT = Path(__file__).parents[2]
@@ -227,6 +227,6 @@ def test_other_random_states_would_be_noticed(
     shutil.copytree(out, again)
     run(out, model=model())
     assert not list(differences(newest(out)["model"], newest(whole)["model"]))
-    monkeypatch.setattr(module, "_set_random_states", lambda *arguments: None)
+    monkeypatch.setattr(module, "set_random_states", lambda *arguments: None)
     run(again, model=model())
     assert list(differences(newest(again)["model"], newest(whole)["model"]))

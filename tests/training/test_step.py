@@ -26,14 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from resnetv2 import PreActResNet
 from resnetv2.training import step as step_module
-from resnetv2.training.step import (
-    WARMUP_STEPS,
-    CudaRecorder,
-    Step,
-    averaged_model,
-    load_optimizer_state,
-    optimizer_state,
-)
+from resnetv2.training.average import averaged_model
+from resnetv2.training.capture import CudaRecorder, StaticBatch
+from resnetv2.training.optimizer import load_optimizer_state, optimizer_state
+from resnetv2.training.step import WARMUP_STEPS, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -702,12 +698,12 @@ def test_after_a_fallback_nothing_is_kept(
 ) -> None:
     made: list[weakref.ref[Any]] = []
 
-    class Watched(step_module._StaticBatch):
+    class Watched(StaticBatch):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             made.append(weakref.ref(self.images))
 
-    monkeypatch.setattr(step_module, "_StaticBatch", Watched)
+    monkeypatch.setattr(step_module, "StaticBatch", Watched)
     run = Run(device, True, model=HostReader(device))
     made.append(weakref.ref(run.step._recorder))
     run.train(batches(device, [BATCH] * 5), RATES[:5])

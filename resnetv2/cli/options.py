@@ -1,0 +1,72 @@
+"""Options of the command line, made from the fields of a dataclass (``resnetv2.training.fields``).
+
+A click option per field: its name, type, choices, metavar and words come from the annotation. An
+option that is not given is None, so that a recipe, a preset or the dataclass has its value. Ranges
+are the dataclass' to check: its message is the same from Python and from the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from ..training.fields import Choice, Field, fields_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# The OpenMP runtime ends the process where it has no memory for so many.
+_MOST_THREADS = 1024
+
+threads = click.option(
+    "--threads", type=click.IntRange(1, _MOST_THREADS), help="CPU threads.  [default: torch's]"
+)
+progress = click.option(
+    "--progress/--no-progress", default=None, help="Progress bar.  [default: on a terminal]"
+)
+
+
+def options_of(
+    cls: type,
+    *names: str,
+    default: str | None = None,
+    types: Mapping[str, click.ParamType[Any]] | None = None,
+) -> Callable[[F], F]:
+    """A decorator of a command: an option for each field of ``cls``, in their order.
+
+    Args:
+        cls: a dataclass whose fields carry an ``Option``.
+        names: of the fields, if not all of them.
+        default: words for the default of all of them, such as "the run's".
+        types: click's types, by field, where the annotation's own does not do.
+    """
+    fields = fields_of(cls)
+    chosen = [fields[name] for name in names] if names else list(fields.values())
+
+    def decorate(command: F) -> F:
+        # Decorators take effect from the last line to the first.
+        for field in reversed(chosen):
+            kind = (types or {}).get(field.name)
+            command = _option(field, default or field.default_words, kind)(command)
+        return command
+
+    return decorate
+
+
+def _option(field: Field, default: str, kind: click.ParamType[Any] | None) -> Callable[[F], F]:
+    option = field.option
+    name = f"--{field.name.replace('_', '-')}"
+    if option.off is not None:
+        name = f"{name}/--{option.off}"
+    words = [option.text, f"[default: {default}]" if default else ""]
+    given: dict[str, Any] = {
+        "help": "  ".join(word for word in words if word),
+        "default": None,
+        "metavar": option.metavar,
+    }
+    if field.kind is bool:
+        return click.option(name, is_flag=True, **given)
+    if kind is None:
+        kind = click.Choice(field.rule) if isinstance(field.rule, Choice) else None
+    return click.option(name, type=kind or field.kind, **given)
