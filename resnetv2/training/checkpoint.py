@@ -2,8 +2,8 @@
 
 A file appears under its name only after its bytes are on the disk (``resnetv2.training.files``): a
 process killed at any point, or a disk that fills up, leaves the older checkpoints as they were.
-Checkpoints are ``torch.save``'s zip archives, whose entries carry a CRC-32; reading checks every one
-before anything is taken from it.
+Checkpoints are ``torch.save``'s zip archives, whose entries carry a CRC-32; reading checks every
+one before anything is taken from it.
 """
 
 import contextlib
@@ -307,8 +307,9 @@ def _read(file: BinaryIO, path: Path) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """``value`` as ``torch.load(weights_only=True)`` takes it back, tensors without their surroundings.
+    """``value`` as ``torch.load(weights_only=True)`` takes it back.
 
+    A tensor that is a part of a larger storage is copied, so that the rest of it is not written.
     Numbers and strings of derived types (numpy's float64, torch's version) become plain ones.
     """
     if isinstance(value, Tensor):

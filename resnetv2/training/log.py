@@ -93,9 +93,10 @@ class RunLog:
         string, a tensor of one element as its number.
 
         Args:
-            record: with ``event``. Of events ``step`` (``step`` from 0) and ``epoch`` (``step``: steps done)
-                the numbers are scalars for TensorBoard too, at the index of the last step done:
-                a step's under ``step/``, an epoch's ``train_*`` and ``test_*`` under ``train/``, ``test/``.
+            record: with ``event``. Of events ``step`` (``step`` from 0) and ``epoch`` (``step``:
+                steps done) the numbers are scalars for TensorBoard too, at the index of the last
+                step done: a step's under ``step/``, an epoch's ``train_*`` and ``test_*`` under
+                ``train/`` and ``test/``.
 
         Raises:
             InputError: the system refuses, such as on a full disk; no part of the line is left.
@@ -314,7 +315,7 @@ def _is_beyond(record: Any, resume_step: int) -> bool:
 
 
 def _last_config(lines: list[bytes]) -> dict[str, Any] | None:
-    """The configuration that holds after ``lines``: the header's, with every resumption's changes."""
+    """The configuration after ``lines``: the header's, with the changes of every resumption."""
     config: dict[str, Any] | None = None
     for record in map(_parsed, lines):
         if not isinstance(record, dict):

@@ -83,7 +83,7 @@ class World:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives in the main process, told to all; or the InputError that it raised."""
+        """The main process' result of ``work``, told to all; or the InputError that it raised."""
         if self.size == 1:
             return work()
         told: list[Any] = [None, None]
@@ -98,7 +98,7 @@ class World:
         return told[0]  # type: ignore[no-any-return]
 
     def together(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives in this process; or, in every process, an InputError that one raised.
+        """This process' result of ``work``; or, in every process, an InputError that one raised.
 
         The first process that has one reports it: none waits for another that has given up.
         """

@@ -30,8 +30,8 @@ _NORMS = (
 def default_warmup(total_steps: int, schedule: str = "step") -> int:
     """Steps of warm-up in a run of ``total_steps`` that names none.
 
-    ``step``: the paper's proportion, 400 in 64,000, and at most 400. ``cosine``: 5 %. ``one-cycle``:
-    30 %, as fast.ai has it. ``constant``: none.
+    ``step``: the paper's proportion, 400 in 64,000, and at most 400. ``cosine``: 5 %.
+    ``one-cycle``: 30 %, as in fast.ai. ``constant``: none.
     """
     if schedule == "step":
         return min(_PAPER_WARMUP, round(total_steps * (_PAPER_WARMUP / _PAPER_STEPS)))
@@ -53,8 +53,8 @@ def learning_rate(
 ) -> float:
     """The learning rate at ``step``, from 0, of a run of ``total_steps``.
 
-    - ``step``, the paper's (He et al. 2016, appendix): lr/10 during the warm-up, then lr, then lr/10
-      from a half and lr/100 from three quarters of all steps on.
+    - ``step``, the paper's (He et al. 2016, appendix): lr/10 during the warm-up, then lr, then
+      lr/10 from a half and lr/100 from three quarters of all steps on.
     - ``cosine`` (Loshchilov and Hutter 2017, equation 5, one period): linearly from lr/warmup_steps
       to lr, then half a cosine that would be 0 at ``total_steps``.
     - ``one-cycle`` (Smith and Topin 2018, with fast.ai's cosines): from lr/25 up to lr in the last
