@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shlex
 import socket
 import subprocess
@@ -122,23 +121,6 @@ def test_one_line_and_nothing_lost(
 
 
 # --- no space
-
-
-def test_a_limit_on_files_keeps_the_older_checkpoint(place: Place, template: Path) -> None:
-    """The kernel refuses the second checkpoint; the run goes on from the first, same bits."""
-    checkpoints = place.half_run() / "checkpoints"
-    before = tree(checkpoints)
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    stopped = process(RESUME, cwd=place.folder, preexec_fn=limit)
-    _, stderr = stopped.communicate(timeout=120)
-    assert stopped.returncode == 2, stderr
-    check_line(stderr, "File too large; the older checkpoint is untouched (newest: step-00000002")
-    assert "raise the limit on the size of a file and go on from there with --resume auto" in stderr
-    assert tree(checkpoints) == before
-    finish(template)
 
 
 @pytest.mark.parametrize("name", ["step-00000004.pt", "best.pt", "metrics.jsonl"])

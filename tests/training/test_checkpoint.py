@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import pickle
-import random
 import resource
 import signal
 import stat
@@ -292,47 +291,6 @@ def test_kill_at_a_point_of_a_save(tmp_path: Path, point: str) -> None:
     # The next save takes over the file that was left, and all is as if nothing had happened.
     checkpoints.save(state_at(2), 2, best=True)
     assert everything(tmp_path).keys() == {"best.pt", "step-00000002.pt"}
-
-
-def saver_without_end(folder: Path, start: int, connection: Connection) -> None:
-    checkpoints = Checkpoints(folder, keep=2)
-    for step in range(start, start + 10_000):
-        checkpoints.save(state_at(step), step, best=step % 3 == 0)
-        connection.send(step)
-
-
-def test_kills_at_random_moments(tmp_path: Path) -> None:
-    """The newest usable one is the last that was finished, or the one then being saved."""
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    generator = random.Random(0)
-    step = 0
-    for _ in range(20):
-        ours, theirs = PROCESSES.Pipe(duplex=False)
-        process = PROCESSES.Process(target=saver_without_end, args=(tmp_path, step + 1, theirs))
-        process.start()
-        theirs.close()
-        assert ours.poll(30)
-        time.sleep(generator.uniform(0, 0.05))
-        process.kill()
-        process.join()
-        done = step
-        while True:
-            try:
-                done = ours.recv()
-            except EOFError:
-                break
-        found = checkpoints.load("auto", no_warning)
-        assert found is not None
-        step = found[1]["step"]
-        assert done > 0
-        assert step in (done, done + 1)
-        assert is_state_at(found[1], step)
-        assert len(checkpoints.files()) <= 3
-        for path in checkpoints.files():
-            assert is_state_at(read(path), int(path.stem[5:]))
-        if checkpoints.best.exists():
-            best = read(checkpoints.best)
-            assert is_state_at(best, best["step"])
 
 
 def saver_of(folder: Path, steps: range, connection: Connection) -> None:
