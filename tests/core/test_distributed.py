@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnetv2 import PreActResNet
+from tests.support.ports import free_port
 from tests.support.yardstick import assert_close_steps, eager_twin, images, randomise
 
 pytestmark = [
@@ -48,12 +47,6 @@ def worker(rank: int, port: int, folder: str, backend: str) -> None:
     model = DistributedDataParallel(model_of(backend, rank))
     torch.save(run(model, rank), f"{folder}/{backend}-{rank}.pt")
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def test_two_processes_follow_eager(tmp_path):

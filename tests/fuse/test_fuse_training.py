@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
-import socket
 import warnings
 from collections.abc import Callable
 
@@ -40,6 +39,7 @@ from tests.support.fuse_models import (
     Wide,
     tuple_block,
 )
+from tests.support.ports import free_port
 from tests.support.yardstick import DEVICE, assert_close_steps, images, randomise, step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -396,12 +396,6 @@ def test_jit_trace_of_a_fused_model_runs_its_children():
 
 
 # Distributed.
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def distributed_steps(model: nn.Module, rank: int) -> dict[str, Tensor]:
