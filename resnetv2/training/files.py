@@ -14,16 +14,15 @@ import errno
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import InputError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["make_folder", "reason_of", "write_atomically"]
 
@@ -68,7 +67,7 @@ def write_atomically(
     raw = None
     try:
         raw = _own(temporary)
-        file = io.BufferedWriter(raw, buffer_size=1 << 20)
+        file: BinaryIO = io.BufferedWriter(raw, buffer_size=1 << 20)
         try:
             _fill(file, write, temporary, path)
             linked = second is None or _linked(path, second)
@@ -87,15 +86,13 @@ def write_atomically(
             write_atomically(second, lambda file: shutil.copyfileobj(original, file, 1 << 20))
 
 
-def _fill(
-    file: io.BufferedWriter, write: Callable[[BinaryIO], object], temporary: Path, path: Path
-) -> None:
+def _fill(file: BinaryIO, write: Callable[[BinaryIO], object], temporary: Path, path: Path) -> None:
     """Write the temporary file and give it its name, or remove it."""
     try:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-        if fcntl is None:
+        if sys.platform == "win32":
             file.close()  # Windows renames no open file
         # Still open: whoever waits for the lock must not get it before the name has moved on.
         os.replace(temporary, path)
@@ -119,7 +116,7 @@ def _own(temporary: Path) -> _RecordingFile:
     while True:
         file = _RecordingFile(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            if fcntl is not None:
+            if sys.platform != "win32":
                 # Some network file systems have no locks; there a run needs its folder for itself.
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
