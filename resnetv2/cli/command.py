@@ -1,7 +1,7 @@
-"""The command `resnetv2`: thin layers over the library's functions.
+"""The command ``resnetv2``: thin layers over the library's functions.
 
 A subcommand is a click command in a module of its own choice and a line in COMMANDS; its module
-is imported when the command runs or `--help` lists it. Wrong input is one line and exit code 2.
+is imported when the command runs or ``--help`` lists it. Wrong input is one line and exit code 2.
 """
 
 import gc

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ..models import BLOCKS, PreActResNet
+from ..names import DTYPES
 from .command import WrongInput
 
 
@@ -14,9 +16,7 @@ from .command import WrongInput
     required=True,
     help="Layers: 6n+2 for basic, 9n+2 for bottleneck.",
 )
-@click.option(
-    "--block", type=click.Choice(["basic", "bottleneck"]), default="basic", show_default=True
-)
+@click.option("--block", type=click.Choice(list(BLOCKS)), default="basic", show_default=True)
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 2**31 - 1),
@@ -33,7 +33,7 @@ from .command import WrongInput
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(list(DTYPES)),
     default="fp32",
     show_default=True,
     help="In which convolutions multiply (autocast).",
@@ -123,8 +123,6 @@ def _floors(
     """The table of ``cost.modes_table`` for the command's options."""
     import torch
 
-    from ..models import PreActResNet
-    from ..names import DTYPES
     from ..planning.cost import h100_rates, measure_rates, modes_table
 
     here = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""`resnetv2 train` and `resnetv2 eval`: the command line of `resnetv2.train`."""
+"""``resnetv2 train`` and ``resnetv2 eval``: the command line of ``resnetv2.train``."""
 
 from __future__ import annotations
 
