@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..training.loop import EpochMetrics
+from ..training.metrics import EpochMetrics
 from .results import Table
 
 
