@@ -1,7 +1,7 @@
 """Pieces that the Triton kernels share: the activations and their derivatives, casts, products.
 
 ``KIND`` is a constexpr string out of ``operands.ACTS``; u is float32. NaN passes through all of
-them, as in eager PyTorch (design 6): comparisons are written so that NaN takes the branch which
+them, as in eager PyTorch: comparisons are written so that NaN takes the branch which
 keeps it.
 """
 

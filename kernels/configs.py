@@ -1,6 +1,6 @@
 """Which tile each kernel uses for a shape: a heuristic, and the few others worth timing.
 
-The heuristic counts instructions and programs (kernels/sass.py, on an H100): the widest tile that
+The heuristic counts instructions and programs (inspect/sass.py, on an H100): the widest tile that
 still leaves two programs for each multiprocessor, because a program's fixed cost (weights, border
 masks, reductions) is spread over its rows, and a tile of all columns reads its rows once.
 """
@@ -68,7 +68,7 @@ class ConvShape(NamedTuple):
     ``taps``. dtype: multiplied in. long_epilogue: needs registers beyond an affine and relu.
 
     The forward's other options are not among them, so that ``subtract`` convolves as the forward
-    did (design 3: the walk back needs the same bits).
+    did: the walk back needs the same bits (kernels/README.md, "Forward").
     """
 
     rows: int

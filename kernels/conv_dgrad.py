@@ -1,4 +1,4 @@
-"""A convolution's gradient by its input, with act' and the norm's sums as epilogue (design 2).
+"""A convolution's gradient by its input, with act' and the norm's sums as epilogue.
 
     dz[m, c] = sum over taps t, k of g[m@t, k] * weight[k, c, t]  (+ add[m, c])
     q        = dz * act'(a*h + b)                  S1 = sum q,  S2 = sum q*xhat per tile and channel

@@ -1,9 +1,9 @@
-"""Convolution with norm and activation as prologue, residual and moments as epilogue (design 2).
+"""Convolution with norm and activation as prologue, residual and moments as epilogue.
 
     out[m, k] = sum over taps t, c of act(a_c*h[m@t, c] + b_c) * weight[k, c, t]
                 + bias[k] + residual[m, k]
 
-or residual - (conv + bias) with SUBTRACT, which walks the identity path back (design 3). The
+or residual - (conv + bias) with SUBTRACT, which walks the identity path back. The
 residual may itself be act(a*residual + b). With moments, each tile also writes the mean and M2 of
 its rows of out as stored, in two passes over registers: never E[x^2] - E[x]^2.
 

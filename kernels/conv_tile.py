@@ -11,7 +11,7 @@ in blocks of BLOCK_K:
 
 and likewise in x. A position outside the source contributes 0: the *operand* is 0 there, so the
 mask comes after the prologue (act(b) must not leak into the border). PROLOGUE says how the operand
-is made of what is read (design 2):
+is made of what is read:
 
     none      x                           an activation or a gradient, as it lies there
     act       act(a*x + b)                a, b: rows SCALE and SHIFT of ``stats``

@@ -1,4 +1,4 @@
-"""A convolution's weight gradient, with both operands made on load (design 2, backward).
+"""A convolution's weight gradient, with both operands made on load.
 
     dW[k, c, r, s] = sum over rows m = (n, p, q) of  g[m, k] * z[n, p*stride - padding + r, ..., c]
     g = A*q + B*h' + C  (a norm's backward that still waits),    z = act(a*h + b)  (0 at the border)

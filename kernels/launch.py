@@ -245,7 +245,7 @@ def describe(tensor: Tensor) -> str:
 
 
 def allow_tf32() -> bool:
-    """PyTorch's own switch for TF32 in convolutions (design 6), old and new interface."""
+    """PyTorch's own switch for TF32 in convolutions, old and new interface."""
     try:
         return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
@@ -277,5 +277,5 @@ def check_convolution(geometry: Geometry, dtype: torch.dtype) -> None:
 
 
 def is_wide(*tensors: Tensor) -> bool:
-    """Whether an element's offset in one of ``tensors`` needs 64 bits (design 6)."""
+    """Whether an element's offset in one of ``tensors`` needs 64 bits."""
     return max([tensor.numel() for tensor in tensors]) >= 2**31

@@ -1,4 +1,4 @@
-"""Per-channel mean and variance of an activation (design 2): tiles of rows, then one merge.
+"""Per-channel mean and variance of an activation: tiles of rows, then one merge.
 
 ``moments`` gives, for each tile of rows, the mean and M2 = sum (x - mean)^2 of every channel.
 Inside a block of BLOCK_M rows, held in registers, they are taken in two passes and relative to its

@@ -1,8 +1,8 @@
-"""z = act(a*h + b) per channel, written once: a convolution's prologue on its own (design 2, 7).
+"""z = act(a*h + b) per channel, written once: a convolution's prologue on its own.
 
 For the shapes at which a 3x3 convolution would drown in instructions if it applied the prologue at
-each of nine taps (kernel-notes): this kernel writes z, and the convolution reads it nine times from
-cache. Bytes: h read, z written, 2w in the compute dtype.
+each of nine taps (kernels/README.md, "What the compiler says"): this kernel writes z, and the
+convolution reads it nine times from cache. Bytes: h read, z written, 2w in the compute dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The backward of norm -> act around a convolution's dgrad, elementwise (design 2).
+"""The backward of norm -> act around a convolution's dgrad, elementwise.
 
     q = (dz + add) * act'(a*h + b),     S1 = sum q,  S2 = sum q*xhat,  xhat = (h - mean)*rstd
     A = a,  B = -a*rstd*S2/M,  C = -a*S1/M - B*mean          (B = C = 0 with running statistics)

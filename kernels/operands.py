@@ -1,4 +1,4 @@
-"""The small records that kernels and their reference exchange (design by symbol: act, a, b, g, q).
+"""The small records that kernels and their reference exchange (kernels/README.md, "Notation").
 
 Everything here is plain data: no computation, no dependency on Triton.
 """
@@ -89,7 +89,7 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 def running_stats(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Stack a norm's statistics into (5, C): mean, var, rstd, scale = a, shift = b (design 2).
+    """Stack a norm's statistics into (5, C): mean, var, rstd, scale = a, shift = b.
 
     Args:
         mean, var: (C,), any float dtype; var is the biased one in training.

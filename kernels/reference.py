@@ -1,4 +1,4 @@
-"""The kernels' functions in plain PyTorch: specification, CPU path and oracle (design 2, 4).
+"""The kernels' functions in plain PyTorch: specification, CPU path and oracle.
 
 Same names and signatures as the Triton files beside it, any float dtype up to float64. Activations
 are (N, C, H, W) tensors in channels_last memory, M = N*H*W rows; ``stats`` is a (5, C) tensor
@@ -88,7 +88,7 @@ def in_memory_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 def moments(x: Tensor) -> Partials:
     """Per-channel mean and sum of squared deviations of x (N, C, H, W), as one tile.
 
-    Half-precision inputs are accumulated in float32 (design 6).
+    Half-precision inputs are accumulated in float32.
     """
     rows = _rows(x)
     mean, var = batch_moments(x)
@@ -357,7 +357,7 @@ def conv_forward(
     out_dtype: torch.dtype | None = None,
     with_moments: bool = False,
 ) -> tuple[Tensor, Partials | None]:
-    """out = conv(act(a*h + b)) + bias + residual, and the moments of out (design 2, forward).
+    """out = conv(act(a*h + b)) + bias + residual, and the moments of out.
 
     Args:
         h: (N, C, H, W). weight: (K, C, R, S). bias: (K,) or None; all three are read as they are.
@@ -365,7 +365,7 @@ def conv_forward(
         stats, act: the prologue; ``stats=None`` convolves h itself.
         residual: (N, K, P, Q) or None. With ``residual_stats``, act(a*residual + b) is added
             instead (an identity that reads the pre-activation).
-        subtract: out = residual - (conv + bias): walks the identity path back (design 3).
+        subtract: out = residual - (conv + bias): walks the identity path back.
         out_dtype: of out, ``dtype`` if None.
         with_moments: also return the moments of out as stored, one tile or several.
     """
@@ -454,7 +454,7 @@ def conv_dgrad(
     identity: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Partials | None]:
-    """q = (dgrad(g, weight) + add) * act'(a*h + b), with its sums S1, S2 (design 2, backward).
+    """q = (dgrad(g, weight) + add) * act'(a*h + b), with its sums S1 and S2.
 
     Args:
         grad: the gradient of the convolution's output, (N, K, P, Q), applied on load.

@@ -1,7 +1,7 @@
 """Timing the few tiles that a shape can use, where the user asks for it, and remembering the best.
 
 Off unless RESNETV2_AUTOTUNE=1: a timing race decides differently from run to run, and the tile
-decides the order of additions, so the promise of equal bits (design 2) would hold only within a
+decides the order of additions, so the promise of equal bits would hold only within a
 process. With it on, a choice holds for the process and, through a JSON file in RESNETV2_CACHE_DIR
 (~/.cache/resnetv2), for later ones on the same device and version of Triton.
 """

@@ -1,6 +1,6 @@
 """Which tile the weight gradient uses for a shape (conv_wgrad.py).
 
-Chosen by counting instructions, registers and programs on sm_90 (kernel-notes; sass.py). Wider
+Chosen by counting instructions, registers and programs on sm_90 (inspect/sass.py). Wider
 tiles apply the prologues less often; narrower ones leave a smaller workspace for the same number of
 programs, two for each multiprocessor.
 """

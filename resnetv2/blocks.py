@@ -1,4 +1,4 @@
-"""Pre-activation blocks as drop-in modules (He et al. 2016, Figure 4(e) and equation (4)).
+"""Pre-activation blocks as drop-in modules (He et al. 2016, Figure 4(e) and equation (3)).
 
 Each block computes x_{l+1} = shortcut + F(x), F a sequence of BN -> act -> conv. The children are
 ordinary ``nn.BatchNorm2d`` and ``nn.Conv2d`` under the usual names and are read afresh at every

@@ -1,4 +1,4 @@
-"""Blocks and chains against their own children, run one by one, in float64 (design 6).
+"""Blocks and chains against their own children, run one by one, in float64.
 
 Promise: outputs, dx, every parameter's gradient and the running statistics are at most twice as
 far from float64 as eager PyTorch's in the same dtype, on both backends.

@@ -98,7 +98,7 @@ def test_factories_take_options():
 
 
 def by_hand(model: PreActResNet, x: torch.Tensor) -> torch.Tensor:
-    """He et al. 2016, equation (4) and appendix, in plain functions: the CIFAR basic net."""
+    """He et al. 2016, equation (3) and appendix, in plain functions: the CIFAR basic net."""
 
     def norm_act(bn: nn.BatchNorm2d, h: torch.Tensor) -> torch.Tensor:
         u = F.batch_norm(h, None, None, bn.weight, bn.bias, True, 0.0, bn.eps)

@@ -1,4 +1,4 @@
-"""Launches and distinct bytes of what runs in Triton's interpreter (design 7, 8).
+"""Launches and distinct bytes of what runs in Triton's interpreter.
 
     with count() as counted:
         block(x)

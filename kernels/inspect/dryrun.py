@@ -1,4 +1,4 @@
-"""Compile every launch of a program for a GPU that is not there (design 8, "dry run").
+"""Compile every launch of a program for a GPU that is not there.
 
     with dry_run("sm_90") as run:
         block(x)                     # CPU tensors, backend "triton"

@@ -1,4 +1,4 @@
-"""What a module computes, read off its dataflow: is it one pre-activation unit (design 2)?
+"""What a module computes, read off its dataflow: is it one pre-activation unit?
 
 ``read_unit`` traces a module's forward on a copy (``trace``) and compares the graph with the one
 thing that this library computes: k times norm -> act -> conv, then the addition of a shortcut.

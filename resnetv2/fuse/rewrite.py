@@ -259,7 +259,7 @@ def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) ->
     """Run the pre-activation blocks of ``model`` fused, in place, and return it.
 
     A block is a module whose forward computes k times norm -> act -> conv and adds a shortcut
-    (He et al. 2016, equation (4)), however it is written; ``explain`` lists them. Consecutive
+    (He et al. 2016, equation (3)), however it is written; ``explain`` lists them. Consecutive
     blocks in an ``nn.Sequential`` run as one chain. Blocks and stages of this library are fused
     already and keep their own settings. Parameters, buffers, children and
     ``state_dict`` stay as they are. Modules keep what they compute: what cannot be fused, at

@@ -3,7 +3,7 @@
 The walk is the chain's own: ``Chain`` runs on tensors without memory, with an engine that writes
 down what each kernel (Triton) or operator (ATen) would read, write and multiply, and computes
 nothing. So a memory mode's recomputation, and the choice between a fused and a written operand
-(``dispatch.implementation``), are counted where they are decided (design 3, 7).
+(``dispatch.implementation``), are counted where they are decided.
 
 Every tensor of a launch counts once, as with a cache of unlimited size; values per channel are
 left out. A kernel's floor is the larger of its bytes over the device's copy rate and its FLOPs
@@ -45,7 +45,7 @@ _H100_FLOPS = {torch.float32: 67e12, torch.float16: 989e12, torch.bfloat16: 989e
 
 
 def h100_rates(dtype: torch.dtype = torch.bfloat16) -> Rates:
-    """The data sheet's rates of an H100 SXM (design 7): 3.35 TB/s, 989 TFLOP/s in bf16 and fp16.
+    """The data sheet's rates of an H100 SXM: 3.35 TB/s, 989 TFLOP/s in bf16 and fp16.
 
     Raises:
         ValueError: ``dtype`` is not one of float32, float16, bfloat16.
@@ -445,7 +445,7 @@ def chain_costs(
 
     Args:
         units: the chain's units. x: (N, C, H, W), its input; only shape and dtype are used.
-        dtype: in which convolutions multiply. memory: a mode (design 3).
+        dtype: in which convolutions multiply. memory: a mode (resnetv2/README.md, "Memory modes").
         triton: the fused kernels' launches, or ATen's operators.
     """
     segment = segment_length(units) if memory == "segment" else 0

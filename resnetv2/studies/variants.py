@@ -83,7 +83,7 @@ class Join(nn.Module):
 
 class ConstantScaling(Join):
     """y = shortcut * x + residual * F(x), Figure 2(b): over L units the shortcut carries
-    shortcut ** L of the gradient (equation 7)."""
+    shortcut ** L of the gradient (equation (8))."""
 
     def __init__(self, shortcut: float = 0.5, residual: float = 1.0) -> None:
         super().__init__()

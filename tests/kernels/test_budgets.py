@@ -1,4 +1,4 @@
-"""Launches and distinct bytes of a unit in the middle of a chain are within design 7's budgets.
+"""Launches and distinct bytes of a unit in the middle of a chain: within budget, and as documented.
 
 A unit's share is what a chain of two units takes more than a chain of one: the first unit's own
 moments and what is done once a chain (running statistics) are no unit's. Bytes of activations, in
@@ -6,6 +6,9 @@ units of w channels times M rows, are held against the budget. Two kinds are cou
 apart, since they do not grow with the activations: the weights and their gradients, with the
 workspace of a split weight gradient; and values per channel, or per channel and tile of rows.
 """
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +21,13 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("bytes are counted in Triton's interpreter", allow_module_level=True)
 counting = pytest.importorskip("resnetv2.kernels.inspect.counting")
 
+README = Path(__file__).parents[2] / "kernels" / "README.md"
 BATCH, SIZE, WIDTH = 4, 16, 16
 ROWS = BATCH * SIZE * SIZE
 ITEM = 4  # bytes of a float32
 BLOCKS = {"bottleneck": (BottleneckPreActBlock, 4 * WIDTH), "basic": (PreActBlock, WIDTH)}
 
-# (bytes in w*M, launches) of design 7. Each operand of a 3x3 that an elementwise kernel writes once
+# (bytes in w*M, launches). Each operand of a 3x3 that an elementwise kernel writes once
 # may add 2w and one launch: that kernel writes w, and the convolution reads that instead of h. A
 # gradient made of two tensors (A*q + B*h + C) is read once where it was read twice by then.
 BUDGET = {
@@ -98,6 +102,22 @@ def test_launches(counted, case):
     kernels = len(two.launches) - len(one.launches)
     aten = len(two.aten) - len(one.aten)
     assert kernels + aten <= BUDGET[case][1] + written, f"{kernels} kernels and {aten} of ATen's"
+
+
+@CASES
+def test_readme_has_the_counts(counted, case):
+    """kernels/README.md, "Bytes and launches"."""
+    one, two = counted[case]
+    cell = r"(\d+)w, (\d+) launches"
+    row = re.search(rf"^\| {case[0]} \| {cell} \| {cell} \|$", README.read_text("utf-8"), re.M)
+    assert row, "the table is gone"
+    moved = [sum(launch.bytes_where(is_activation) for launch in c.launches) for c in (one, two)]
+    launches = [len(c.launches) + len(c.aten) for c in (one, two)]
+    documented = row.groups()[:2] if case[1] == "forward" else row.groups()[2:]
+    assert documented == (
+        f"{(moved[1] - moved[0]) / (ITEM * WIDTH * ROWS):.0f}",
+        f"{launches[1] - launches[0]}",
+    )
 
 
 @CASES

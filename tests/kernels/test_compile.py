@@ -1,8 +1,8 @@
 """Every kernel compiles for GPUs that are not here, without spills and with their matrix units.
 
 What an H100 would launch for the shapes of ResNet-1001, ResNet-110 and others, in all dtypes, and a
-selection for the other targets (kernels/cases.py); compiled in processes of their own, since this
-one may interpret kernels.
+selection for the other targets (kernels/inspect/cases.py); compiled in processes of their own,
+since this one may interpret kernels.
 """
 
 import os

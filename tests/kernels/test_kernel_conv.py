@@ -1,4 +1,4 @@
-"""conv_forward and conv_dgrad against the float64 reference (design 6 and 8).
+"""conv_forward and conv_dgrad against the float64 reference.
 
 The yardstick everywhere: an error of at most twice that of the reference in the kernel's own dtype
 (which is eager PyTorch), plus a few units in the last place. Every tensor lies between guards of
@@ -288,7 +288,7 @@ def test_forward_tiles(config: Config, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("config", [None, Config(64, 16, 16)], ids=["one-tile", "tiles"])
 def test_moments_of_a_grown_stream(config: Config | None) -> None:
-    """The variance holds where the mean is a thousand times the deviation (design 6)."""
+    """The variance holds where the mean is a thousand times the deviation."""
     case = Case((5, 16, 9, 9, 16, 1, 1, 0), torch.float32)
     residual = case.output().add_(1e3)
     check(
@@ -318,7 +318,7 @@ def test_moments_of_a_grown_stream(config: Config | None) -> None:
 
 @dtypes
 def test_walk_back(dtype: torch.dtype) -> None:
-    """x + F and then - F, the same bits of F: x comes back to one rounding (design 3)."""
+    """x + F and then - F, the same bits of F: x comes back to one rounding."""
     case = Case(SHAPES["3x3"], dtype)
     x = case.output(torch.float32)
     options: dict[str, Any] = {

@@ -146,7 +146,7 @@ def test_gates_begin_at_their_bias():
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_constant_scaling_shrinks_the_gradient_by_its_power(scale):
-    """Equation (7): the shortcut's part of the gradient over L units is scale ** L."""
+    """Equation (8): the shortcut's part of the gradient over L units is scale ** L."""
     length = 12
     net = nn.Sequential(
         *(

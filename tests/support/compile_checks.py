@@ -3,8 +3,9 @@
 from resnetv2.kernels.inspect import compile as matrix
 
 MULTIPROCESSORS = 132  # an H100's
-# Issue cycles over memory cycles that a convolution may take at most (kernel-notes), for bytes that
-# a tile touches: operands written once by an elementwise kernel are counted there and here.
+# Issue cycles over memory cycles that a convolution may take at most (kernels/README.md, "What the
+# compiler says"), for bytes that a tile touches: operands written once by an elementwise kernel are
+# counted there and here.
 RATIOS = {
     ("1x1", "forward"): 0.6,
     ("1x1", "dgrad"): 0.6,
@@ -35,7 +36,7 @@ def _passes(row):
 def over_the_ratio(rows):
     """The convolutions whose ratio of issue to memory cycles is over ``RATIOS``.
 
-    A dgrad that is run twice, for its sums and then for dx (design 7), is one operation: its
+    A dgrad that is run twice, for its sums and then for dx, is one operation: its
     passes are judged together, by the cycles of both.
     """
     second = {_passes(r): r for r in rows if r.convolution == "dgrad" and "sums_ptr" in r.constants}

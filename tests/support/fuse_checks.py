@@ -56,7 +56,7 @@ def fused_units(model: nn.Module) -> int:
 def training_step(
     model: nn.Module, x: Tensor, g: Tensor | None = None, *, seed: int = 0, **options: Any
 ) -> dict[str, Tensor]:
-    """``support.step`` and one step of SGD: also "stepped NAME" of each parameter.
+    """``yardstick.step`` and one step of SGD: also "stepped NAME" of each parameter.
 
     Random numbers, of dropout for one, are those of ``seed``.
     """

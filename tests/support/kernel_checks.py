@@ -1,4 +1,4 @@
-"""What the kernel tests share: inputs, the float64 yardstick (design 6), and poisoned memory."""
+"""What the kernel tests share: inputs, the float64 yardstick, and poisoned memory."""
 
 from __future__ import annotations
 

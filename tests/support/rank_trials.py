@@ -1,4 +1,4 @@
-"""What tests/test_torchrun.py runs in a process of its own: runs of several gloo processes.
+"""Runs of several gloo processes, in a process of its own, for tests/training/test_torchrun.py.
 
 Everything is imported once and each rank is a fork of this process, with torchrun's environment:
 starting an interpreter for every rank of every run would take minutes. The runs that need torchrun

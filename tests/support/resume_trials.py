@@ -1,4 +1,4 @@
-"""What tests/test_resume.py runs in a process of its own: training runs, killed and gone on with.
+"""Training runs, killed and resumed, in a process of their own, for tests/training/test_resume.py.
 
 Everything is imported once, and each run is a fork of this process: 20 kills take a minute rather
 than ten. Children die by SIGKILL, from their parent at a moment of the clock, or from themselves at

@@ -1,4 +1,4 @@
-"""What each process of tests/test_sync_norm.py does; results go back as files, one for each rank.
+"""Each process of tests/core/test_sync_norm.py; results go back as files, one for each rank.
 
 Four processes are started once. Ranks 0 and 1, and 2 and 3, are first two pairs that know nothing
 of each other, so that one run can be held against another; then all four are one group.
