@@ -36,9 +36,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,57 +46,12 @@ from ..fallback import FallbackWarning
 from ..launch import Config
 from . import compile_report, dryrun
 from .cases import DTYPES, UNITS, rated, selected, steps
+from .compile_row import Row
 
 TARGETS = tuple(dryrun.DEVICES)
 _WGMMA = r"wgmma\.mma_async"
 _MATRIX = rf"mma\.sync|{_WGMMA}|tcgen05\.mma|v_mfma"
 Task = tuple[str, str, int, str, bool, bool]  # the arguments of rows_of
-
-
-@dataclass(frozen=True)
-class Row:
-    """One distinct kernel and grid of a target and dtype, as the table and the JSON give it."""
-
-    target: str
-    dtype: str
-    case: str
-    kernel: str
-    constants: dict[str, Any]
-    key: str
-    grid: Sequence[int]
-    programs: int
-    num_warps: int
-    num_stages: int
-    registers: int
-    spilled: int
-    shared: int
-    seconds: float | None
-    matrix: int
-    rounded: int
-    wgmma: int
-    local: int
-    multiply_adds: int
-    instructions: int | None
-    nbytes: int
-    ratio: float | None
-    tile_ratio: float | None
-    unsure: str
-
-    @property
-    def convolution(self) -> str:
-        """ "forward", "dgrad" or "wgrad" for a kernel that convolves, else ""."""
-        found = re.fullmatch(r"_?conv_(forward|dgrad|wgrad)_kernel", self.kernel)
-        return found[1] if found else ""
-
-    @property
-    def fault(self) -> str:
-        """Why this kernel must not ship, or ""."""
-        if self.spilled or self.local:
-            return f"spills {self.spilled} bytes a thread"
-        low = self.dtype in ("fp16", "bf16", "bf16+fp32")
-        if self.target == "sm_90" and low and self.convolution and not self.wgmma:
-            return "no wgmma"
-        return ""
 
 
 def tile_bytes(launch: dryrun.Launch) -> float:

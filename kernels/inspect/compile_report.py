@@ -7,16 +7,13 @@ import platform
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 
 from . import dryrun
 from .cases import DTYPES, UNITS
-
-if TYPE_CHECKING:
-    from .compile import Row
+from .compile_row import Row
 
 COLUMNS = (
     "target", "dtype", "case", "kernel", "tile", "warps", "stages",
