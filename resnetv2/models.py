@@ -44,7 +44,7 @@ class PreActResNet(nn.Module):
         stem: "cifar": a 3x3 convolution; "imagenet": 7x7 with stride 2 and 3x3 max pooling.
         stem_width: channels after the stem; 16 or 64 by default.
         memory: what is kept for the backward: "recompute", "invert", "invert_h1", "segment", or
-            "auto", the fastest that fits ``budget`` (see README and ``resnetv2.plan``).
+            "auto", the fastest that fits ``budget`` (resnetv2/README.md, "Memory modes").
         budget: bytes for parameters, gradients, momentum and activations together ("8GiB" or a
             number) for memory="auto"; on a GPU its free memory if None.
         backend: "auto", "triton", "aten", or "eager" (unfused, for comparison).

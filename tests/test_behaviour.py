@@ -330,7 +330,7 @@ def test_without_gradients(context, backend):
 
 
 def test_saves_no_more_than_half_of_eager():
-    """Design 3, ``recompute``: x and h1, where eager keeps x, z1, h1 and z2."""
+    """``recompute`` keeps x and h1, where eager keeps x, z1, h1 and z2."""
     x = images((2, 16, 8, 8)).requires_grad_()
     sizes = []
     block = PreActBlock(16, 16, backend="aten").to(DEVICE)
@@ -750,7 +750,7 @@ def train_briefly(backend: str, steps: int, batch: tuple[int, ...]) -> dict[str,
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_from_one_seed_are_bitwise_equal(backend):
-    """Design 2: the same inputs give the same bits, every run."""
+    """The same inputs give the same bits, every run."""
     runs = [train_briefly(backend, 3, (2, 3, 5, 6)) for _ in range(2)]
     for name in runs[0]:
         assert torch.equal(runs[0][name], runs[1][name]), name

@@ -267,8 +267,8 @@ def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) ->
 
     Args:
         model: any module. memory: what is kept for the backward: recompute, invert, invert_h1 or
-            segment (see README). backend: "auto", "triton" (GPU), "aten", or "eager" for the
-            blocks' own forwards.
+            segment (resnetv2/README.md, "Memory modes"). backend: "auto", "triton" (GPU), "aten",
+            or "eager" for the blocks' own forwards.
 
     Warns:
         UserWarning: no pre-activation block was found; the model is unchanged.

@@ -106,7 +106,7 @@ def test_tiles_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dtypes
 def test_statistics_far_from_zero(dtype: torch.dtype) -> None:
-    """Design 6: statistics hold at |mean| >> std, where E[x^2] - E[x]^2 cancels."""
+    """Statistics hold at |mean| >> std, where E[x^2] - E[x]^2 cancels."""
     x = activation((4, 24, 17, 13), dtype, 1e3, 1.0)
     stats = moments.norm_stats(moments.moments(x), None, None, EPS).double()
     exact = reference.norm_stats(reference.moments(x.double()), None, None, EPS)
