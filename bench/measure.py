@@ -15,17 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.cases import Case
 from bench.providers import COMPILE, EAGER, Provider
 from bench.worker import Failure, Process
+from resnetv2.kernels.inspect.yardstick import allowed
 from resnetv2.names import DTYPES
 
-# A provider's error against float64 may be twice eager's (the project's yardstick), plus a few
-# units in the last place, where eager has hardly any.
-YARDSTICK = 2.0
-ULPS = 16
 # A value within rounding of 0 may get the other sign, and its gradient passes a ReLU or does not:
 # in eager as anywhere, but not the same values. So many of the smallest activated tensor's
 # gradients may be wrong altogether, where eager was lucky.
@@ -256,13 +251,14 @@ def disagreement(errors: dict[str, float], eager: dict[str, float], case: Case) 
     """Why a provider's results are refused, or "": errors against float64, eager's beside them."""
     if not eager:
         return "not run: eager, which it is held against, has no results"
-    rounding = ULPS * torch.finfo(DTYPES[case.dtype]).eps
     flipped = math.sqrt(FLIPS / case.narrowest)
     for kind in GATED:
-        slack = rounding if kind == "out" else rounding + flipped
         if kind not in eager:
             continue
-        if not errors[kind] <= min(YARDSTICK * eager[kind] + slack, MOST):
+        most = allowed(eager[kind], 1.0, DTYPES[case.dtype])
+        if kind != "out":
+            most += flipped
+        if not errors[kind] <= min(most, MOST):
             return (
                 f"refused: relative error of {kind} {errors[kind]:.1e}, eager's {eager[kind]:.1e}"
             )

@@ -1,9 +1,9 @@
 """Per-channel mean and variance of an activation: tiles of rows, then one merge.
 
 ``moments`` gives, for each tile of rows, the mean and M2 = sum (x - mean)^2 of every channel.
-Inside a block of BLOCK_M rows, held in registers, they are taken in two passes and relative to its
-first row (never E[x^2] - E[x]^2, which cancels as the residual stream grows); the blocks of a tile
-are joined by Chan et al. 1979:
+Inside a block of BLOCK_M rows, held in registers, they are taken in two passes (never
+E[x^2] - E[x]^2, which cancels as the residual stream grows); the blocks of a tile are joined by
+Chan et al. 1979:
 
     delta = mean_2 - mean_1,  mean = mean_1 + delta*n_2/n,  M2 = M2_1 + M2_2 + delta^2*n_1*n_2/n
 
@@ -174,19 +174,16 @@ def _moments_kernel(
     for step in range(blocks):
         base, offsets, mask, valid = block_offsets(first + step, rows, columns, C, BLOCK_M, BLOCK_C)
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        # Seen from the block's first row, the sum loses nothing to a mean far from 0.
-        origin = tl.load(x_ptr + base + columns, mask=columns < C, other=0.0).to(tl.float32)
-        x -= origin[None, :]
-        if not WHOLE:
-            x = tl.where(mask, x, 0.0)
         block_count = valid.to(tl.float32)
+        # Not seen from a value of x: where |mean| << std that costs the mean a rounding of the
+        # value. Where |mean| >> std the mean is off by a rounding of its own, M2 by its square.
         block_mean = tl.sum(x, axis=0) * (1.0 / block_count)
         deviation = x - block_mean[None, :]
         if not WHOLE:
             deviation = tl.where(mask, deviation, 0.0)
         block_m2 = tl.sum(deviation * deviation, axis=0)
         total = count + block_count
-        delta = block_mean + origin - mean
+        delta = block_mean - mean
         mean += delta * (block_count / total)
         m2 += block_m2 + delta * (delta * (count * block_count / total))
         count = total

@@ -6,8 +6,11 @@ import os
 import pytest
 import torch
 
+from tests.support.interpreter import sum_as_a_gpu_does
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    sum_as_a_gpu_does()
 
 # cuDNN's fastest kernels add up in any order: equal bits and gradcheck need those that do not.
 torch.backends.cudnn.deterministic = True

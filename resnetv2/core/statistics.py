@@ -65,17 +65,13 @@ def update_buffers(
             torch._foreach_add_(tracked, 1)
         for (momentum, level, _), (means, batch_means, variances, batch_vars) in moved.items():
             rows = levels[level]
-            if rows is None:
-                # Eager's order of roundings is nobody's promise here: one rounding less is better.
-                for running, batch in ((means, batch_means), (variances, batch_vars)):
-                    batch = [b.to(r.dtype) for b, r in zip(batch, running)]
-                    torch._foreach_lerp_(running, batch, momentum)
-                continue
-            unbiased_momentum = momentum * rows / (rows - 1)
-            torch._foreach_mul_(means, 1.0 - momentum)
-            torch._foreach_add_(means, batch_means, alpha=momentum)
-            torch._foreach_mul_(variances, 1.0 - momentum)
-            torch._foreach_add_(variances, batch_vars, alpha=unbiased_momentum)
+            if rows is not None:
+                batch_vars = list(torch._foreach_mul(batch_vars, rows / (rows - 1)))
+            # running + momentum*(batch - running) rounds once at the size of the result, the form
+            # (1 - momentum)*running + momentum*batch twice.
+            for running, batch in ((means, batch_means), (variances, batch_vars)):
+                batch = [b.to(r.dtype) for b, r in zip(batch, running)]
+                torch._foreach_lerp_(running, batch, momentum)
         for norm, mean, var, rows in cumulative:
             assert norm.running_mean is not None
             assert norm.running_var is not None

@@ -103,19 +103,27 @@ class Problem:
         (dweight, dbias), (eager, eager_bias) = self.kernel(), self.eager()
         exact, exact_bias = self.exact()
         assert dweight.stride() == self.weight.stride()
-        assert_accurate(dweight, eager, exact, scale=self.sum_scale())
+        assert_accurate(dweight, eager, exact, self.terms())
         if self.options["with_bias"]:
             assert dbias is not None
             assert eager_bias is not None
             assert exact_bias is not None
-            size = self.grad.q.double().abs().sum((0, 2, 3)).max().item()
-            assert_accurate(dbias, eager_bias, exact_bias, scale=size)
+            terms = float(reference.input_grad(Grad(*map(exactly, self.grad))).norm())
+            assert_accurate(dbias, eager_bias, exact_bias, terms, "dbias")
         else:
             assert dbias is None
 
-    def sum_scale(self) -> float:
-        """The size of a random sum's largest partial sums: what rounds in float32."""
-        return float(self.grad.q.numel() // self.grad.q.shape[1]) ** 0.5
+    def terms(self) -> float:
+        """The norm of what is added up over rows: the products of g and z."""
+        g = reference.input_grad(Grad(*map(exactly, self.grad)))
+        z = reference.norm_act(
+            self.h.double(), exactly(self.stats), self.options["act"], torch.float64
+        )
+        _, squares, _ = reference.convolution_backward(
+            g.square(), z.square(), self.weight.double(), self.geometry, (False, True, False)
+        )
+        assert squares is not None
+        return float(squares.sum().sqrt())
 
 
 @pytest.fixture(autouse=True)

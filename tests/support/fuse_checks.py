@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnetv2 import explain, fuse
-from tests.support.yardstick import assert_within_twice, images, record_terms, step
+from tests.support.yardstick import Draw, assert_yardstick, images, record_terms, step
 
 LEARNING_RATE = 0.1
 
@@ -91,19 +91,20 @@ def check_fused(
     recorded = record_terms(exact)
     copies = (fused, eager, exact)
     first = [copy.deepcopy(each.state_dict()) for each in copies]
-    mine, theirs, truth, terms = [], [], [], []
-    for seed in range(max(draws, eager_draws)):
+
+    def take(seed: int, both: bool) -> Draw:
         x = images(shape, seed, dtype, **input_options)
         for each, state in zip(copies, first):
             each.load_state_dict(state)
-        if seed < draws:
-            mine.append(training_step(fused, x, autocast=autocast, seed=seed))
-        theirs.append(training_step(eager, x, autocast=autocast, seed=seed))
-        g = images(theirs[-1]["out"].shape, 500 + seed).to(theirs[-1]["out"].dtype)
-        truth.append(training_step(exact, x.double(), g.double(), seed=seed))
-        terms.append(dict(recorded))
+        mine = training_step(fused, x, autocast=autocast, seed=seed) if both else None
+        theirs = training_step(eager, x, autocast=autocast, seed=seed)
+        g = images(theirs["out"].shape, 500 + seed).to(theirs["out"].dtype)
+        truth = training_step(exact, x.double(), g.double(), seed=seed)
+        terms = dict(recorded)
         for name, added in recorded.items():
             if name.startswith("grad "):
-                terms[-1][name.replace("grad", "stepped")] = LEARNING_RATE * added
-    assert_within_twice(mine, theirs, truth, terms)
+                terms[name.replace("grad", "stepped")] = LEARNING_RATE * added
+        return Draw(mine, theirs, truth, terms)
+
+    assert_yardstick(take, draws, eager_draws)
     return fused

@@ -1,4 +1,4 @@
-"""What the kernel tests share: inputs, the float64 yardstick, and poisoned memory."""
+"""What the kernel tests share: inputs, tensors held to the yardstick, and poisoned memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from resnetv2.kernels.inspect.yardstick import allowed, distance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -56,20 +58,19 @@ def exactly(x: Tensor | None) -> Tensor | None:
 
 
 def assert_accurate(
-    actual: Tensor, eager: Tensor, exact: Tensor, ulps: float = 4.0, scale: float = 0.0
+    actual: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0, name: str = "result"
 ) -> None:
-    """The error against ``exact`` is at most twice eager's own, plus a few ulp.
+    """Hold a kernel's result to the yardstick, beside the reference's in the same dtype.
 
-    Of the largest of ``exact``, or of ``scale``: the size of what was added up to get there.
+    terms: of a sum, the norm of what is added up.
     """
-    assert actual.shape == exact.shape
-    assert actual.dtype == eager.dtype
-    error = (actual.double() - exact).abs().max().item()
-    own = (eager.double() - exact).abs().max().item()
+    assert actual.shape == exact.shape, name
+    assert actual.dtype == eager.dtype, name
+    error, own = distance(actual, exact), distance(eager, exact)
     # The interpreter rounds 0 to the smallest normal bfloat16.
-    ulp = max(torch.finfo(actual.dtype).eps * max(exact.abs().max().item(), scale), 1e-37)
+    most = allowed(own, float(exact.double().norm()), actual.dtype, terms) + 1e-37
     # Never true of a NaN: memory that a kernel left unwritten is caught here too.
-    assert error <= 2 * own + ulps * ulp, f"error {error:.3g}, eager's {own:.3g}, ulp {ulp:.3g}"
+    assert error <= most, f"{name}: error {error:.3g}, eager's {own:.3g}, allowed {most:.3g}"
 
 
 def assert_same_bits(first: Tensor, second: Tensor) -> None:

@@ -1,0 +1,36 @@
+"""Triton's interpreter, with the sums of a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+
+def sum_as_a_gpu_does() -> None:
+    """Have ``tl.sum`` add halves to halves, as threads and warps do.
+
+    NumPy adds the rows of a block one after the other: of 64 rows that is off by 2 eps where a GPU
+    is off by half an eps, and the yardstick would measure NumPy.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    import numpy as np
+    from triton.runtime.interpreter import ReduceOps
+
+    def halves(self: Any, input: Any) -> Any:
+        data = input.handle.data
+        axis = self.axis
+        if axis is None:
+            data, axis = data.reshape(-1), 0
+        data = np.moveaxis(data, axis, 0)
+        while len(data) > 1:  # a power of two: blocks have no other size
+            data = data[: len(data) // 2] + data[len(data) // 2 :]
+        data = data[0]
+        if self.keep_dims:
+            every = input.handle.data.ndim * (1,)
+            data = data.reshape(every) if self.axis is None else np.expand_dims(data, axis)
+        elif self.axis is None:
+            data = data.item()
+        return self.to_tensor(data, input.dtype)
+
+    ReduceOps.sum = halves
