@@ -68,14 +68,16 @@ def opening(rows: Rows) -> str:
         block, depth, batch = network_of(case)
         header.append(f"ResNet-{depth} ({block}, batch {batch})")
     lines = []
-    missing: dict[str, list[str]] = {}
+    missing: dict[tuple[str, str], list[str]] = {}  # provider and reason to depths
     for provider in rows.names("provider", suite="depth"):
         cells = [_cell(rows, case, provider) for case in chosen]
         for case, cell in zip(chosen, cells):
             if cell == "-":
                 row = rows.one(suite="depth", case=case, provider=provider, metric="time")
-                note = row.note if row else "not run"
-                missing.setdefault(f"`{provider}`: {note}", []).append(str(network_of(case)[1]))
+                depth = str(network_of(case)[1])
+                # What a case says of its own depth holds for the others that were not run.
+                note = row.note.replace(f"{depth} layers would", "more would") if row else "not run"
+                missing.setdefault((provider, note), []).append(depth)
         if any(cell != "-" for cell in cells):
             lines.append([f"`{provider}`", *cells])
     under = (
@@ -83,13 +85,22 @@ def opening(rows: Rows) -> str:
         "stage as blocks a segment. "
     )
     text = [table(header, lines), "", under + _conditions(rows, "depth")]
-    unmeasured = [
-        f"{note} ({', '.join(depths)} layers)" if len(depths) < len(chosen) else note
-        for note, depths in missing.items()
-    ]
-    if unmeasured:
-        text += ["", "Not in the table: " + "; ".join(unmeasured) + "."]
+    if missing:
+        text += ["", "Not in the table: " + "; ".join(_reasons(missing, len(chosen))) + "."]
     return "\n".join(text)
+
+
+def _reasons(missing: dict[tuple[str, str], list[str]], cases: int) -> list[str]:
+    """Each reason once, with the providers and depths that it holds for."""
+    shared: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (provider, note), depths in missing.items():
+        shared.setdefault((note, tuple(depths)), []).append(f"`{provider}`")
+    return [
+        ", ".join(providers)
+        + (f" ({', '.join(depths)} layers)" if len(depths) < cases else "")
+        + f": {note}"
+        for (note, depths), providers in shared.items()
+    ]
 
 
 def _conditions(rows: Rows, suite: str) -> str:

@@ -274,6 +274,26 @@ def test_report_from_csv(measured, tmp_path):
     assert report.main([str(tmp_path / "nowhere")]) == 2
 
 
+def test_each_reason_is_told_once():
+    """Providers and depths that one reason holds for share it."""
+    rows = []
+    for depth in (20, 56, 110):
+        case = f"basic ResNet-{depth}, batch 16"
+        for provider in ("eager", "compile", "compile max-autotune", "attorch"):
+            row = Row("depth", case, provider, "forward+backward", "time", "ms", 1.0, trials=2)
+            if provider == "attorch":
+                row = replace(row, value=None, note="not run: not installed")
+            elif provider != "eager" and depth > 20:
+                note = f"not run: 20 layers took 28 s, {depth} layers would pass 60 s"
+                row = replace(row, value=None, note=note)
+            rows += [row, replace(row, metric="peak", unit="MB")]
+    last = report.opening(schema.Rows(rows)).splitlines()[-1]
+    assert last == (
+        "Not in the table: `compile`, `compile max-autotune` (56, 110 layers): not run: 20 layers "
+        "took 28 s, more would pass 60 s; `attorch`: not run: not installed."
+    )
+
+
 def test_compare(tmp_path, capsys):
     def run_of(ratio, name):
         row = Row("unit", "c", "recompute", "forward", "time", "ms", 1.0, ratio_to_eager=ratio)
