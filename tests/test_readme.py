@@ -1,4 +1,4 @@
-"""Measured figures in the README are those of committed reports."""
+"""Measured figures in the README are those of committed reports; what documents refer to exists."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from bench import report, training
 from bench.schema import CSV_NAME, REPORTS, read
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEVICES = sorted(path.parent for path in REPORTS.glob(f"*/{CSV_NAME}"))
 
 # A figure with a unit of measurement, as tables print it.
@@ -109,3 +110,44 @@ def test_fast_recipe_is_a_reports():
 def test_training_page_is_what_the_csv_says():
     tables = [training.read_csv(training.REPORT / name) for name in ("epochs.csv", "steps.csv")]
     assert (training.REPORT / "README.md").read_text(encoding="utf-8") == training.page(*tables)
+
+
+FOLDERS = ("bench", "kernels", "resnetv2", "tests")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py"))
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "resnetv2/README.md")
+]
+# A page, a comma and a heading in quotes, which may go on in a comment's next line.
+CITED = re.compile(r'((?:\w+/)?README(?:\.md)?),\s+(?:# )?"([^"]+)"')
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+
+
+def headings(page):
+    return re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def anchor(heading):
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_cited_headings_exist():
+    cited = {
+        (f"{page.removesuffix('.md')}.md", re.sub(r"\s+(?:# )?", " ", heading))
+        for path in [*SOURCES, *PAGES]
+        for page, heading in CITED.findall(path.read_text(encoding="utf-8"))
+    }
+    assert len(cited) > 5
+    assert not [(page, h) for page, h in cited if h not in headings(ROOT / page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"`[^`\n]*`", "code", page.read_text(encoding="utf-8"))  # x[i](y) is no link
+    links = LINK.findall(text)
+    assert links
+    for target, part in links:
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not part or part in map(anchor, headings(path)), f"{target}#{part}"
