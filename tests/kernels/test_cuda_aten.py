@@ -19,7 +19,7 @@ from resnetv2.core import chain, checks, modules, run
 from resnetv2.kernels import reference
 from resnetv2.kernels.operands import running_stats
 from tests.support import cuda_aten
-from tests.support.yardstick import images, needs_triton, randomise, step
+from tests.support.yardstick import images, needs_triton, randomise, step, with_backend
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -73,13 +73,6 @@ def test_steps_have_the_same_bits(name, kind, channels_last, monkeypatch):
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
         assert found[key].stride() == value.stride(), key
-
-
-def with_backend(module: nn.Module, backend: str) -> nn.Module:
-    for child in module.modules():
-        if hasattr(child, "backend"):
-            child.backend = backend
-    return module
 
 
 def synchronise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,6 @@ for them.
 """
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -19,18 +14,7 @@ triton = pytest.importorskip("triton")
 from resnetv2.kernels.inspect import compile as matrix  # noqa: E402
 from resnetv2.kernels.inspect import dryrun, sass, trips  # noqa: E402
 from tests.support.compile_checks import MULTIPROCESSORS, over_the_ratio, told  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-
-
-def compiled(*command):
-    """Run Python on ``command`` where kernels are compiled, not interpreted; its output."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.support.compiled import compiled  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +145,7 @@ print(json.dumps(result))
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     file = tmp_path_factory.mktemp("toy") / "toy.py"
-    file.write_text(textwrap.dedent(TOY))
+    file.write_text(TOY)
     return json.loads(compiled(str(file)))
 
 

@@ -22,7 +22,7 @@ from resnetv2.kernels.fallback import FallbackWarning
 from resnetv2.kernels.launch import Config, KernelError
 from resnetv2.kernels.operands import Act, Geometry
 from tests.support import stub_driver
-from tests.support.compiled import compiled
+from tests.support.compiled import checked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRY = Geometry((1, 1), (1, 1))
@@ -274,7 +274,7 @@ def test_tuning_passes_over_a_tile_that_cannot_be_had(
 def found() -> Any:
     if stub_driver.missing():
         pytest.skip(stub_driver.missing())
-    return compiled("fallback_checks.py")
+    return checked("fallback_checks")
 
 
 @pytest.mark.parametrize(

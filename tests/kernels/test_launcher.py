@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
 from resnetv2.kernels import launch  # noqa: E402
 from tests.support import stub_driver  # noqa: E402
-from tests.support.compiled import compiled  # noqa: E402
+from tests.support.compiled import checked  # noqa: E402
 
 CASES = [
     f"{block}, {precision}"
@@ -30,7 +30,7 @@ CASES = [
 def found() -> Any:
     if stub_driver.missing():
         pytest.skip(stub_driver.missing())
-    return compiled("launcher_checks.py")
+    return checked("launcher_checks")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import python
 
 
-def compiled(script: str, *arguments: str) -> Any:
-    """The JSON that a script of tests/support prints."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # A stub takes the place of a GPU's library.
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / script), *arguments],
-        env=environment, capture_output=True, text=True, cwd=ROOT,
+def compiled(*arguments: str) -> str:
+    """What ``python ARGUMENTS`` prints."""
+    return python(*arguments, without=["TRITON_INTERPRET"])
+
+
+def checked(script: str) -> Any:
+    """The JSON that a script of tests/support prints; a stub takes the place of a GPU's library."""
+    found = python(
+        "-m", f"tests.support.{script}",
+        without=["TRITON_INTERPRET"], env={"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(found)

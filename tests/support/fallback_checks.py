@@ -11,14 +11,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+import torch
 
-import torch  # noqa: E402
-
-from tests.support import stub_driver  # noqa: E402
+from tests.support import stub_driver
 
 # Bytes of shared memory: less than the tiles of the block below take.
 LIMIT = 12 * 1024

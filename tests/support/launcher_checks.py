@@ -11,14 +11,11 @@ import json
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+import torch
 
-import torch  # noqa: E402
-
-from tests.support import stub_driver  # noqa: E402
+from tests.support import stub_driver
 
 
 def both_ways(stub: stub_driver.Stub) -> list[dict[str, Any]]:
