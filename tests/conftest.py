@@ -30,3 +30,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """No graph of another test counts as a recompilation of this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -7,7 +7,6 @@ be compared; inductor itself compiles one block.
 from __future__ import annotations
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -15,28 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
+from tests.support.compilers import Compiler, needs_inductor, renamed
 from tests.support.yardstick import BACKENDS, DEVICE, assert_close_steps, images, randomise, step
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
-
-
-@pytest.fixture
-def fresh_compiler():
-    """No graph of another test counts as a recompilation of this one."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Counter:
-    """A compiler backend that counts the graphs it is given and runs them by aot_eager."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
 def block_of(backend: str, kind: type = PreActBlock, **options) -> nn.Module:
@@ -46,13 +27,12 @@ def block_of(backend: str, kind: type = PreActBlock, **options) -> nn.Module:
 
 def assert_compiled_like_plain(module: nn.Module, x: torch.Tensor, **options) -> None:
     plain = copy.deepcopy(module)
-    counter = Counter()
-    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    compiler = Compiler()
+    compiled = torch.compile(module, fullgraph=True, backend=compiler)
     for seed in range(3):
-        found = step(compiled, x, seed=seed, **options)
-        found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+        found = renamed(step(compiled, x, seed=seed, **options))
         assert_close_steps(found, step(plain, x, seed=seed, **options))
-    assert counter.graphs == 1, "compiled again after the first step"
+    assert compiler.graphs == 1, "compiled again after the first step"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,8 +80,8 @@ def test_training_with_an_optimizer_does_not_recompile():
     model = PreActResNet("basic", [1, 1], 5, widths=[4, 8], stem_width=4, backend="aten")
     model = model.to(DEVICE)
     plain = copy.deepcopy(model)
-    counter = Counter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiler = Compiler()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     target = torch.tensor([0, 3], device=DEVICE)
     for module in (compiled, plain):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
@@ -110,7 +90,7 @@ def test_training_with_an_optimizer_does_not_recompile():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert counter.graphs == 1
+    assert compiler.graphs == 1
     for (name, mine), theirs in zip(model.state_dict().items(), plain.state_dict().values()):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -120,28 +100,21 @@ def test_dynamic_batch_size(training):
     """One more graph at the second batch size, none at the ones after it."""
     block = block_of("aten").train(training)
     plain = copy.deepcopy(block)
-    counter = Counter()
-    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    compiler = Compiler()
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
     for n in (2, 3, 4, 5, 7):
         x = images((n, 4, 5, 6), n)
-        found = step(compiled, x)
-        found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
-        assert_close_steps(found, step(plain, x))
-    assert counter.graphs <= 2
+        assert_close_steps(renamed(step(compiled, x)), step(plain, x))
+    assert compiler.graphs <= 2
 
 
-@pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "clang++")),
-    reason="inductor needs a C++ compiler",
-)
+@needs_inductor
 def test_inductor():
     block = block_of("aten")
     plain = copy.deepcopy(block)
     compiled = torch.compile(block, fullgraph=True)
     x = images((2, 4, 5, 6))
-    found = step(compiled, x)
-    found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
-    assert_close_steps(found, step(plain, x))
+    assert_close_steps(renamed(step(compiled, x)), step(plain, x))
 
 
 def test_no_grad():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnetv2 import PreActResNet
-from tests.support.ports import free_port
+from resnetv2 import PreActResNet, fuse
+from tests.support.fuse_checks import fused_units
+from tests.support.fuse_models import PlainNet
 from tests.support.yardstick import assert_close_steps, eager_twin, images, randomise
 
 pytestmark = [
@@ -21,13 +25,37 @@ pytestmark = [
 ]
 
 
-def model_of(backend: str, rank: int = 0) -> nn.Module:
+def own(backend: str, rank: int = 0) -> nn.Module:
     torch.manual_seed(rank)  # DDP must make the ranks' weights equal
     model = PreActResNet("basic", [2, 1], 5, widths=[4, 8], stem_width=4, backend=backend)
     return randomise(model, rank)
 
 
-def run(model: nn.Module, rank: int) -> dict[str, torch.Tensor]:
+def foreign(rank: int, fused: bool) -> nn.Module:
+    torch.manual_seed(rank)
+    model = randomise(PlainNet(), rank)
+    return fuse(model, backend="aten") if fused else model
+
+
+def fused_in_its_wrapper(rank: int) -> nn.Module:
+    wrapped = DistributedDataParallel(foreign(rank, False))
+    assert fuse(wrapped, backend="aten") is wrapped
+    assert fused_units(wrapped.module) == 4
+    return wrapped
+
+
+# A rank's model, each name with the one whose blocks run child by child.
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "own": lambda rank: DistributedDataParallel(own("aten", rank)),
+    "own eager": lambda rank: DistributedDataParallel(own("eager", rank)),
+    "foreign, fused before": lambda rank: DistributedDataParallel(foreign(rank, True)),
+    "foreign, fused after": fused_in_its_wrapper,
+    "foreign eager": lambda rank: DistributedDataParallel(foreign(rank, False)),
+}
+EAGER = {name: f"{name.split(',')[0]} eager" for name in MODELS if not name.endswith("eager")}
+
+
+def steps(model: nn.Module, rank: int) -> dict[str, Tensor]:
     """Two steps of SGD on a rank's images: gradients, then weights and buffers."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = {}
@@ -41,36 +69,36 @@ def run(model: nn.Module, rank: int) -> dict[str, torch.Tensor]:
     return {**result, **{name: value.clone() for name, value in model.state_dict().items()}}
 
 
-def worker(rank: int, port: int, folder: str, backend: str) -> None:
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = DistributedDataParallel(model_of(backend, rank))
-    torch.save(run(model, rank), f"{folder}/{backend}-{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    torch.save({name: steps(make(rank), rank) for name, make in MODELS.items()}, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
-def test_two_processes_follow_eager(tmp_path):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    """What two processes found, by model."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_two_processes_follow_eager(ranks, name):
     """Gradients averaged over ranks, equal on both, and as those of unfused blocks under DDP."""
-    for backend in ("aten", "eager"):
-        mp.spawn(worker, (free_port(), str(tmp_path), backend), nprocs=2)
-    fused, eager = (
-        [torch.load(tmp_path / f"{backend}-{rank}.pt") for rank in range(2)]
-        for backend in ("aten", "eager")
-    )
-    for rank in range(2):
-        assert_close_steps(fused[rank], eager[rank], rtol=1e-3, atol=1e-4)
-    for name in fused[0]:
-        if "running" not in name:  # statistics are each rank's own until the next forward
-            assert torch.equal(fused[0][name], fused[1][name]), name
+    for found in ranks:
+        assert_close_steps(found[name], found[EAGER[name]], rtol=1e-3, atol=1e-4)
+    for tensor, value in ranks[0][name].items():
+        if "running" not in tensor:  # statistics are each rank's own until the next forward
+            assert torch.equal(value, ranks[1][name][tensor]), tensor
 
 
-def test_first_gradient_is_the_mean_of_the_ranks(tmp_path):
-    mp.spawn(worker, (free_port(), str(tmp_path), "aten"), nprocs=2)
-    found = torch.load(tmp_path / "aten-0.pt")
-    alone = [run(eager_twin(model_of("aten")), rank) for rank in range(2)]
+def test_first_gradient_is_the_mean_of_the_ranks(ranks):
+    alone = [steps(eager_twin(own("aten")), rank) for rank in range(2)]
     for name, a in alone[0].items():
         if name.startswith("0 "):
             mean = (a + alone[1][name]) / 2
-            mine = found[name.replace("0 ", "0 module.")]
+            mine = ranks[0]["own"][name.replace("0 ", "0 module.")]
             scale = max(float(mean.abs().max()), 1.0)
             torch.testing.assert_close(mine, mean, rtol=1e-4, atol=1e-5 * scale, msg=name)

@@ -27,6 +27,7 @@ from resnetv2.kernels.inspect.yardstick import allowed
 from resnetv2.kernels.operands import MEAN, SCALE, SHIFT, VAR
 from resnetv2.kernels.ranks import gather_moments, gather_sums
 from resnetv2.names import MEMORY_MODES
+from tests.support.compilers import renamed
 from tests.support.fuse_models import PlainNet
 from tests.support.sync_ranks import (
     DRAWN,
@@ -452,15 +453,13 @@ def test_copy_keeps_the_process_group(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_torch_compile_runs_children_one_by_one():
-    torch._dynamo.reset()
     block = convert_sync_batchnorm(randomise(PreActBlock(4, 8, 2, backend="aten")))
     x = images((3, 4, 6, 6)).cpu()
     plain = step(copy.deepcopy(block), x)
-    found = step(torch.compile(block, backend="aot_eager"), x)
-    found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+    found = renamed(step(torch.compile(block, backend="aot_eager"), x))
     assert error(found, plain, ["out", "dx", "grad", "buffer"]) < 1e-6
-    torch._dynamo.reset()
 
 
 # --- kernels --------------------------------------------------------------------------------------

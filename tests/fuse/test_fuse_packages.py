@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import importlib.util
 import io
 import re
 from pathlib import Path
@@ -17,17 +16,10 @@ from torch import nn
 
 from resnetv2 import explain, fuse, unfuse
 from resnetv2.data._torchvision import import_torchvision
-from tests.support.fuse_checks import chain_calls, check_fused, fuse_if_any, fused_copy
+from tests.support.fuse_checks import chain_calls, check_fused, fuse_if_any, fused_copy, needs
 from tests.support.yardstick import DEVICE, assert_close_steps, images, randomise, step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def needs(package: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(
-        importlib.util.find_spec(package) is None,
-        reason=f"the package {package} is not installed (it is in the extra 'test')",
-    )
 
 
 def from_timm(name: str, **options) -> nn.Module:

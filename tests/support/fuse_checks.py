@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +17,13 @@ from resnetv2 import explain, fuse
 from tests.support.yardstick import Draw, assert_yardstick, images, record_terms, step
 
 LEARNING_RATE = 0.1
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None,
+        reason=f"the package {package} is not installed (it is in the extra 'test')",
+    )
 
 
 class ChainCalls(TorchDispatchMode):
