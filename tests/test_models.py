@@ -16,6 +16,7 @@ from tests.support.yardstick import (
     BACKENDS,
     DEVICE,
     assert_close_steps,
+    assert_equal_steps,
     check_module,
     eager_twin,
     images,
@@ -143,16 +144,6 @@ def test_training_step_against_float64(block):
     check_module(model, (4, 3, 8, 8), draws=3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_step_follows_eager(backend):
-    model = randomise(small("bottleneck", (1, 1), backend=backend))
-    twin = eager_twin(model)
-    x = images((2, 3, 6, 6))
-    assert_close_steps(
-        step(model, x, x.new_ones(2, 5)), step(twin, x, x.new_ones(2, 5)), 1e-3, 1e-4
-    )
-
-
 def test_imagenet_stem():
     model = small(layers=(1, 1, 1, 1), stem="imagenet", stem_width=8)
     assert model.conv1.kernel_size == (7, 7)
@@ -217,14 +208,6 @@ def test_a_hook_on_a_block_inside_a_stage_fires_and_changes_nothing():
     torch.testing.assert_close(seen[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_replaced_inside_a_stage():
-    model = small(layers=(3, 1))
-    model.stage1[1] = nn.Conv2d(4, 4, 3, padding=1).to(DEVICE)
-    twin = eager_twin(model)
-    x, g = images((2, 3, 8, 8)), torch.ones(2, 5, device=DEVICE)
-    assert_close_steps(step(model, x, g), step(twin, x, g), 1e-3, 1e-4)
-
-
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_initialisation_is_the_papers(block):
     """Convolutions N(0, 2/(k*k*out_channels)); norms 1 and 0; the classifier's bias 0."""
@@ -265,11 +248,11 @@ def test_reset_parameters_forgets_training():
 
 
 def test_state_dict_round_trip():
-    model, other = small(), small()
-    step(model, images((2, 3, 8, 8)), torch.ones(2, 5, device=DEVICE))
+    model, other = randomise(small(), 1), small()
+    x, g = images((2, 3, 8, 8)), torch.ones(2, 5, device=DEVICE)
+    step(model, x, g)
     other.load_state_dict(model.state_dict(), strict=True)
-    x = images((2, 3, 8, 8), 4)
-    assert torch.equal(model.eval()(x), other.eval()(x))
+    assert_equal_steps(step(other, x, g), step(model, x, g))
 
 
 def test_norm_and_act_reach_every_layer():

@@ -1,7 +1,6 @@
 """Installation: one package from two folders, torchvision beside any torch, the README."""
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -13,21 +12,12 @@ from pathlib import Path
 import pytest
 
 import resnetv2
+from tests.support.processes import ROOT, python
 
-ROOT = Path(__file__).parents[1]
 
-
-def run_python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *path: Path) -> str:
     """Run `code` away from the checkout, with nothing but `path` before the installed packages."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(sys.executable).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return python("-c", code, path=path, cwd=Path(sys.executable).parent)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +59,10 @@ def test_wheel_holds_one_package(wheel: Path) -> None:
 
 def test_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    result = run_python(
+    printed = run_python(
         "import resnetv2.kernels, resnetv2.cli; print(resnetv2.kernels.__file__)", tmp_path
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == str(tmp_path / "resnetv2" / "kernels" / "__init__.py")
+    assert printed.strip() == str(tmp_path / "resnetv2" / "kernels" / "__init__.py")
 
 
 def test_installed_package_imports_from_elsewhere() -> None:
@@ -81,8 +70,7 @@ def test_installed_package_imports_from_elsewhere() -> None:
         metadata.distribution("resnetv2")
     except metadata.PackageNotFoundError:
         pytest.skip("resnetv2 is not installed in this environment")
-    result = run_python("import resnetv2.kernels, resnetv2.cli")
-    assert result.returncode == 0, result.stderr
+    run_python("import resnetv2.kernels, resnetv2.cli")
 
 
 def test_nothing_imports_kernels_by_its_folder_name() -> None:
@@ -170,8 +158,7 @@ def test_torchvision_imports(before: str, declared: bool, tmp_path: Path) -> Non
         "assert torchvision.__file__.startswith(sys.path[1]), torchvision.__file__\n"
         f"assert (shim._declared is not None) == {declared}\n"
     )
-    result = run_python(code, tmp_path, ROOT)
-    assert result.returncode == 0, result.stderr
+    run_python(code, tmp_path, ROOT)
 
 
 def test_threads_import_torchvision_at_once(tmp_path: Path) -> None:
@@ -192,8 +179,7 @@ def test_threads_import_torchvision_at_once(tmp_path: Path) -> None:
         "    modules = [pool.submit(shim.import_torchvision) for _ in range(4)]\n"
         "assert len({id(module.result()) for module in modules}) == 1\n"
     )
-    result = run_python(code, tmp_path, ROOT)
-    assert result.returncode == 0, result.stderr
+    run_python(code, tmp_path, ROOT)
 
 
 def test_real_torchvision_has_data_sets() -> None:
@@ -203,8 +189,7 @@ def test_real_torchvision_has_data_sets() -> None:
         "from torchvision import datasets, transforms\n"
         "assert datasets.ImageFolder and transforms.functional.resize\n"
     )
-    result = run_python(code, ROOT)
-    assert result.returncode == 0, result.stderr
+    run_python(code, ROOT)
 
 
 @pytest.mark.parametrize(
@@ -236,5 +221,4 @@ def test_unusable_torchvision_is_a_clear_error(
         "try:\n    import_torchvision()\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    result = run_python(code, tmp_path, ROOT)
-    assert result.stdout.strip() == message, result.stderr
+    assert run_python(code, tmp_path, ROOT).strip() == message

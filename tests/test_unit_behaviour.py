@@ -18,10 +18,17 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.fuse_checks import chain_calls, training_step
-from tests.support.fuse_models import NormAct, SqueezeExcite
+from tests.support.fuse_models import NormAct, PostActivation, SqueezeExcite
 from tests.support.kernel_checks import in_turn
 from tests.support.subjects import NET_SHAPE, SHAPE, Pair, blocks, every, pair, stages, subjects
-from tests.support.yardstick import DEVICE, assert_close_steps, assert_equal_steps, images, step
+from tests.support.yardstick import (
+    DEVICE,
+    assert_close_steps,
+    assert_equal_steps,
+    images,
+    randomise,
+    step,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,6 +279,16 @@ def test_replaced_activation(subject, path):
         for each in (module, twin):
             setattr(each, path, copy.deepcopy(act).to(DEVICE))
         assert_like(module, twin, images(SHAPE))
+
+
+@stages
+def test_a_block_replaced_in_a_stage(subject):
+    module, twin = pair(subject)
+    for each in (module, twin):
+        torch.manual_seed(7)
+        each[1] = randomise(PostActivation(4, 4)).to(DEVICE)
+    assert_like(module, twin, images(SHAPE))
+    assert chain_calls(module, images(SHAPE)) == 2
 
 
 def round_trip(how: str, module: nn.Module) -> nn.Module:

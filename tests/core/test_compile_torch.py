@@ -15,7 +15,14 @@ from torch import nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
 from tests.support.compilers import Compiler, needs_inductor, renamed
-from tests.support.yardstick import BACKENDS, DEVICE, assert_close_steps, images, randomise, step
+from tests.support.yardstick import (
+    DEVICE,
+    assert_close_steps,
+    images,
+    needs_triton,
+    randomise,
+    step,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
@@ -35,8 +42,14 @@ def assert_compiled_like_plain(module: nn.Module, x: torch.Tensor, **options) ->
     assert compiler.graphs == 1, "compiled again after the first step"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", [PreActBlock, BottleneckPreActBlock])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        (PreActBlock, "aten"),
+        (BottleneckPreActBlock, "aten"),
+        pytest.param(PreActBlock, "triton", marks=needs_triton),
+    ],
+)
 def test_block(kind, backend):
     assert_compiled_like_plain(block_of(backend, kind), images((2, 4, 5, 6)))
 

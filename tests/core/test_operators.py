@@ -6,9 +6,6 @@ in float64 the analytic gradients are the numerical ones, for every shortcut, ac
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -24,6 +21,7 @@ from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels import dispatch
 from resnetv2.kernels.dispatch import resolve_backend
+from tests.support.processes import python
 from tests.support.yardstick import BACKENDS, DEVICE, images, needs_triton, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -266,21 +264,16 @@ except ImportError as error:
     assert "pip install triton" in str(error), error
 else:
     raise AssertionError("backend='triton' ran without triton")
-print("fine")
 """
 
 
 def test_without_triton():
     """Import and ATen work; asking for Triton names the package."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESNETV2_BACKEND")}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON],
-        env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    python(
+        "-c", WITHOUT_TRITON,
+        without=["TRITON_INTERPRET", "RESNETV2_BACKEND"], env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "fine"
 
 
 def test_import_does_not_load_triton():
-    code = "import sys, resnetv2; assert 'triton' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    python("-c", "import sys, resnetv2; assert 'triton' not in sys.modules")

@@ -12,7 +12,7 @@ import copy
 import io
 import pickle
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from resnetv2.kernels.ranks import gather_moments, gather_sums
 from resnetv2.names import MEMORY_MODES
 from tests.support.compilers import renamed
 from tests.support.fuse_models import PlainNet
+from tests.support.kernel_checks import in_turn
 from tests.support.sync_ranks import (
     DRAWN,
     DRAWS,
@@ -474,9 +475,19 @@ def moments_of_ranks(rows: tuple[int, ...], channels: int) -> tuple[list[Tensor]
     return parts, torch.cat(parts, 2)
 
 
+def gatherer() -> Callable[[Tensor], Tensor]:
+    """Gathers what it was called with so far, as if each call were a rank's."""
+    packed: list[Tensor] = []
+
+    def gather(values: Tensor) -> Tensor:
+        packed.append(values)
+        return torch.stack(packed)
+
+    return gather
+
+
 @needs_triton
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("channels", [3, 17])
+@in_turn("rows, channels", ROWS, [("3-channels", 3), ("17-channels", 17)])
 @pytest.mark.parametrize("engine", ["reference", "kernel"])
 def test_moments_of_ranks(engine, rows, channels):
     """Merged by rows, as accurate as the float32 numbers that are merged."""
@@ -485,12 +496,7 @@ def test_moments_of_ranks(engine, rows, channels):
     parts, whole = moments_of_ranks(rows, channels)
     weight, bias = torch.rand(2, channels).to(DEVICE) + 0.5
     stats = [reference.norm_stats(reference.moments(part), None, None, 0.0) for part in parts]
-    packed = []
-
-    def gather(values: Tensor) -> Tensor:
-        packed.append(values)
-        return torch.stack(packed)
-
+    gather = gatherer()
     for one, n in zip(stats, rows):
         partials, counts = gather_moments(one.float(), n, gather)
     assert partials.data.is_contiguous()
@@ -532,8 +538,7 @@ def test_sums_over_many_rows(shape, channels_last):
 
 
 @needs_triton
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("channels", [3, 17])
+@in_turn("rows, channels", ROWS, [("3-channels", 3), ("17-channels", 17)])
 @pytest.mark.parametrize("engine", ["reference", "kernel"])
 def test_gradient_coefficients_of_ranks(engine, rows, channels):
     """Coefficients and sums over all rows, against float64."""
@@ -543,12 +548,7 @@ def test_gradient_coefficients_of_ranks(engine, rows, channels):
     weight, bias = (torch.rand(2, channels).to(DEVICE) + 0.5).double()
     stats = reference.norm_stats(reference.moments(whole), weight, bias, 1e-5)
     gradients = [images(part.shape, 50 + i, torch.float64) for i, part in enumerate(parts)]
-    packed = []
-
-    def gather(values: Tensor) -> Tensor:
-        packed.append(values)
-        return torch.stack(packed)
-
+    gather = gatherer()
     for q, part in zip(gradients, parts):
         s1, s2 = reference.gradient_sums(q, part, stats).data[0].float()
         partials = gather_sums(s1, s2, gather)

@@ -529,16 +529,6 @@ def test_a_child_that_was_none():
         assert_like(fused, model, images((3, 8, 5, 6)))
 
 
-def test_a_block_replaced_in_a_chain():
-    model = foreign("stage")
-    fused = fused_copy(model)
-    for each in (fused, model):
-        torch.manual_seed(7)
-        each[1] = randomise(PostActivation(4, 4)).to(DEVICE)
-    assert_like(fused, model, images(SHAPE))
-    assert chain_calls(fused, images(SHAPE)) == 2
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_sync_batch_norm(when):
     """In one process, without a process group, it computes what BatchNorm2d does."""

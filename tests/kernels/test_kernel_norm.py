@@ -24,7 +24,6 @@ from tests.support.kernel_checks import (
     in_turn,
     per_channel,
     poisoned_memory,  # noqa: F401
-    streams,
 )
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -242,13 +241,16 @@ def test_input_grad_of_any_shape(shape: tuple[int, ...], stream: Stream) -> None
     check_input_grad(shape, *stream, identity=True, form="ABC")
 
 
-@streams
-@pytest.mark.parametrize("identity", [False, True], ids=["alone", "identity"])
-@pytest.mark.parametrize("form", ["q", "A", "ABC"])
-def test_input_grad_of_any_form(
-    stream: torch.dtype, dtype: torch.dtype, identity: bool, form: str
-) -> None:
-    check_input_grad((2, 17, 5, 3), stream, dtype, identity, form)
+FORMS = {
+    f"{form}-{end}": (form, end == "identity")
+    for form in ("q", "A", "ABC")
+    for end in ("alone", "identity")
+}
+
+
+@in_turn("form, stream", FORMS, STREAMS.items(), each=2)
+def test_input_grad_of_any_form(form: tuple[str, bool], stream: Stream) -> None:
+    check_input_grad((2, 17, 5, 3), *stream, identity=form[1], form=form[0])
 
 
 def test_input_grad_has_the_dtype_of_q_unless_told() -> None:

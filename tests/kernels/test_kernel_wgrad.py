@@ -143,8 +143,7 @@ def test_of_written_operands(case: Case, dtype: torch.dtype) -> None:
     Problem(case, dtype, dtype, form="q", act=None, bias=True, weight_dtype=dtype).check()
 
 
-@pytest.mark.parametrize("kind", ACTS)
-@pytest.mark.parametrize("form", ["q", "A", "ABC"])
+@in_turn("kind, form", {kind: kind for kind in ACTS}, [(f, f) for f in ("q", "A", "ABC")])
 def test_every_prologue(kind: str, form: str) -> None:
     Problem(
         ((2, 6, 5, 4), 9, (3, 3), (1, 1), (1, 1)), F32, BF16,

@@ -17,7 +17,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # The dtype of the activations, and the one in which convolutions multiply.
 STREAMS = {"fp32": (F32, F32), "fp16": (F16, F16), "bf16": (BF16, BF16), "fp32-bf16": (F32, BF16)}
-streams = pytest.mark.parametrize(("stream", "dtype"), STREAMS.values(), ids=STREAMS)
 # Each second one is float32, whose tiles are others than those of half precision.
 DTYPES_IN_TURN = (("fp32", F32), ("bf16", BF16), ("fp32", F32), ("fp16", F16))
 
