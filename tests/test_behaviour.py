@@ -24,7 +24,6 @@ from tests.support.yardstick import (
     eager_twin,
     images,
     needs_triton,
-    randomise,
     step,
 )
 
@@ -271,11 +270,6 @@ def test_print_names_the_children():
     assert "BottleneckPreActBlock(" in str(BottleneckPreActBlock(4, 8))
 
 
-def test_plain_sequential_of_blocks():
-    blocks = nn.Sequential(*[PreActBlock(4, 4, backend="aten") for _ in range(3)]).to(DEVICE)
-    assert_like_eager(randomise(blocks), images(SHAPE))
-
-
 def test_subclass_with_its_own_forward_in_a_stage():
     class Scaled(PreActBlock):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -294,15 +288,6 @@ def test_identity_module_as_shortcut():
     block = own("identity")
     block.shortcut = nn.Identity()
     assert_like_eager(block, images(SHAPE))
-
-
-def test_sync_batch_norm_conversion():
-    """In evaluation it runs in one process, on any device; in training it is eager's affair."""
-    block = nn.SyncBatchNorm.convert_sync_batchnorm(own("identity"))
-    assert type(block.bn1) is nn.SyncBatchNorm
-    block.eval()
-    expected = own("identity").eval()(images(SHAPE))
-    torch.testing.assert_close(block(images(SHAPE)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

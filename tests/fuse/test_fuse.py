@@ -31,6 +31,7 @@ from tests.support.fuse_models import (
     Checking,
     Dropping,
     FunctionalDropping,
+    FunctionalLeaky,
     IdentityFromPreact,
     Listing,
     MiddleReadTwice,
@@ -39,6 +40,7 @@ from tests.support.fuse_models import (
     PostActivation,
     Remembering,
     Wide,
+    WithAct,
     branch,
     tuple_block,
 )
@@ -283,25 +285,30 @@ def stage_of(*blocks: nn.Module) -> nn.Sequential:
 SHAPE = (2, 4, 5, 6)
 
 
-def test_a_sequential_of_fused_blocks_is_one_chain():
-    stage = stage_of(*[Basic(4, 4) for _ in range(4)])
+@pytest.mark.parametrize(
+    ("blocks", "chains"),
+    [
+        pytest.param(lambda: [Basic(4, 4) for _ in range(4)], 1, id="alike"),
+        pytest.param(
+            lambda: [
+                Basic(4, 4), OfTuples(4, 8, 2, True), Bottleneck(8, 2), IdentityFromPreact(8)
+            ],
+            1,
+            id="different",
+        ),
+        pytest.param(
+            lambda: [
+                Basic(4, 4), Basic(4, 4), PostActivation(4, 4), Basic(4, 4), nn.AvgPool2d(2)
+            ],
+            2,
+            id="split-by-what-cannot-be-fused",
+        ),
+    ],
+)  # fmt: skip
+def test_fused_blocks_in_a_sequential_are_one_chain(blocks, chains):
+    stage = stage_of(*blocks())
     fused = fused_copy(stage)
-    assert fused_units(fused) == 4
-    assert chain_calls(fused, images(SHAPE)) == 1
-    assert_close_steps(training_step(fused, images(SHAPE)), training_step(stage, images(SHAPE)))
-
-
-def test_a_chain_of_different_blocks():
-    stage = stage_of(Basic(4, 4), OfTuples(4, 8, 2, True), Bottleneck(8, 2), IdentityFromPreact(8))
-    fused = fused_copy(stage)
-    assert chain_calls(fused, images(SHAPE)) == 1
-    assert_close_steps(training_step(fused, images(SHAPE)), training_step(stage, images(SHAPE)))
-
-
-def test_what_cannot_be_fused_splits_a_chain():
-    stage = stage_of(Basic(4, 4), Basic(4, 4), PostActivation(4, 4), Basic(4, 4), nn.AvgPool2d(2))
-    fused = fused_copy(stage)
-    assert chain_calls(fused, images(SHAPE)) == 2
+    assert chain_calls(fused, images(SHAPE)) == chains
     assert_close_steps(training_step(fused, images(SHAPE)), training_step(stage, images(SHAPE)))
 
 
@@ -385,46 +392,34 @@ def test_checks_of_a_forward_are_made():
 
 
 @pytest.mark.parametrize(
-    ("build", "name", "value"),
+    ("build", "path", "value"),
     [
         pytest.param(lambda: Wide(4, 4, 1), "droprate", 0.3, id="drop-rate"),
         pytest.param(lambda: FunctionalDropping(4, 0.0), "p", 0.5, id="drop-rate-unguarded"),
+        pytest.param(lambda: Dropping(4, 0.0), "branch.5.p", 0.5, id="drop-rate-of-a-module"),
         pytest.param(lambda: Wide(4, 6, 1), "activate_first", False, id="flag"),
         pytest.param(lambda: IdentityFromPreact(4), "in_place", True, id="kind-of-addition"),
+        pytest.param(
+            lambda: WithAct(lambda: nn.LeakyReLU(0.1, inplace=True), 4, 4),
+            "act.negative_slope",
+            0.5,
+            id="slope",
+        ),
+        pytest.param(lambda: FunctionalLeaky(4), "slope", 0.5, id="slope-functional"),
     ],
 )
-def test_attributes_are_read_at_every_call(build, name, value):
+def test_attributes_are_read_at_every_call(build, path, value):
     """A schedule that raises the drop rate, a flag that is turned over after ``fuse``."""
     torch.manual_seed(0)
     block = randomise(build()).to(DEVICE)
     fused = fused_copy(block)
     x = images(SHAPE)
+    owner, _, name = path.rpartition(".")
     for each in (fused, block):
-        setattr(each, name, value)
-    assert_close_steps(
-        training_step(fused, x, autocast=None), training_step(block, x, autocast=None)
-    )
+        setattr(each.get_submodule(owner), name, value)
+    assert_close_steps(training_step(fused, x), training_step(block, x))
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert fused.eval()(x).dtype == block.eval()(x).dtype
-
-
-def test_dropout_modules_are_read_at_every_call():
-    block = randomise(Dropping(4, 0.0)).to(DEVICE)
-    fused = fused_copy(block)
-    for each in (fused, block):
-        each.branch[5].p = 0.5
-    assert_close_steps(training_step(fused, images(SHAPE)), training_step(block, images(SHAPE)))
-
-
-def test_slope_is_read_at_every_call():
-    for name, where in (("leaky-relu", "act.negative_slope"), ("leaky-relu-functional", "slope")):
-        block = family(name)
-        fused = fused_copy(block)
-        for each in (fused, block):
-            target, _, attribute = where.rpartition(".")
-            setattr(each.get_submodule(target), attribute, 0.5)
-        x = images(FAMILIES[name].shape)
-        assert_close_steps(training_step(fused, x), training_step(block, x))
 
 
 def test_a_block_with_a_memory_of_its_own_keeps_it():

@@ -529,23 +529,6 @@ def test_a_child_that_was_none():
         assert_like(fused, model, images((3, 8, 5, 6)))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_sync_batch_norm(when):
-    """In one process, without a process group, it computes what BatchNorm2d does."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(net_of())
-    fused = net_of()
-    if when == "before":
-        fused = fuse_if_any(nn.SyncBatchNorm.convert_sync_batchnorm(fused))
-    else:
-        fuse(fused, backend="aten")
-        fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
-    assert type(fused.layers[0][0].bn1) is nn.SyncBatchNorm
-    assert list(fused.state_dict()) == list(model.state_dict())
-    assert chain_calls(fused, images(NET_SHAPE)) == 1
-    for training in (True, False):
-        assert_like(fused.train(training), model.train(training), images(NET_SHAPE))
-
-
 # Autograd.
 
 
