@@ -15,6 +15,7 @@ import torch
 
 from bench.cases import Case, device
 from resnetv2.core.chain import Chain
+from resnetv2.core.reading import Reading
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels.dispatch import AtenEngine, engine
@@ -91,7 +92,7 @@ def measure(
     x, g = case.inputs(dtype)
     x = x.detach()
     params, layout, constants = describe(
-        [module[0].unit_modules()], dtype, need_x=True, backend=module.backend, memory="recompute",
+        [Reading(module[0].unit_modules())], dtype, need_x=True, backend=module.backend, memory="recompute",
         segment=0,
     )  # fmt: skip
     spec = decode(layout, constants)

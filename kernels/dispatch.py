@@ -46,7 +46,11 @@ class AtenEngine:
 
     name = "aten"
     # Whether moments that ranks merge come with the convolution that writes their tensor.
-    rank_moments_from_conv = False
+    _rank_moments_from_conv = False
+
+    def gives_moments(self, training: bool, synced: bool) -> bool:
+        """Whether what writes a norm's input is to give its moments as well."""
+        return training and (not synced or self._rank_moments_from_conv)
 
     def moments(self, x: Tensor) -> Any:
         """Moments of x, in whatever form ``norm_stats`` of the same engine takes."""
@@ -215,7 +219,7 @@ class TritonEngine(AtenEngine):
     """The same steps on the fused kernels: float32, float16 and bfloat16."""
 
     name = "triton"
-    rank_moments_from_conv = True
+    _rank_moments_from_conv = True
 
     def __init__(self) -> None:
         from . import (

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
+from . import recording
 from .operands import Geometry
 
 INTERPRET: bool = triton.knobs.runtime.interpret
@@ -117,21 +118,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     Raises:
         KernelError: the kernel does not compile for this device, or takes more than it has.
     """
+    recorder = recording.current()
+    if recorder is None:
+        _launch(kernel, grid, args, constants)
+    else:
+        recorder.launch(kernel, grid, args, constants, _launch)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> Compiled | None:
+    """``launch``; what starts the kernel again, or None where Triton itself must."""
     for callback in _recorders:
         callback(kernel.fn.__name__, grid, constants)
     if INTERPRET:
         kernel[grid](*args, **constants)
-        return
+        return None
     active = triton.runtime.driver.active
     number = active.get_current_device()
     tensor = args[0]
     if tensor.is_cuda and tensor.get_device() != number:
         with torch.cuda.device(tensor.device):
-            launch(kernel, grid, *args, **constants)
-        return
+            return _launch(kernel, grid, args, constants)
     if _unusual(kernel):
         _first(kernel, grid, args, constants)
-        return
+        return None
     # What decides which kernel is needed, never coarser than Triton's own specialization.
     key = [kernel.fn, number, *constants, *constants.values()]
     for a in args:
@@ -149,14 +160,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     found = _compiled.get(tuple(key))
     if found is not None:
         found.start(grid, active.get_current_stream(number), args)
-        return
+        return found
     handle = _first(kernel, grid, args, constants)
     # None where a hook of Triton's says that there is nothing to launch.
-    if handle is not None:
-        behind = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        _compiled[tuple(key)] = Compiled(
-            handle.run, handle.function, handle.packed_metadata, behind, handle
-        )
+    if handle is None:
+        return None
+    behind = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    compiled = Compiled(handle.run, handle.function, handle.packed_metadata, behind, handle)
+    _compiled[tuple(key)] = compiled
+    return compiled
+
+
+def replay_stream() -> int | None:
+    """The current stream, for compiled kernels to be started again on it.
+
+    None where each launch has to come by here: in the interpreter, while launches are recorded for
+    a test, and with Triton's hooks or debugging.
+    """
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    # A chain without hooks is one that does nothing.
+    hooked = any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    if INTERPRET or _recorders or hooked or runtime.debug:
+        return None
+    active = triton.runtime.driver.active
+    return int(active.get_current_stream(active.get_current_device()))
 
 
 def _unusual(kernel: Any) -> bool:

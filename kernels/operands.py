@@ -5,7 +5,8 @@ Everything here is plain data: no computation, no dependency on Triton.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +80,20 @@ class Partials(NamedTuple):
     data: Tensor
     rows: int
     tile_rows: int
+
+
+def flat_moments(moments: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of an engine's moments, and the rest: what ``joined_moments`` joins again."""
+    if isinstance(moments, Partials):
+        return [moments.data], (moments.rows, moments.tile_rows)
+    return ([], None) if moments is None else (list(moments), ())
+
+
+def joined_moments(tensors: Sequence[Tensor], form: Any) -> Any:
+    """Moments out of what ``flat_moments`` gave."""
+    if form is None:
+        return None
+    return Partials(tensors[0], *form) if form else tuple(tensors)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

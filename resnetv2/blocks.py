@@ -21,6 +21,7 @@ from .core.checks import (
     why_not,
 )
 from .core.modules import ChainUnit, UnitModules, activation
+from .core.reading import read
 from .core.run import run_blocks, run_chain
 from .core.spec import Shortcut
 from .names import AUTO, EAGER
@@ -130,14 +131,14 @@ class PreActUnit(ChainUnit, nn.Module):
         Raises:
             ValueError: wrong rank, channels, dtype or device; one value per channel in training.
         """
-        unit = self.unit_modules()
-        if isinstance(unit, str):
+        reading = read(self, "inside")
+        if isinstance(reading, str):
             return self.forward_children(x)
-        refuse_empty_rank(unit, x)
+        refuse_empty_rank(reading.unit, x)
         if self.backend == EAGER or must_run_eagerly(x):
-            check_input(x, unit.convs[0])
+            check_input(x, reading.unit.convs[0])
             return self.forward_children(x)
-        return run_chain([unit], x, backend=self.backend, memory=self.memory)
+        return run_chain([reading], x, backend=self.backend, memory=self.memory)
 
     def forward_children(self, x: Tensor) -> Tensor:
         """The same function, child by child: He et al. 2016, Figure 4(e)."""

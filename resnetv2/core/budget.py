@@ -16,9 +16,11 @@ from torch import Tensor
 from ..kernels.dispatch import ATEN, WRITTEN, implementation, runs_twice
 from ..kernels.operands import stats_dtype
 from .chain import stream_dtypes
+from .execution import norm_channels
 from .modules import UnitModules
-from .operators import Shape, chain_shapes, norm_channels
+from .reading import Reading
 from .run import describe
+from .shapes import Shape, chain_shapes
 from .spec import Conv, Shortcut, Spec, decode
 
 if TYPE_CHECKING:
@@ -150,7 +152,12 @@ def chain_cost(
         segment: units of a segment, 0 for the default.
     """
     params, layout, constants = describe(
-        units, dtype, need_x=True, backend="aten", memory=memory, segment=segment
+        [Reading(unit) for unit in units],
+        dtype,
+        need_x=True,
+        backend="aten",
+        memory=memory,
+        segment=segment,
     )
     spec = decode(layout, constants)._replace(keep=True)
     hs = chain_shapes(spec, x.size, x.dtype, params)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.dispatch import AtenEngine
 from ..kernels.operands import Grad, running_stats
 from ..kernels.ranks import Ranks
-from .spec import Shortcut, Spec, Unit, UnitParams
+from .spec import HAND_TO_RANKS, Shortcut, Spec, Unit, UnitParams
 from .sync import gather_over
 
 Kept = dict[tuple[int, int], Tensor]
@@ -133,16 +133,18 @@ class Chain:
         stop: int,
         keys: Sequence[tuple[int, int]],
         need_out: bool = True,
-    ) -> tuple[Tensor | None, Kept]:
-        """Run units [start, stop) on x and keep the h_i named by ``keys``.
+        partials: Any = None,
+    ) -> tuple[Tensor | None, Kept, Any]:
+        """Run units [start, stop) on x: the output, the h_i named by ``keys``, the output's moments.
 
         need_out=False leaves out the last convolution of the last unit, whose output is at hand.
+        partials: moments of x, where what wrote it knows them. Those of the output are None where
+        no norm that follows wants them.
         """
         spec = self.spec
         wanted = frozenset(keys)
         kept: Kept = {}
         out: Tensor | None = x
-        partials: Any = None
         for number in range(start, stop):
             unit, at = spec.units[number], spec.positions[number]
             h = x
@@ -157,7 +159,7 @@ class Chain:
                 residual = residual_stats = None
                 if last:
                     if number == stop - 1 and not need_out:
-                        return None, kept
+                        return None, kept, None
                     residual = self._shortcut(number, x, first_stats)
                     residual_stats = (
                         first_stats if unit.shortcut == Shortcut.IDENTITY_PREACT else None
@@ -172,7 +174,7 @@ class Chain:
                     with_moments=self._next_needs_moments(number, i),
                 )
             out = x = h
-        return out, kept
+        return out, kept, partials
 
     def _next_needs_moments(self, number: int, i: int) -> bool:
         """Whether the norm after convolution i of a unit wants the moments of what is written."""
@@ -184,16 +186,23 @@ class Chain:
         elif number + 1 < len(units):
             norm = units[number + 1].norms[0]
         else:
-            return False
-        return norm.training and (not norm.sync or self.engine.rank_moments_from_conv)
+            hands_on = self.spec.part.hands_on
+            return self.engine.gives_moments(hands_on > 0, hands_on == HAND_TO_RANKS)
+        return self.engine.gives_moments(norm.training, norm.sync > 0)
 
     def backward(
-        self, g: Tensor, x: Tensor, out: Tensor, kept: Kept, grads: list[Tensor | None]
-    ) -> Tensor | None:
-        """Gradient of x for the gradient g of the chain's output; fills ``grads`` per param.
+        self,
+        g: Tensor,
+        x: Tensor | None,
+        out: Tensor | None,
+        kept: Kept,
+        grads: list[Tensor | None],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradient of x for the gradient g of the chain's output, and x; fills ``grads`` per param.
 
-        x, out: the chain's input and output. kept: what ``forward`` kept; emptied as it is used,
-        so that one unit's intermediates are alive at a time.
+        x: the chain's input, or None where it is to be walked back to. out: its output, which the
+        modes that walk need. kept: what ``forward`` kept; emptied as it is used, so that one unit's
+        intermediates are alive at a time.
         """
         spec = self.spec
         if spec.memory != "segment":
@@ -204,30 +213,32 @@ class Chain:
         for start in reversed(starts):
             stop = min(start + spec.segment, len(spec.units))
             segment_x = kept.pop((start, 0)) if start else x
-            _, inner = self.forward(
+            assert segment_x is not None
+            _, inner, _ = self.forward(
                 segment_x, start, stop, spec.kept_of(start, stop, "invert"), need_out=False
             )
-            grad = self._walk(held, segment_x, out, start, stop, inner, grads)
+            grad, _ = self._walk(held, segment_x, out, start, stop, inner, grads)
             if grad is None:
-                return None
+                return None, x
             out = segment_x
             held = [grad]
             del grad
-        return held.pop()
+        return held.pop(), x
 
     def _walk(
         self,
         held: list[Tensor],
-        x: Tensor,
-        out: Tensor,
+        x: Tensor | None,
+        out: Tensor | None,
         start: int,
         stop: int,
         kept: Kept,
         grads: list[Tensor | None],
-    ) -> Tensor | None:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Backward through units [start, stop), the stream being walked back where not kept.
 
         held: the gradient of the output, taken out of its list, so that no caller keeps it alive.
+        Returns the gradient of x, and x.
         """
         grad: Tensor | None = held.pop()
         for number in reversed(range(start, stop)):
@@ -235,6 +246,7 @@ class Chain:
             last = len(self.spec.units[number].convs) - 1
             h = x if number == start else kept.pop((number, 0), None)
             if h is None:
+                assert out is not None
                 h = self._previous(number, kept[number, last], out)
             hs = [h]
             out = h
@@ -248,7 +260,7 @@ class Chain:
             del hs
             if grad is None:
                 break
-        return grad
+        return grad, out
 
     def _ranks(self, unit: Unit, i: int) -> Ranks | None:
         """What norm i's backward, the next one of a chain from its end, exchanges with others."""
@@ -351,7 +363,15 @@ def stream_dtypes(spec: Spec, dtype: torch.dtype) -> list[torch.dtype]:
     """Dtype of each unit's input and of the chain's output in eager, for an input of ``dtype``."""
     dtypes = [dtype]
     for unit in spec.units:
-        shortcut = dtype if unit.projection is None else spec.dtype
-        dtype = spec.dtype if unit.add_in_place else torch.promote_types(shortcut, spec.dtype)
-        dtypes.append(dtype)
+        projects = unit.projection is not None
+        dtypes.append(stream_dtype(projects, unit.add_in_place, dtypes[-1], spec.dtype))
     return dtypes
+
+
+def stream_dtype(
+    projects: bool, add_in_place: bool, x: torch.dtype, multiply: torch.dtype
+) -> torch.dtype:
+    """Dtype of a unit's output in eager, for its input's and that in which it multiplies."""
+    if add_in_place:
+        return multiply
+    return torch.promote_types(multiply if projects else x, multiply)

@@ -17,8 +17,8 @@ from ..kernels.operands import Geometry
 from ..names import MEMORY_MODES
 from .budget import ChainCost, chain_cost
 from .modules import UnitModules
-from .operators import Shape
 from .run import segment_length
+from .shapes import Shape
 
 if TYPE_CHECKING:
     from ..kernels.launch import Device

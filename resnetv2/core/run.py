@@ -9,18 +9,111 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference import is_channels_last
 from ..names import AUTO, EAGER
-from .checks import accepts, check_input, hooked, rows_of
+from . import parts
+from .chain import stream_dtype
+from .checks import accepts, check_input, rows_of
+from .execution import chain_format
 from .modules import ChainUnit, UnitModules
-from .operators import chain_format, chain_forward
-from .spec import encode_header, encode_unit
-from .statistics import update_buffers
+from .operators import chain_forward
+from .reading import KeptReading, Reading, read
+from .spec import HAND, HAND_TO_RANKS, WHOLE, Part, Spec, decode, encode_header, encode_unit
+from .statistics import BufferUpdate
 from .sync import group_number
 
 
+class Plan:
+    """A chain, prepared for calls with the same readings, shapes and switches.
+
+    Args:
+        readings: the units'. x: an input of the chain.
+
+    Raises:
+        ValueError: neighbours' channels differ, or one value per channel in training.
+    """
+
+    def __init__(
+        self,
+        readings: Sequence[Reading],
+        x: Tensor,
+        dtype: torch.dtype,
+        backend: str,
+        memory: str,
+        segment: int,
+    ) -> None:
+        self.readings = readings  # by which plans are told apart
+        units = [reading.unit for reading in readings]
+        rows = rows_of(units, x)
+        if memory == "segment" and segment < 1:
+            segment = segment_length(units)
+        self.specs: list[Spec] = []
+        self.params: list[list[Tensor]] = []
+        self.updates: list[BufferUpdate] = []
+        begin = 0
+        for start, stop, part, need_x in _parts(readings, x, dtype, memory, segment):
+            its = readings[start:stop]
+            params, layout, constants = describe(
+                its,
+                dtype,
+                need_x=need_x,
+                backend=backend,
+                memory=memory,
+                segment=segment,
+                part=part,
+            )
+            self.specs.append(decode(layout, constants))
+            self.params.append(params)
+            norms = [norm for reading in its for norm in reading.unit.norms]
+            end = begin + len(norms)
+            synced = [i for i, norm in enumerate(norms) if group_number(norm)]
+            self.updates.append(BufferUpdate(norms, rows[begin:end], synced))
+            begin = end
+
+    def __call__(self, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+        """The chain's output for x; buffers move."""
+        out, all_stats = parts.run_parts(self.specs, x, self.params, memory_format)
+        for update, stats in zip(self.updates, all_stats):
+            update.apply(stats)
+        return out
+
+
+def _parts(
+    readings: Sequence[Reading], x: Tensor, dtype: torch.dtype, memory: str, segment: int
+) -> Iterator[tuple[int, int, Part, bool]]:
+    """Where the parts of a chain begin and end, their places, and whether they need x's gradient.
+
+    A segment is a part of its own. Else a part ends where a projection begins the next, so that
+    stages of equal units are cut alike, and after ``parts.UNITS``.
+    """
+    records = [reading.record for reading in readings]
+    starts = [0]
+    for number, record in enumerate(records):
+        length = number - starts[-1]
+        if memory == "segment":
+            if length == segment:
+                starts.append(number)
+        elif length and (length == parts.UNITS or record.projection is not None):
+            starts.append(number)
+    need_x, natural = x.requires_grad, x.dtype
+    for start, stop in zip(starts, [*starts[1:], len(records)]):
+        last = stop == len(records)
+        hands_on = 0
+        if not last and records[stop].norms[0].training:
+            hands_on = HAND_TO_RANKS if records[stop].norms[0].sync else HAND
+        wide = is_wide(dtype, memory)
+        yield start, stop, Part(start == 0, last, hands_on, natural if wide else None), need_x
+        need_x = need_x or any(t.requires_grad for r in readings[start:stop] for t in r.tensors)
+        for record in records[start:stop]:
+            projects = record.projection is not None
+            natural = stream_dtype(projects, record.add_in_place, natural, dtype)
+
+
+# Plans that are kept for chains that begin with the same unit: shapes, training and evaluation.
+_PLANS = 16
+
+
 def run_chain(
-    units: Sequence[UnitModules],
+    readings: Sequence[Reading],
     x: Tensor,
     *,
     backend: str = AUTO,
@@ -35,29 +128,66 @@ def run_chain(
     Raises:
         ValueError: what ``check_input`` refuses, or one value per channel in training.
     """
-    check_input(x, units[0].convs[0])
-    rows = rows_of(units, x)
-    params, layout, constants = describe(
-        units,
-        compute_dtype(units[0], x.device.type),
-        need_x=x.requires_grad,
-        backend=backend,
-        memory=memory,
-        segment=segment,
-    )
+    check_input(x, readings[0].unit.convs[0])
+    dtype = compute_dtype(readings[0].unit, x.device.type)
     like_nchw = x.is_contiguous() and not is_channels_last(x)
     # Here rather than in the operator, so that it is kept for the backward as it is read there.
-    x = x.contiguous(memory_format=chain_format(x, _weights(units), backend))
-    result = chain_forward(x, params, layout, constants)
-    out = result[0]
-    norms = [norm for unit in units for norm in unit.norms]
-    synced = [i for i, norm in enumerate(norms) if group_number(norm)]
-    update_buffers(norms, result[1], rows, synced)
+    memory_format = chain_format(x, _weights(readings), backend)
+    x = x.contiguous(memory_format=memory_format)
+    if torch.compiler.is_compiling():
+        out = _run_compiled(readings, x, dtype, backend, memory, segment)
+        return out.contiguous() if like_nchw else out
+    first = readings[0]
+    plan = None
+    if all(isinstance(reading, KeptReading) for reading in readings):
+        assert isinstance(first, KeptReading)
+        key = (
+            tuple(map(id, readings)),
+            tuple([t.requires_grad for reading in readings for t in reading.tensors]),
+            x.shape,
+            x.dtype,
+            x.requires_grad,
+            torch.is_grad_enabled(),
+            dtype,
+            backend,
+            memory,
+            segment,
+            parts.UNITS,
+        )
+        plan = first.plans.get(key)
+    if plan is None:
+        plan = Plan(readings, x, dtype, backend, memory, segment)
+        if isinstance(first, KeptReading) and all(isinstance(r, KeptReading) for r in readings):
+            if len(first.plans) >= _PLANS:
+                first.plans.clear()
+            first.plans[key] = plan
+    out = plan(x, memory_format)
     return out.contiguous() if like_nchw else out
 
 
-def _weights(units: Sequence[UnitModules]) -> Iterator[Tensor]:
-    for unit in units:
+def _run_compiled(
+    readings: Sequence[Reading],
+    x: Tensor,
+    dtype: torch.dtype,
+    backend: str,
+    memory: str,
+    segment: int,
+) -> Tensor:
+    """The chain as the one operator that torch.compile sees."""
+    units = [reading.unit for reading in readings]
+    rows = rows_of(units, x)
+    if memory == "segment" and segment < 1:
+        segment = segment_length(units)
+    params, layout, constants = describe(
+        readings, dtype, need_x=x.requires_grad, backend=backend, memory=memory, segment=segment
+    )
+    out, stats, *_ = chain_forward(x, params, layout, constants)
+    BufferUpdate([norm for unit in units for norm in unit.norms], rows).apply(stats)
+    return out
+
+
+def _weights(readings: Sequence[Reading]) -> Iterator[Tensor]:
+    for unit in (reading.unit for reading in readings):
         yield from (conv.weight for conv in unit.convs)
         if unit.projection is not None:
             yield unit.projection.weight
@@ -76,19 +206,19 @@ def run_blocks(
     A unit with a hook on its own call is called too, and so is one whose input a chain cannot take
     (``accepts``).
     """
-    units: list[UnitModules] = []
+    readings: list[Reading] = []
     for block in blocks:
-        if isinstance(block, ChainUnit) and backend != EAGER and not hooked(block):
-            unit = block.chain_unit()
-            if isinstance(unit, UnitModules) and (units or accepts(unit, x)):
-                units.append(unit)
+        if isinstance(block, ChainUnit) and backend != EAGER:
+            reading = read(block, "in a chain")
+            if isinstance(reading, Reading) and (readings or accepts(reading.unit, x)):
+                readings.append(reading)
                 continue
-        if units:
-            x = run_chain(units, x, backend=backend, memory=memory, segment=segment)
-            units = []
+        if readings:
+            x = run_chain(readings, x, backend=backend, memory=memory, segment=segment)
+            readings = []
         x = block(x)
-    if units:
-        x = run_chain(units, x, backend=backend, memory=memory, segment=segment)
+    if readings:
+        x = run_chain(readings, x, backend=backend, memory=memory, segment=segment)
     return x
 
 
@@ -100,13 +230,14 @@ def compute_dtype(unit: UnitModules, device: str) -> torch.dtype:
 
 
 def describe(
-    units: Sequence[UnitModules],
+    readings: Sequence[Reading],
     dtype: torch.dtype,
     *,
     need_x: bool,
     backend: str,
     memory: str,
     segment: int,
+    part: Part = WHOLE,
 ) -> tuple[list[Tensor], list[int], list[float]]:
     """The operator's ``params``, ``layout`` and ``constants`` (see ``spec``) for a chain.
 
@@ -114,22 +245,28 @@ def describe(
     segment, 0 for the length that keeps least.
     """
     if memory == "segment" and segment < 1:
-        segment = segment_length(units)
+        segment = segment_length([reading.unit for reading in readings])
     params: list[Tensor] = []
     body: list[int] = []
     constants: list[float] = []
-    for unit in units:
-        record = unit.record()
-        encode_unit(body, constants, record)
-        params += unit.tensors(record)
+    for reading in readings:
+        encode_unit(body, constants, reading.record)
+        params += reading.tensors
     needs = [need_x, *(p.requires_grad for p in params)]
     keep = torch.is_grad_enabled() and any(needs)
-    # A half-precision stream drifts when it is walked back (design 3): it is float32 then.
-    wide = memory != "recompute" and dtype in (torch.float16, torch.bfloat16)
-    layout = encode_header(dtype, backend, memory, segment, wide, keep, len(units))
+    wide = is_wide(dtype, memory)
+    layout = encode_header(dtype, backend, memory, segment, wide, keep, len(readings), part)
     layout += body
     layout += [int(n) for n in needs]
     return params, layout, constants
+
+
+def is_wide(dtype: torch.dtype, memory: str) -> bool:
+    """Whether the stream is float32 though convolutions multiply in half precision.
+
+    A half-precision stream drifts when it is walked back (README, "Memory").
+    """
+    return memory != "recompute" and dtype in (torch.float16, torch.bfloat16)
 
 
 def segment_length(units: Sequence[UnitModules]) -> int:

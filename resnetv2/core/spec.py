@@ -157,6 +157,26 @@ class UnitParams(NamedTuple):
         )
 
 
+HAND, HAND_TO_RANKS = 1, 2
+
+
+class Part(NamedTuple):
+    """A part's place in its chain.
+
+    first, last: whether it begins and ends it. hands_on: whether the next part wants the moments of
+    its output (HAND), and those for ranks to merge (HAND_TO_RANKS). natural: eager's dtype of its
+    input where the stream is wider, None elsewhere.
+    """
+
+    first: bool = True
+    last: bool = True
+    hands_on: int = 0
+    natural: torch.dtype | None = None
+
+
+WHOLE = Part()
+
+
 class Spec(NamedTuple):
     """A chain with all that a forward or backward needs to know besides its tensors.
 
@@ -165,6 +185,7 @@ class Spec(NamedTuple):
     are in half precision, as walking it back needs (design 3). keep: whether a backward follows.
     need_x: whether x's gradient is wanted. needs: the same for each of ``params``; first_need:
     position of the first whose gradient is.
+    part: its place in the chain that it is a part of.
     """
 
     units: tuple[Unit, ...]
@@ -178,6 +199,13 @@ class Spec(NamedTuple):
     needs: tuple[bool, ...]
     first_need: int
     positions: tuple[UnitParams, ...]
+    part: Part
+
+    @property
+    def walks_to_x(self) -> bool:
+        """Whether its own x is walked back to: the parts before it need it, and nothing keeps it."""
+        walks = self.memory in ("invert", "invert_h1")
+        return walks and not self.part.first and self.units[0].walkable
 
     @property
     def synced(self) -> int:
@@ -238,7 +266,14 @@ def _encode_conv(layout: list[int], conv: Conv) -> None:
 
 
 def encode_header(
-    dtype: torch.dtype, backend: str, memory: str, segment: int, wide: bool, keep: bool, units: int
+    dtype: torch.dtype,
+    backend: str,
+    memory: str,
+    segment: int,
+    wide: bool,
+    keep: bool,
+    units: int,
+    part: Part = WHOLE,
 ) -> list[int]:
     """The head of a layout; ``encode_unit`` and then the ``needs`` follow."""
     return [
@@ -249,6 +284,10 @@ def encode_header(
         int(wide),
         int(keep),
         units,
+        int(part.first),
+        int(part.last),
+        part.hands_on,
+        -1 if part.natural is None else DTYPES.index(part.natural),
     ]
 
 
@@ -257,6 +296,9 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
     numbers = iter(layout)
     floats = iter(constants)
     dtype, backend, memory, segment, wide, keep, count = (next(numbers) for _ in range(7))
+    first, last = (bool(next(numbers)) for _ in range(2))
+    hands_on = next(numbers)
+    natural = next(numbers)
     units: list[Unit] = []
     positions: list[UnitParams] = []
     params_before = norms_before = 0
@@ -293,6 +335,7 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         tuple(needs),
         needs.index(True) if True in needs else len(needs),
         tuple(positions),
+        Part(first, last, hands_on, None if natural < 0 else DTYPES[natural]),
     )
 
 

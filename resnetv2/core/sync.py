@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..kernels import reference
+from ..kernels import recording, reference
 from ..kernels.dispatch import AtenEngine
 from ..kernels.ranks import Gather, gather_sums
-from .statistics import update_buffers
+from .statistics import BufferUpdate
 
 # A chain's record is made of integers: a group goes by its place here, from 1. They are held, so
 # that a number never comes to mean another group.
@@ -51,7 +51,7 @@ def gather_over(number: int) -> Gather:
     """The collective of a group: (k,) of each rank to (ranks, k), in the order of the ranks."""
     group = _groups[number - 1]
 
-    def gather(values: Tensor) -> Tensor:
+    def collect(values: Tensor) -> Tensor:
         ranks = dist.get_world_size(group)
         out = values.new_empty(ranks * values.numel())
         # PyTorch 2.13 renamed it.
@@ -59,7 +59,7 @@ def gather_over(number: int) -> Gather:
         collective(out, values, group)
         return out.view(ranks, -1)
 
-    return gather
+    return lambda values: recording.call(collect, values)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -94,7 +94,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(input)
         out, stats, total = _SyncedNorm.apply(input, self.weight, self.bias, self.eps, number)
         rows = input.numel() // input.shape[1]
-        update_buffers([self], torch.cat((stats.view(-1), total)), [rows], [0])
+        BufferUpdate([self], [rows], [0]).apply(torch.cat((stats.view(-1), total)))
         return out
 
 

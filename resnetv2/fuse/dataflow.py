@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.checks import is_norm, is_plain
 from ..core.modules import NO_PAD, Pad, UnitModules, act_of
+from ..core.reading import Reading
 from ..core.run import run_chain
 from ..core.spec import Shortcut
 from ..core.sync import NORMS, SyncBatchNorm
@@ -219,7 +220,7 @@ def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
         try:
             with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 expected = theirs(x.clone())
-                found = run_chain([unit], x, backend="aten")
+                found = run_chain([Reading(unit)], x, backend="aten")
             break
         except Exception as error:
             failure = failure or error

@@ -20,6 +20,7 @@ from torch import nn
 from ..blocks import PreActUnit
 from ..core.checks import accepts, globally_hooked, hooked
 from ..core.modules import ChainUnit, UnitModules
+from ..core.reading import Reading, read
 from ..core.run import run_blocks, run_chain
 from ..core.sync import NORMS
 from ..core.table import text_table
@@ -84,10 +85,10 @@ class FusedUnit(_Fused, ChainUnit):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's function, fused where its children and the input allow."""
         if len(args) == 1 and not kwargs:
-            unit = self.chain_unit()
-            if isinstance(unit, UnitModules) and accepts(unit, args[0]):
+            reading = read(self)
+            if isinstance(reading, Reading) and accepts(reading.unit, args[0]):
                 fusion = _fusion(self)  # type: ignore[arg-type]
-                return run_chain([unit], args[0], backend=fusion.backend, memory=fusion.memory)
+                return run_chain([reading], args[0], backend=fusion.backend, memory=fusion.memory)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

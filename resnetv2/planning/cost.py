@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core.chain import Chain
 from ..core.memory import format_bytes
 from ..core.modules import UnitModules
+from ..core.reading import Reading
 from ..core.run import describe, segment_length
 from ..core.spec import decode
 from ..core.table import text_table
@@ -451,7 +452,12 @@ def chain_costs(
     segment = segment_length(units) if memory == "segment" else 0
     with torch.enable_grad():
         params, layout, constants = describe(
-            units, dtype, need_x=need_x, backend="aten", memory=memory, segment=segment
+            [Reading(unit) for unit in units],
+            dtype,
+            need_x=need_x,
+            backend="aten",
+            memory=memory,
+            segment=segment,
         )
     spec = decode(layout, constants)
     engine = CostEngine(triton)
@@ -459,7 +465,7 @@ def chain_costs(
     x = torch.empty_like(x, dtype=torch.float32 if spec.wide else x.dtype, device="meta")
     with torch.no_grad():
         first = Chain(spec, params, engine)
-        out, kept = first.forward(x, 0, len(spec.units), spec.kept())
+        out, kept, _ = first.forward(x, 0, len(spec.units), spec.kept())
         assert out is not None
         forward, engine.costs = engine.costs, []
         grads: list[Tensor | None] = [None] * len(params)

@@ -17,6 +17,7 @@ from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.blocks import PreActUnit
 from resnetv2.core.modules import UnitModules
 from resnetv2.core.operators import chain_backward, chain_forward
+from resnetv2.core.reading import Reading
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels import dispatch
@@ -55,7 +56,7 @@ def arguments(
         randomise(block).to(DEVICE, dtype).train(training)
         unit = block.unit_modules()
         assert isinstance(unit, UnitModules)
-        units.append(unit)
+        units.append(Reading(unit))
     params, layout, constants = describe(
         units, compute or dtype, need_x=need_x, backend=backend, memory=memory, segment=1
     )

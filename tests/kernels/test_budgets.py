@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock
+from resnetv2.core.reading import Reading
 from resnetv2.core.run import run_chain
 
 triton = pytest.importorskip("triton")
@@ -52,11 +53,16 @@ def is_activation(tensor):
 def run(kind, units):
     torch.manual_seed(0)
     block, channels = BLOCKS[kind]
-    units = [block(channels, channels, backend="triton").unit_modules() for _ in range(units)]
+    units = [block(channels, channels, backend="triton") for _ in range(units)]
     x = torch.randn(BATCH, channels, SIZE, SIZE).to(memory_format=torch.channels_last)
     x.requires_grad_()
     with counting.count() as forward:
-        out = run_chain(units, x, backend="triton", memory="recompute")
+        out = run_chain(
+            [Reading(block.unit_modules()) for block in units],
+            x,
+            backend="triton",
+            memory="recompute",
+        )
     g = torch.randn_like(out)
     with counting.count() as backward:
         out.backward(g)

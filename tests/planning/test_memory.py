@@ -158,6 +158,7 @@ def test_interpreter_agrees(mode):
 @pytest.mark.parametrize("backend", ["aten", "triton"])
 def test_recomputed_last_convolution_is_the_forwards_bits(backend):
     from resnetv2.core.chain import Chain
+    from resnetv2.core.reading import Reading
     from resnetv2.core.run import describe
     from resnetv2.core.spec import decode
     from resnetv2.kernels.dispatch import engine
@@ -167,7 +168,7 @@ def test_recomputed_last_convolution_is_the_forwards_bits(backend):
     block = randomise(BottleneckPreActBlock(16, 16)).to(DEVICE)
     x = images((2, 16, 6, 6))
     params, layout, constants = describe(
-        [block.unit_modules()],
+        [Reading(block.unit_modules())],
         torch.float32,
         need_x=True,
         backend=backend,

@@ -1,0 +1,34 @@
+"""Where launches and other steps of a chain are written down: the recorder of the moment, if any.
+
+``resnetv2/core/program.py`` records and replays; ``launch`` and collectives come by here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+_recorder: ContextVar[Any] = ContextVar("recorder", default=None)
+
+
+def current() -> Any:
+    """The recorder that is at work, or None."""
+    return _recorder.get()
+
+
+@contextmanager
+def to(recorder: Any) -> Iterator[None]:
+    """Write what is done inside the block down in ``recorder``."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, to be called again by a program: a collective, say."""
+    recorder = _recorder.get()
+    return function(*args) if recorder is None else recorder.call(function, *args)
