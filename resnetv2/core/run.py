@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.reference import is_channels_last
 from ..names import AUTO, EAGER
 from . import parts
 from .chain import stream_dtype
