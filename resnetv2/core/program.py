@@ -239,6 +239,7 @@ class Program:
         self.outputs = tuple(outputs)
         self.roots = [root for root, _ in recorder.roots]
         self.steps = _without_unread(recorder.steps, self.outputs)
+        self.steps = _without_copies(self.steps, self.outputs, self.roots)
         self.offsets, self.arena = self._plan_arena()
         launches = [step for step in self.steps if isinstance(step, Launch)]
         # kernels.launch, where all launches can be started again without Triton's own launcher.
@@ -450,6 +451,56 @@ def _without_unread(steps: Sequence[Step], outputs: Sequence[int]) -> list[Step]
             continue
         kept.append(step)
     return kept[::-1]
+
+
+def _without_copies(
+    steps: Sequence[Step], outputs: Sequence[int], roots: Sequence[int]
+) -> list[Step]:
+    """Where tensors that kernels write are concatenated, let kernels write them in their places."""
+    for place, cat in enumerate(steps):
+        if not (isinstance(cat, Call) and cat.function is _aten.cat.default):
+            continue
+        (result,) = cat.results
+        owners = [roots[number] for number in _registers(cat.args)]
+        allocs = {s.register: s for s in steps if isinstance(s, Alloc) and s.register in owners}
+        # Views that lead to the concatenation, whatever else reads one of them.
+        views = {
+            at
+            for at, step in enumerate(steps)
+            if isinstance(step, Call)
+            and step is not cat
+            and not set(owners).isdisjoint(roots[number] for number in _registers(step.args))
+        }
+        begins, total = {}, 0
+        for owner in owners:
+            begins[owner] = total
+            total += allocs[owner].nbytes if owner in allocs else 0
+        if (
+            len(allocs) < len(owners)
+            or total != cat.sizes[1]
+            or len({alloc.dtype for alloc in allocs.values()}) > 1
+            or any(begin % 16 for begin in begins.values())
+            or not set(owners).isdisjoint(roots[number] for number in outputs)
+            or any(not _is_view(steps[at].function) for at in views)  # type: ignore[union-attr]
+        ):
+            continue
+        dtype = allocs[owners[0]].dtype
+        assert result is not None
+        joined: list[Step] = [Alloc(result, (total // dtype.itemsize,), (1,), dtype)]
+        for at, step in enumerate(steps):
+            if at == place or at in views or (isinstance(step, Alloc) and step.register in allocs):
+                continue
+            if isinstance(step, Launch):
+                args = tuple(
+                    a._replace(register=result, offset=a.offset + begins[a.register])
+                    if isinstance(a, Pointer) and a.register in begins
+                    else a
+                    for a in step.args
+                )
+                step = step._replace(args=args)
+            joined.append(step)
+        return _without_copies(joined, outputs, roots)
+    return list(steps)
 
 
 def _is_view(function: Any) -> bool:
