@@ -99,6 +99,40 @@ class Compiled(NamedTuple):
         )  # fmt: skip
 
 
+class Start(NamedTuple):
+    """How code that is written for one kernel starts it.
+
+    function(x, y, z, stream, *before, *arguments, *constants), or with all of these as one tuple
+    behind ``before``, where ``packed``. Hooks are not called.
+    """
+
+    function: Callable[..., None]
+    before: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    packed: bool
+
+
+def start_of(compiled: Compiled) -> Start:
+    """The shortest way: past Triton's launcher in Python where that only passes its arguments on."""
+    run = compiled.run
+    none = (None, None, None)
+    passes_on = triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher"
+    if not passes_on or run.global_scratch_size or run.profile_scratch_size:
+        before = (compiled.function, compiled.metadata, *none)
+        return Start(run, before, compiled.constants, False)
+    before = (
+        compiled.function,
+        run.launch_cooperative_grid,
+        run.launch_pdl,
+        compiled.metadata,
+        *none,
+        *(None, None),  # scratch memory
+        run.arg_annotations,
+        run.kernel_signature,
+    )
+    return Start(run.launch, before, compiled.constants, True)
+
+
 _compiled: dict[tuple[Any, ...], Compiled] = {}
 
 

@@ -397,13 +397,15 @@ class Program:
             else:
                 args = [argument(value) for value in step.args]
                 if by_address:
-                    compiled = step.compiled
-                    grid = ", ".join(map(str, (*step.grid, 1, 1)[:3]))
-                    lines.append(
-                        f"{constant(compiled.run)}({grid}, stream, {constant(compiled.function)}, "
-                        f"{constant(compiled.metadata)}, None, None, None, {', '.join(args)}, "
-                        f"*{constant(compiled.constants)})"
-                    )
+                    start = self._launcher.start_of(step.compiled)
+                    head = [
+                        *map(str, (*step.grid, 1, 1)[:3]),
+                        "stream",
+                        *map(constant, start.before),
+                    ]
+                    tail = ", ".join([*args, f"*{constant(start.constants)}"])
+                    tail = f"({tail})" if start.packed else tail
+                    lines.append(f"{constant(start.function)}({', '.join([*head, tail])})")
                 else:
                     how = map(constant, (step.kernel, step.grid))
                     more = f"**{constant(step.constants)}"
