@@ -105,7 +105,7 @@ def is_chain(tensor: Tensor) -> bool:
     functions: list[Any] = [tensor.grad_fn]
     while functions:
         function = functions.pop()
-        if "chain_forward" in type(function).__name__:
+        if "PartFunction" in type(function).__name__:
             return True
         functions += [parent for parent, _ in function.next_functions if parent is not None]
     return False

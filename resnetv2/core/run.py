@@ -135,8 +135,8 @@ def run_chain(
     # Here rather than in the operator, so that it is kept for the backward as it is read there.
     memory_format = chain_format(x, _weights(readings), backend)
     x = x.contiguous(memory_format=memory_format)
-    if torch.compiler.is_compiling():
-        out = _run_compiled(readings, x, dtype, backend, memory, segment)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        out = _run_operator(readings, x, dtype, backend, memory, segment)
         return out.contiguous() if like_nchw else out
     first = readings[0]
     plan = None
@@ -166,7 +166,7 @@ def run_chain(
     return out.contiguous() if like_nchw else out
 
 
-def _run_compiled(
+def _run_operator(
     readings: Sequence[Reading],
     x: Tensor,
     dtype: torch.dtype,
@@ -174,7 +174,7 @@ def _run_compiled(
     memory: str,
     segment: int,
 ) -> Tensor:
-    """The chain as the one operator that torch.compile sees."""
+    """The chain as one operator: what torch.compile sees, and whoever looks at operators."""
     units = [reading.unit for reading in readings]
     rows = rows_of(units, x)
     if memory == "segment" and segment < 1:
@@ -183,7 +183,9 @@ def _run_compiled(
         readings, dtype, need_x=x.requires_grad, backend=backend, memory=memory, segment=segment
     )
     out, stats, *_ = chain_forward(x, params, layout, constants)
-    BufferUpdate([norm for unit in units for norm in unit.norms], rows).apply(stats)
+    norms = [norm for unit in units for norm in unit.norms]
+    synced = [i for i, norm in enumerate(norms) if group_number(norm)]
+    BufferUpdate(norms, rows, synced).apply(stats)
     return out
 
 
