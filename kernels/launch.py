@@ -113,8 +113,8 @@ class Start(NamedTuple):
 
 
 def start_of(compiled: Compiled) -> Start:
-    """The shortest way: past Triton's launcher in Python where that only passes its arguments on."""
-    run = compiled.run
+    """The shortest way: past Triton's launcher in Python where it only passes arguments on."""
+    run: Any = compiled.run
     none = (None, None, None)
     passes_on = triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher"
     if not passes_on or run.global_scratch_size or run.profile_scratch_size:

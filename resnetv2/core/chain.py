@@ -135,7 +135,7 @@ class Chain:
         need_out: bool = True,
         partials: Any = None,
     ) -> tuple[Tensor | None, Kept, Any]:
-        """Run units [start, stop) on x: the output, the h_i named by ``keys``, the output's moments.
+        """Run units [start, stop) on x: the output, the h_i of ``keys``, and the output's moments.
 
         need_out=False leaves out the last convolution of the last unit, whose output is at hand.
         partials: moments of x, where what wrote it knows them. Those of the output are None where

@@ -1,9 +1,10 @@
 """What a chain does for one set of shapes, recorded once and replayed.
 
-``record`` runs a function of tensors once, as it is, and writes down what reaches the device: kernel
-launches, ATen operators, calls of Python functions (collectives). The ``Program`` that comes of it
-does the same on other tensors of the same shapes without the Python that decided on it: straight
-code, compiled once, in which a launch is a call of Triton's launcher with addresses filled in.
+``record`` runs a function of tensors once, as it is, and writes down what reaches the device:
+kernel launches, ATen operators, calls of Python functions (collectives). The ``Program`` that comes
+of it does the same to other tensors of the same shapes without the Python that decided on it: code
+without branches, compiled once, in which a launch is a call of Triton's launcher with addresses
+filled in.
 
 Temporaries that only kernels touch lie in one arena, which a replay takes from PyTorch's allocator
 as a whole; their offsets are planned from when they are first and last used. Results are tensors
@@ -388,12 +389,12 @@ class Program:
                 args += [f"{name}={spell(value)}" for name, value in step.kwargs.items()]
                 call = f"{constant(step.function)}({', '.join(args)})"
                 # An operator in place returns what has its name already.
-                places = ["_" if number is None else f"r{number}" for number in step.results]
-                left = "".join(f"{each}, " for each in places) if step.many else places[0]
+                left = ", ".join("_" if n is None else f"r{n}" for n in step.results)
+                left += "," * step.many
                 lines.append(f"{left} = {call}")
-                for number in dict.fromkeys(step.results):
-                    if number is not None and number >= self.inputs:
-                        address(number)
+                for result in dict.fromkeys(step.results):
+                    if result is not None and result >= self.inputs:
+                        address(result)
             else:
                 args = [argument(value) for value in step.args]
                 if by_address:

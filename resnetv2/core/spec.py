@@ -203,7 +203,7 @@ class Spec(NamedTuple):
 
     @property
     def walks_to_x(self) -> bool:
-        """Whether its own x is walked back to: the parts before it need it, and nothing keeps it."""
+        """Whether its own x is walked back to: parts before it need it, and nothing keeps it."""
         walks = self.memory in ("invert", "invert_h1")
         return walks and not self.part.first and self.units[0].walkable
 
