@@ -92,8 +92,8 @@ def measure(
     x, g = case.inputs(dtype)
     x = x.detach()
     params, layout, constants = describe(
-        [Reading(module[0].unit_modules())], dtype, need_x=True, backend=module.backend, memory="recompute",
-        segment=0,
+        [Reading(module[0].unit_modules())],
+        dtype, need_x=True, backend=module.backend, memory="recompute", segment=0,
     )  # fmt: skip
     spec = decode(layout, constants)
     params = [p.detach() for p in params]

@@ -118,8 +118,8 @@ def start_of(compiled: Compiled) -> Start:
     none = (None, None, None)
     passes_on = triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher"
     if not passes_on or run.global_scratch_size or run.profile_scratch_size:
-        before = (compiled.function, compiled.metadata, *none)
-        return Start(run, before, compiled.constants, False)
+        plain = (compiled.function, compiled.metadata, *none)
+        return Start(run, plain, compiled.constants, False)
     before = (
         compiled.function,
         run.launch_cooperative_grid,

@@ -17,6 +17,7 @@ from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.blocks import Stage
 from resnetv2.core.modules import UnitModules
 from resnetv2.core.operators import chain_backward, chain_forward
+from resnetv2.core.reading import Reading
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels.reference import in_memory_format, is_channels_last
@@ -64,7 +65,7 @@ def test_fake_tensors_have_the_real_strides(channels, size, channels_last):
     for (shortcut, stride, dilation), memory in zip(cases, itertools.cycle(MEMORY)):
         first = PreActBlock(c, k, stride, shortcut=shortcut)
         first.conv1.dilation = first.conv1.padding = (dilation, dilation)
-        units = [block.to(DEVICE).unit_modules() for block in (first, PreActBlock(k, k))]
+        units = [Reading(block.to(DEVICE).unit_modules()) for block in (first, PreActBlock(k, k))]
         arguments = describe(units, x.dtype, need_x=True, backend="aten", memory=memory, segment=1)
         check_strides(x, *arguments)
 

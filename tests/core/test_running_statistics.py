@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnetv2.core.statistics import update_buffers
+from resnetv2.core.statistics import BufferUpdate
 from resnetv2.kernels.inspect.yardstick import allowed, distance
 from tests.support.yardstick import DEVICE
 
@@ -26,7 +26,7 @@ def test_a_step_is_one_rounding_of_the_result(momentum, dtype):
     unbiased = var.double() * ROWS / (ROWS - 1)
     for name, batch in (("running_mean", mean.double()), ("running_var", unbiased)):
         norm.register_buffer(f"exact_{name}", getattr(norm, name).double().lerp(batch, momentum))
-    update_buffers([norm], torch.cat((mean, var, *[torch.zeros_like(mean)] * 3)), [ROWS])
+    BufferUpdate([norm], [ROWS]).apply(torch.cat((mean, var, *[torch.zeros_like(mean)] * 3)))
     for name in ("running_mean", "running_var"):
         exact = norm.get_buffer(f"exact_{name}")
         error = distance(norm.get_buffer(name), exact)
