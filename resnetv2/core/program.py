@@ -39,6 +39,23 @@ _ALLOCATIONS = frozenset(
     }
 )
 
+# The same operators as Python's bindings know them, in half the time of ``torch.ops``.
+_BINDINGS: dict[Any, Callable[..., Any]] = {
+    _aten.add.Tensor: torch.add,
+    _aten.add_.Tensor: Tensor.add_,
+    _aten.addcmul.default: torch.addcmul,
+    _aten.addcmul_.default: Tensor.addcmul_,
+    _aten.batch_norm_update_stats.default: torch.batch_norm_update_stats,
+    _aten.cat.default: torch.cat,
+    _aten.convolution.default: torch.convolution,
+    _aten.mul.Tensor: torch.mul,
+    _aten.mul_.Tensor: Tensor.mul_,
+    _aten.relu_.default: torch.relu_,
+    _aten.rsqrt_.default: torch.rsqrt_,
+    _aten.stack.default: torch.stack,
+    _aten.sub.Tensor: torch.sub,
+}
+
 # Every offset in the arena is a multiple: vector loads want 16, cache lines 128.
 _ALIGNMENT = 256
 
@@ -81,6 +98,16 @@ class Call(NamedTuple):
     sizes: tuple[int, int]
 
 
+class View(NamedTuple):
+    """A register's tensor as part of another one's memory. offset: elements from its first."""
+
+    register: int
+    root: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 class Pointer(NamedTuple):
     """A kernel's tensor argument: a place in what a register holds."""
 
@@ -101,7 +128,7 @@ class Launch(NamedTuple):
     compiled: Any  # kernels.launch.Compiled, or None where Triton itself must launch
 
 
-Step = Alloc | Call | Launch
+Step = Alloc | Call | View | Launch
 
 
 class Recorder(TorchDispatchMode):
@@ -112,6 +139,8 @@ class Recorder(TorchDispatchMode):
         self.steps: list[Step] = []
         # Of each register the one whose memory it shares, and where that begins in its storage.
         self.roots: list[tuple[int, int]] = [(n, _begin(t)) for n, t in enumerate(inputs)]
+        # Of each register that shares its root's memory and dtype: where it lies there.
+        self.views: dict[int, View] = {}
         self._inputs = {id(tensor): number for number, tensor in enumerate(inputs)}
         # A tensor's register is written on it: it must not be kept alive, and ids come again.
         self._name = f"_register_of_{id(self)}"
@@ -136,6 +165,14 @@ class Recorder(TorchDispatchMode):
                 break
         self.roots.append(root)
         return number
+
+    def _note_view(self, tensor: Tensor, sources: Sequence[Tensor]) -> None:
+        number = self.register_of(tensor)
+        root, begin = self.roots[number]
+        if root != number and all(source.dtype == tensor.dtype for source in sources):
+            offset = (_begin(tensor) - begin) // tensor.dtype.itemsize
+            size, stride = tuple(tensor.shape), tuple(tensor.stride())
+            self.views[number] = View(number, root, size, stride, offset)
 
     def _replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -166,6 +203,9 @@ class Recorder(TorchDispatchMode):
         results = tuple(
             self._new(value, sources) if isinstance(value, Tensor) else None for value in values
         )
+        if _is_view(func):
+            for value in _tensors(values):
+                self._note_view(value, sources)
         sizes = sum(map(_nbytes, sources)), sum(map(_nbytes, _tensors(values)))
         named = {name: self._replace(value) for name, value in kwargs.items()}
         self.steps.append(Call(func, tuple(self._replace(args)), named, results, many, sizes))
@@ -241,6 +281,7 @@ class Program:
         self.roots = [root for root, _ in recorder.roots]
         self.steps = _without_unread(recorder.steps, self.outputs)
         self.steps = _without_copies(self.steps, self.outputs, self.roots)
+        self.steps = _with_short_views(self.steps, recorder.views, self.outputs)
         self.offsets, self.arena = self._plan_arena()
         launches = [step for step in self.steps if isinstance(step, Launch)]
         # kernels.launch, where all launches can be started again without Triton's own launcher.
@@ -279,6 +320,9 @@ class Program:
                 for number in (*_registers((step.args, step.kwargs)), *step.results):
                     if number is not None:
                         as_tensor.setdefault(number, []).append(place)
+            elif isinstance(step, View):
+                as_tensor.setdefault(step.root, []).append(place)
+                as_tensor.setdefault(step.register, []).append(place)
             elif isinstance(step, Launch):
                 for a in step.args:
                     if isinstance(a, Pointer):
@@ -318,7 +362,11 @@ class Program:
 
         by_address: whether compiled kernels are started with addresses, or launched with tensors.
         """
-        names: dict[str, Any] = {"device": self.device, "empty": torch.empty_strided}
+        names: dict[str, Any] = {
+            "device": self.device,
+            "empty": torch.empty_strided,
+            "as_strided": torch.as_strided,
+        }
         lines: list[str] = []
         as_tensor, addressed = self._uses()
         # When a name is needed last; an owner also by those that share its memory by address.
@@ -384,10 +432,18 @@ class Program:
                         f"r{step.register} = empty({size}, {stride}, dtype={dtype}, device=device)"
                     )
                     address(step.register)
+            elif isinstance(step, View):
+                begin = str(step.offset)
+                if step.root < self.inputs:
+                    begin += f" + r{step.root}.storage_offset()"
+                size, stride = constant(step.size), constant(step.stride)
+                lines.append(
+                    f"r{step.register} = as_strided(r{step.root}, {size}, {stride}, {begin})"
+                )
             elif isinstance(step, Call):
                 args = [spell(value) for value in step.args]
                 args += [f"{name}={spell(value)}" for name, value in step.kwargs.items()]
-                call = f"{constant(step.function)}({', '.join(args)})"
+                call = f"{constant(_binding(step))}({', '.join(args)})"
                 # An operator in place returns what has its name already.
                 left = ", ".join("_" if n is None else f"r{n}" for n in step.results)
                 left += "," * step.many
@@ -420,6 +476,15 @@ class Program:
         return names["replay"]  # type: ignore[no-any-return]
 
 
+def _binding(step: Call) -> Callable[..., Any]:
+    """What code calls in place of an operator."""
+    if step.function is _aten._to_copy.default and step.kwargs.keys() == {"dtype"}:
+        # Only recorded where the dtype was another one, which the program's key fixes.
+        return Tensor.to
+    found = _BINDINGS.get(step.function)
+    return getattr(step.function, "_op", step.function) if found is None else found
+
+
 def _view(
     base: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
@@ -448,6 +513,10 @@ def _without_unread(steps: Sequence[Step], outputs: Sequence[int]) -> list[Step]
             if _is_view(step.function) and not read.intersection(step.results):
                 continue
             read.update(_registers((step.args, step.kwargs)))
+        elif isinstance(step, View):
+            if step.register not in read:
+                continue
+            read.add(step.root)
         elif isinstance(step, Launch):
             read.update(a.register for a in step.args if isinstance(a, Pointer))
         elif isinstance(step, Alloc) and step.register not in read:
@@ -504,6 +573,47 @@ def _without_copies(
             joined.append(step)
         return _without_copies(joined, outputs, roots)
     return list(steps)
+
+
+def _with_short_views(
+    steps: Sequence[Step], views: dict[int, View], outputs: Sequence[int]
+) -> list[Step]:
+    """Make each view of its root at once, and once, instead of through others."""
+    known: dict[tuple[Any, ...], int] = {}
+    same: dict[int, int] = {}
+    short: list[Step] = []
+    for step in steps:
+        if not isinstance(step, Call):
+            short.append(step)
+            continue
+        made = [views.get(n) for n in step.results if n is not None]
+        if _is_view(step.function) and all(view is not None for view in made):
+            for view in made:
+                assert view is not None
+                first = known.setdefault(view[1:], view.register)
+                if view.register in outputs or first == view.register:
+                    short.append(view)
+                else:
+                    same[view.register] = first
+            continue
+        if same:
+            args = _renamed(step.args, same)
+            step = step._replace(args=args, kwargs=_renamed(step.kwargs, same))
+            # An operator in place gives its argument back.
+            step = step._replace(results=tuple(same.get(n, n) for n in step.results))  # type: ignore[arg-type]
+        short.append(step)
+    return _without_unread(short, outputs)
+
+
+def _renamed(value: Any, names: dict[int, int]) -> Any:
+    """``value`` with other registers in the place of some."""
+    if isinstance(value, Register):
+        return Register(names.get(value.number, value.number))
+    if isinstance(value, dict):
+        return {key: _renamed(part, names) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_renamed(part, names) for part in value)
+    return value
 
 
 def _is_view(function: Any) -> bool:
