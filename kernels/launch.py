@@ -24,6 +24,7 @@ from triton.errors import TritonError
 
 from . import recording
 from .operands import Geometry
+from .switches import allow_tf32
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 
@@ -304,14 +305,6 @@ def describe(tensor: Tensor) -> str:
     """A tensor's device by name and target, for messages."""
     target = device_of(tensor).target
     return f"{torch.cuda.get_device_name(tensor.device)} ({target})" if tensor.is_cuda else target
-
-
-def allow_tf32() -> bool:
-    """PyTorch's own switch for TF32 in convolutions, old and new interface."""
-    try:
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):
-        return torch.backends.cudnn.allow_tf32
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -38,3 +38,16 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def fresh_programs(request):
+    """What a test patches is no part of a program's key: no other test may replay it."""
+    from resnetv2.core import execution
+
+    patches = "monkeypatch" in request.fixturenames
+    if patches:
+        execution.PROGRAMS.clear()
+    yield
+    if patches:
+        execution.PROGRAMS.clear()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.dispatch import AtenEngine, engine, resolve_backend
 from ..kernels.operands import flat_moments, joined_moments
 from ..kernels.reference import in_memory_format, is_channels_last
+from ..kernels.switches import allow_tf32
 from .chain import Chain, stream_dtypes
 from .program import Programs
 from .spec import Spec
@@ -51,7 +52,7 @@ def _key(spec: Spec, direction: str, form: Any, tensors: Sequence[Tensor]) -> tu
         form,
         device,
         resolve_backend(spec.backend, device),
-        torch.backends.cudnn.allow_tf32,
+        allow_tf32(),
         *[(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors],
     )
 
