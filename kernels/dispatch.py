@@ -1,4 +1,5 @@
-"""Which implementation runs, per backend, operation and shape (design 4).
+"""Which implementation runs, per backend, operation and shape
+(README.md, "Which implementation runs").
 
 An engine offers the four steps out of which a chain's forward and backward are made: moments and
 their merging, a convolution's forward, and the backward of one norm -> act -> conv. ``AtenEngine``
@@ -150,7 +151,8 @@ class AtenEngine:
         final: bool = False,
         sync: Ranks | None = None,
     ) -> ConvGrads:
-        """Backward of conv(act(norm(h))) for one gradient of its output (design 2, backward).
+        """Backward of conv(act(norm(h))) for one gradient of its output
+        (README.md, "Backward").
 
         Args:
             grad: gradient of the convolution's output, (N, K, P, Q).
@@ -457,7 +459,7 @@ def _said_below_sm80(number: int) -> bool:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """ "triton" or "aten" for a requested backend and a device (design 4).
+    """ "triton" or "aten" for a requested backend and a device.
 
     ``RESNETV2_BACKEND`` overrides "auto"; without it, Triton runs on a GPU, from sm_80 on, and in
     its interpreter (``TRITON_INTERPRET=1``).

@@ -1,11 +1,11 @@
-"""The one forward and the one backward of a chain of pre-activation units (design 2, 3).
+"""The one forward and the one backward of a chain of pre-activation units.
 
-He et al. 2016, equation (4): x_{l+1} = x_l + F(x_l). With h_0 = x, a unit computes
+He et al. 2016, equation (3): x_{l+1} = x_l + F(x_l). With h_0 = x, a unit computes
 z_i = act(norm_i(h_{i-1})), h_i = conv_i(z_i) for i = 1..k, and adds its shortcut to h_k.
 Blocks, models and ``fuse`` all run these functions; a memory mode only says which h_i are kept
 (``Spec.kept_of``), and what is missing is computed again from what is there.
 
-Everything here is below autograd: plain tensors in and out. ``ops`` registers it as operators.
+Everything here is below autograd: plain tensors in and out. ``execution`` runs it by programs.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class Chain:
         return self.stats[self.spec.positions[number].first_stats + i]
 
     def _previous(self, number: int, h_last: Tensor, out: Tensor) -> Tensor:
-        """x_l = x_{l+1} - F_last(h_{k-1}): one step back along the identity path (design 3).
+        """x_l = x_{l+1} - F_last(h_{k-1}): one step back along the identity path.
 
         F_last is computed by the kernel and from the inputs that computed it in the forward, so
         its bits are the same and the only error is that of one addition and one subtraction.
@@ -282,7 +282,7 @@ class Chain:
     def _unit_backward(
         self, number: int, g: Tensor, hs: list[Tensor], grads: list[Tensor | None]
     ) -> Tensor | None:
-        """Backward of one unit: the shortcut's, then repetition k..1 (design 2)."""
+        """Backward of one unit: the shortcut's, then repetition k..1."""
         spec, engine = self.spec, self.engine
         unit, at = spec.units[number], spec.positions[number]
         x = hs[0]

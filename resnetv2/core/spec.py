@@ -1,7 +1,7 @@
 """What a chain is, as plain data, and as the integers and floats that an operator takes.
 
 A **unit** is k >= 1 repetitions of norm -> act -> conv plus a shortcut; a **chain** is a list of
-units (design 2). ``torch.library`` operators take tensors and lists of numbers, so a chain travels
+units. ``torch.library`` operators take tensors and lists of numbers, so a chain travels
 as ``params`` (its tensors, flat), ``layout`` (integers) and ``constants`` (floats), and
 ``decode`` gives the record back, cached.
 """
@@ -182,7 +182,7 @@ class Spec(NamedTuple):
 
     dtype: in which convolutions multiply. backend, memory: names. segment: units a segment has in
     mode "segment". wide: whether the residual stream between units is float32 though convolutions
-    are in half precision, as walking it back needs (design 3). keep: whether a backward follows.
+    are in half precision, as walking it back needs. keep: whether a backward follows.
     need_x: whether x's gradient is wanted. needs: the same for each of ``params``; first_need:
     position of the first whose gradient is.
     part: its place in the chain that it is a part of.
