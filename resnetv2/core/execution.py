@@ -46,6 +46,10 @@ def _engine(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> AtenEngine:
 def _key(spec: Spec, direction: str, form: Any, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Everything that a program depends on besides its tensors' values."""
     device = tensors[0].device
+    large: tuple[bool, ...] = ()
+    if torch.version.hip is not None:
+        # Buffer operations reach 2 GiB: Triton compiles kernels by their tensors' storages.
+        large = tuple(t.untyped_storage().nbytes() >= 2**31 for t in tensors)
     return (
         id(spec),
         direction,
@@ -53,6 +57,7 @@ def _key(spec: Spec, direction: str, form: Any, tensors: Sequence[Tensor]) -> tu
         device,
         resolve_backend(spec.backend, device),
         allow_tf32(),
+        large,
         *[(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors],
     )
 
