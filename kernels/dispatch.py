@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ranks, reference
-from .operands import Act, Geometry, Grad, Partials, running_stats
+from .operands import Act, Geometry, Grad, Partials, running_stats, stats_dtype
 from .ranks import Gather, Ranks
 from .reference import cast
 
@@ -42,6 +42,10 @@ class ConvGrads(NamedTuple):
     dbeta: Tensor | None
 
 
+# The attribute of a norm's statistics that holds its output until a convolution reads it.
+_NORMALISED = "_normalised"
+
+
 class AtenEngine:
     """The steps of a chain on ATen's kernels: any device, any float dtype."""
 
@@ -54,7 +58,12 @@ class AtenEngine:
         return training and (not synced or self._rank_moments_from_conv)
 
     def moments(self, x: Tensor) -> Any:
-        """Moments of x, in whatever form ``norm_stats`` of the same engine takes."""
+        """Moments of x, in whatever form ``norm_stats`` of the same engine takes.
+
+        x itself where ATen's norm takes them and normalises in one call, as eager's does.
+        """
+        if x.device.type != "cuda" and x.dtype == stats_dtype(x.dtype):
+            return (x,)
         return reference.batch_moments(x)
 
     def rank_moments(self, x: Tensor) -> Any:
@@ -65,8 +74,12 @@ class AtenEngine:
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         """(5, C) statistics of a batch out of its moments (``operands.running_stats``)."""
-        mean, var = moments
-        return running_stats(mean, var, weight, bias, eps)
+        if len(moments) == 2:
+            return running_stats(*moments, weight, bias, eps)
+        stats, normalised = reference.normalise(*moments, weight, bias, eps)
+        # For the convolution that comes next, which takes it away.
+        stats.__dict__[_NORMALISED] = normalised
+        return stats
 
     def _merged_stats(
         self, partials: Partials, counts: Tensor,
@@ -103,8 +116,14 @@ class AtenEngine:
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """``reference.conv_forward``, with the moments as ``self.moments`` gives them."""
+        stats: Tensor | None = options.get("stats")
+        if stats is not None:
+            normalised = stats.__dict__.pop(_NORMALISED, None)
+            if normalised is not None:
+                h = cast(reference.activate_(normalised, options["act"]), options["dtype"])
+                options["stats"] = None
         out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
-        return out, reference.batch_moments(out) if with_moments else None
+        return out, self.moments(out) if with_moments else None
 
     def conv_backward(
         self,

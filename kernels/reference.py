@@ -100,6 +100,25 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(cast(x, stats_dtype(x.dtype)), None, None, 0.0)
 
 
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A batch's (5, C) statistics and u = a*x + b, as eager PyTorch's norm computes them.
+
+    x: (N, C, H, W), in the statistics' dtype. One call of ATen for what ``batch_moments``,
+    ``operands.running_stats`` and ``affine`` do, with the same bits but for the variance's last.
+    """
+    rows = _rows(x)
+    weight = None if weight is None else cast(weight, x.dtype)
+    bias = None if bias is None else cast(bias, x.dtype)
+    # A running variance of 0 moves to (1 - 1/rows) of the unbiased one: the biased one.
+    mean, var = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+    u, mean, rstd = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0 - 1.0 / rows, eps)
+    scale = rstd if weight is None else rstd * weight
+    shift = mean * -scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+    return torch.stack((mean, var, rstd, scale, shift)), u
+
+
 # Of a reduction between ranks: rows are summed in so many places side by side.
 _RANK_TILES = 64
 

@@ -7,6 +7,7 @@ formula must not change its inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,17 +92,17 @@ def _chain_backward_fake(
     return result + [torch.empty_like(p) for p, need in zip(params, spec.needs) if need]
 
 
-def saved_params(spec: Spec, params: list[Tensor]) -> list[Tensor]:
+def saved_params(spec: Spec, params: Sequence[Tensor]) -> Sequence[Tensor]:
     """What a backward saves of ``params``.
 
     What it does not read may be changed meanwhile, as in eager: running statistics, which ``stats``
     holds.
     """
+    if not spec.running:
+        return params
     params = list(params)
-    for unit, at in zip(spec.units, spec.positions):
-        for norm, mean, var in zip(unit.norms, at.running_mean, at.running_var):
-            if not norm.training:
-                params[mean], params[var] = params[mean].data, params[var].data
+    for position in spec.running:
+        params[position] = params[position].data
     return params
 
 

@@ -61,9 +61,7 @@ class PartFunction(torch.autograd.Function):
             if walks and spec.part.last:
                 saved.append(result.end)
             ctx.count = len(saved) + 1 + len(result.kept)
-            ctx.save_for_backward(
-                *saved, result.stats, *result.kept, *saved_params(spec, list(params))
-            )
+            ctx.save_for_backward(*saved, result.stats, *result.kept, *saved_params(spec, params))
         return result.out
 
     @staticmethod

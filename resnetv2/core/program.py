@@ -50,6 +50,8 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
     _aten.convolution.default: torch.convolution,
     _aten.mul.Tensor: torch.mul,
     _aten.mul_.Tensor: Tensor.mul_,
+    _aten.native_batch_norm.default: torch.native_batch_norm,
+    _aten.new_zeros.default: Tensor.new_zeros,
     _aten.relu_.default: torch.relu_,
     _aten.rsqrt_.default: torch.rsqrt_,
     _aten.stack.default: torch.stack,

@@ -185,7 +185,7 @@ class Spec(NamedTuple):
     are in half precision, as walking it back needs. keep: whether a backward follows.
     need_x: whether x's gradient is wanted. needs: the same for each of ``params``; first_need:
     position of the first whose gradient is.
-    part: its place in the chain that it is a part of.
+    part: its place in the chain that it is a part of. running: positions of running statistics.
     """
 
     units: tuple[Unit, ...]
@@ -200,6 +200,7 @@ class Spec(NamedTuple):
     first_need: int
     positions: tuple[UnitParams, ...]
     part: Part
+    running: tuple[int, ...]
 
     @property
     def walks_to_x(self) -> bool:
@@ -336,6 +337,7 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         needs.index(True) if True in needs else len(needs),
         tuple(positions),
         Part(first, last, hands_on, None if natural < 0 else DTYPES[natural]),
+        tuple(n for at in positions for n in (*at.running_mean, *at.running_var) if n >= 0),
     )
 
 

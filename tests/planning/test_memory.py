@@ -179,7 +179,7 @@ def test_recomputed_last_convolution_is_the_forwards_bits(backend):
     tools = engine(backend, DEVICE, (torch.float32,))
     chain = Chain(spec, params, tools)
     with torch.no_grad():
-        _, kept = chain.forward(x, 0, 1, ((0, 2),))
+        _, kept, _ = chain.forward(x, 0, 1, ((0, 2),))
         h2, at = kept[0, 2], spec.positions[0]
         weight, stats = params[at.conv_weight[2]], chain.stats[2]
         runs = [
