@@ -75,8 +75,10 @@ class AtenEngine:
     ) -> Tensor:
         """(5, C) statistics of a batch out of its moments (``operands.running_stats``)."""
         if len(moments) == 2:
-            return running_stats(*moments, weight, bias, eps)
-        stats, normalised = reference.normalise(*moments, weight, bias, eps)
+            mean, var = moments
+            return running_stats(mean, var, weight, bias, eps)
+        (x,) = moments
+        stats, normalised = reference.normalise(x, weight, bias, eps)
         # For the convolution that comes next, which takes it away.
         stats.__dict__[_NORMALISED] = normalised
         return stats

@@ -58,7 +58,10 @@ class BufferUpdate:
             variances.append(norm.running_var)
             numbers.append(number)
         self._counters = list(counters.values())
-        self._moved = [(key[0], levels[key[1]], *group) for key, group in moved.items()]
+        self._moved = [
+            (momentum, levels[level], [*means, *variances], numbers)
+            for (momentum, level, _), (means, variances, numbers) in moved.items()
+        ]
 
     def apply(self, stats: Tensor) -> None:
         """Move running statistics and ``num_batches_tracked`` as torch.nn.BatchNorm2d does.
@@ -80,16 +83,16 @@ class BufferUpdate:
         with torch.no_grad():
             for tracked in self._counters:
                 torch._foreach_add_(tracked, 1)
-            for momentum, rows, means, variances, numbers in self._moved:
-                batch_means = [parts[3 * i] for i in numbers]
-                batch_vars = [parts[3 * i + 1] for i in numbers]
+            for momentum, rows, running, numbers in self._moved:
+                batch = [parts[3 * i + 1] for i in numbers]
                 if rows is not None:
-                    batch_vars = list(torch._foreach_mul(batch_vars, rows / (rows - 1)))
+                    batch = list(torch._foreach_mul(batch, rows / (rows - 1)))
+                batch = [*[parts[3 * i] for i in numbers], *batch]
+                if any(r.dtype != stats.dtype for r in running):
+                    batch = [b.to(r.dtype) for b, r in zip(batch, running)]
                 # running + momentum*(batch - running) rounds once at the size of the result, the
                 # form (1 - momentum)*running + momentum*batch twice.
-                for running, batch in ((means, batch_means), (variances, batch_vars)):
-                    batch = [b.to(r.dtype) for b, r in zip(batch, running)]
-                    torch._foreach_lerp_(running, batch, momentum)
+                torch._foreach_lerp_(running, batch, momentum)
             for norm, number, rows in self._cumulative:
                 mean, var = parts[3 * number], parts[3 * number + 1]
                 norm.num_batches_tracked.add_(1)
