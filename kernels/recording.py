@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 _recorder: ContextVar[Any] = ContextVar("recorder", default=None)
 
 
@@ -24,6 +26,17 @@ def to(recorder: Any) -> Iterator[None]:
     token = _recorder.set(recorder)
     try:
         yield
+    finally:
+        _recorder.reset(token)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Write nothing down inside the block: trial runs are no part of a program."""
+    token = _recorder.set(None)
+    try:
+        with _disable_current_modes():
+            yield
     finally:
         _recorder.reset(token)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 
-from . import launch
+from . import launch, recording
 from .launch import Config
 
 # Milliseconds that a candidate warms up and is timed for: a network's shapes in seconds.
@@ -112,7 +112,8 @@ def choose(
         times = []
         for candidate in candidates:
             try:
-                times.append(timer(functools.partial(run, candidate)))
+                with recording.paused():
+                    times.append(timer(functools.partial(run, candidate)))
             except launch.KernelError:
                 times.append(math.inf)
         best = candidates[times.index(min(times))]

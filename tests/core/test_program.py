@@ -18,6 +18,7 @@ from resnetv2.blocks import Stage
 from resnetv2.core import execution, parts
 from resnetv2.core.program import Launch, Programs, record
 from resnetv2.core.reading import read
+from resnetv2.kernels import recording
 from resnetv2.names import MEMORY_MODES
 from tests.support.yardstick import BACKENDS, DEVICE, assert_equal_steps, images, randomise, step
 
@@ -318,6 +319,18 @@ def test_results_may_be_inputs_and_views() -> None:
     for one, other in zip(first, again):
         assert torch.equal(one, other)
     assert again[1].data_ptr() == again[2].data_ptr()
+
+
+def test_what_is_tried_out_is_not_recorded() -> None:
+    """Tiles may be timed while a chain is recorded."""
+
+    def function(x: Tensor) -> tuple[list[Tensor], None]:
+        with recording.paused():
+            torch.ones(5).mul_(3)
+        return [x + 1], None
+
+    program, _, _ = record(function, [torch.ones(3)], torch.device("cpu"))
+    assert len(program.steps) == 1
 
 
 def test_a_tensor_from_elsewhere_is_refused() -> None:
