@@ -164,6 +164,8 @@ def _launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
 ) -> Compiled | None:
     """``launch``; what starts the kernel again, or None where Triton itself must."""
+    if args[0].is_meta:
+        return None  # nothing to compute: a program's cost is wanted
     for callback in _recorders:
         callback(kernel.fn.__name__, grid, constants)
     if INTERPRET:
@@ -289,7 +291,13 @@ def _device(number: int) -> Device:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """A tensor's device; for a CPU tensor the active driver's: a dry run's."""
+    """A tensor's device; for a CPU tensor the active driver's: a dry run's.
+
+    For a tensor without memory the one that it stands for (``recording.for_gpu``).
+    """
+    if tensor.is_meta:
+        stated: Device = recording.gpu()
+        return stated
     if INTERPRET:
         return INTERPRETER
     if tensor.is_cuda:

@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils._python_dispatch import _disable_current_modes
 
 _recorder: ContextVar[Any] = ContextVar("recorder", default=None)
+_gpu: ContextVar[Any] = ContextVar("gpu", default=None)
 
 
 def current() -> Any:
@@ -45,3 +46,25 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)``, to be called again by a program: a collective, say."""
     recorder = _recorder.get()
     return function(*args) if recorder is None else recorder.call(function, *args)
+
+
+def flops(number: int) -> None:
+    """Say what the next launch multiplies and adds: of a convolution."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.flops = number
+
+
+def gpu() -> Any:
+    """The ``launch.Device`` that tensors without memory (device "meta") stand for, or None."""
+    return _gpu.get()
+
+
+@contextmanager
+def for_gpu(device: Any) -> Iterator[None]:
+    """Tensors without memory stand for ``device``'s inside the block: tiles are chosen for it."""
+    token = _gpu.set(device)
+    try:
+        yield
+    finally:
+        _gpu.reset(token)

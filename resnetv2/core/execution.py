@@ -65,7 +65,7 @@ def _key(spec: Spec, direction: str, form: Any, tensors: Sequence[Tensor]) -> tu
 @contextlib.contextmanager
 def no_autocast(device: str) -> Iterator[None]:
     """The dtype of every step is decided by the spec; autocast must not decide again inside."""
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         yield
         return
     torch.set_autocast_enabled(device, False)
@@ -106,10 +106,11 @@ def forward(
     memory_format: torch.memory_format,
     moments: Sequence[Tensor] = (),
     form: Any = None,
+    programs: Any = PROGRAMS,
 ) -> Forward:
     """Run a part on x, (N, C, H, W), whose moments may be known from the part before.
 
-    Results lie in memory as ``memory_format`` says.
+    Results lie in memory as ``memory_format`` says. programs: where its program is kept.
     """
     given = len(moments)
 
@@ -132,7 +133,7 @@ def forward(
     inputs = [x, *moments, *params]
     with no_autocast(x.device.type):
         key = _key(spec, "forward", (memory_format, form), inputs)
-        results, its_form = PROGRAMS.run(key, run, inputs, x.device, spec)
+        results, its_form = programs.run(key, run, inputs, x.device, spec)
     out, end, stats, *rest = results
     count = len(rest) - len(spec.kept())
     return Forward(out, end, stats, rest[count:], rest[:count], its_form)
@@ -147,11 +148,12 @@ def backward(
     kept: Sequence[Tensor],
     params: Sequence[Tensor],
     memory_format: torch.memory_format,
+    programs: Any = PROGRAMS,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Gradients for the gradient g of a part's output: x's, then the params', those wanted; and x.
 
     x: its input, None where it is walked back to. end: its output in the stream's dtype, which the
-    modes that walk need. stats, kept: as ``forward`` gave them.
+    modes that walk need. stats, kept: as ``forward`` gave them. programs: as there.
     """
     ends = [tensor for tensor in (x, end) if tensor is not None]
     keys = spec.kept()
@@ -189,7 +191,7 @@ def backward(
     inputs = [g, *ends, stats, *kept, *params]
     with no_autocast(g.device.type):
         key = _key(spec, "backward", (memory_format, x is None, end is None), inputs)
-        results, _ = PROGRAMS.run(key, run, inputs, g.device, spec)
+        results, _ = programs.run(key, run, inputs, g.device, spec)
     if x is None:
         *results, x = results
     return results, x

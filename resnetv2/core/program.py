@@ -15,6 +15,7 @@ is kept (``Programs``).
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..kernels import recording
+from . import aten
 
 _aten = torch.ops.aten
 
@@ -89,7 +91,9 @@ class Call(NamedTuple):
     """An operator or Python function: registers stand for tensors among its arguments.
 
     results: the registers of its tensors, in order; None for what is no tensor. many: whether it
-    returns a tuple or list. sizes: bytes of its tensors, those read and those written.
+    returns a tuple or list. sizes: bytes of its tensors, those read and those written. moved:
+    bytes of activations and weights among them, each counted once. flops: of a convolution.
+    scratch: bytes that it allocates and frees itself.
     """
 
     function: Callable[..., Any]
@@ -98,6 +102,9 @@ class Call(NamedTuple):
     results: tuple[int | None, ...]
     many: bool
     sizes: tuple[int, int]
+    moved: int = 0
+    flops: int = 0
+    scratch: int = 0
 
 
 class View(NamedTuple):
@@ -128,6 +135,21 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     constants: dict[str, Any]
     compiled: Any  # kernels.launch.Compiled, or None where Triton itself must launch
+    flops: int = 0  # of a convolution
+
+    @property
+    def moved(self) -> int:
+        """Bytes of its activations and weights, each counted once."""
+        places = {a for a in self.args if isinstance(a, Pointer)}
+        return sum(math.prod(a.size) * a.dtype.itemsize for a in places if _is_large(a.size))
+
+
+class StepCost(NamedTuple):
+    """What one launch or operator moves and multiplies. nbytes: read plus written."""
+
+    name: str
+    nbytes: int
+    flops: int
 
 
 Step = Alloc | Call | View | Launch
@@ -143,6 +165,11 @@ class Recorder(TorchDispatchMode):
         self.roots: list[tuple[int, int]] = [(n, _begin(t)) for n, t in enumerate(inputs)]
         # Of each register that shares its root's memory and dtype: where it lies there.
         self.views: dict[int, View] = {}
+        # Of each register the bytes of its storage.
+        self.storages = [tensor.untyped_storage().nbytes() for tensor in inputs]
+        # FLOPs of the next launch.
+        self.flops = 0
+        self._on_meta = any(tensor.is_meta for tensor in inputs)
         self._inputs = {id(tensor): number for number, tensor in enumerate(inputs)}
         # A tensor's register is written on it: it must not be kept alive, and ids come again.
         self._name = f"_register_of_{id(self)}"
@@ -166,6 +193,7 @@ class Recorder(TorchDispatchMode):
                 root = self.roots[self.register_of(source)]
                 break
         self.roots.append(root)
+        self.storages.append(tensor.untyped_storage().nbytes())
         return number
 
     def _note_view(self, tensor: Tensor, sources: Sequence[Tensor]) -> None:
@@ -187,7 +215,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        known = aten.ON_META.get(func, func) if self._on_meta else func
+        result = known(*args, **kwargs)
         if func in _ALLOCATIONS:
             number = self._new(result)
             size, stride = tuple(result.shape), tuple(result.stride())
@@ -209,8 +238,13 @@ class Recorder(TorchDispatchMode):
             for value in _tensors(values):
                 self._note_view(value, sources)
         sizes = sum(map(_nbytes, sources)), sum(map(_nbytes, _tensors(values)))
+        read = {self.register_of(tensor): tensor for tensor in sources}
+        moved = sum(_nbytes(t) for t in (*read.values(), *_tensors(values)) if _is_large(t.shape))
+        about = aten.flops(func, args, values), aten.scratch(func, args, values)
         named = {name: self._replace(value) for name, value in kwargs.items()}
-        self.steps.append(Call(func, tuple(self._replace(args)), named, results, many, sizes))
+        self.steps.append(
+            Call(func, tuple(self._replace(args)), named, results, many, sizes, moved, *about)
+        )
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)`` as one step, whatever it does inside."""
@@ -228,10 +262,11 @@ class Recorder(TorchDispatchMode):
         run: Callable[..., Any],
     ) -> None:
         """A kernel launch; ``run`` does it and gives what starts it again."""
+        flops, self.flops = self.flops, 0
         with _disable_current_modes():
             compiled = run(kernel, grid, args, constants)
         pointers = tuple(self._pointer(a) if isinstance(a, Tensor) else a for a in args)
-        self.steps.append(Launch(kernel, grid, pointers, constants, compiled))
+        self.steps.append(Launch(kernel, grid, pointers, constants, compiled, flops))
 
     def _pointer(self, tensor: Tensor) -> Pointer:
         root, begin = self.roots[self.register_of(tensor)]
@@ -250,6 +285,11 @@ def _begin(tensor: Tensor) -> int:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
+
+
+def _is_large(shape: Sequence[int]) -> bool:
+    """Whether a tensor is an activation or a weight, and not one value per channel."""
+    return len(shape) == 4 and (shape[0], *shape[2:]) != (1, 1, 1)
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -281,6 +321,7 @@ class Program:
         self.inputs = inputs
         self.outputs = tuple(outputs)
         self.roots = [root for root, _ in recorder.roots]
+        self._storages = recorder.storages
         self.steps = _without_unread(recorder.steps, self.outputs)
         self.steps = _without_copies(self.steps, self.outputs, self.roots)
         self.steps = _with_short_views(self.steps, recorder.views, self.outputs)
@@ -312,6 +353,51 @@ class Program:
     def allocs(self) -> dict[int, Alloc]:
         """Tensors that are made without a value, by register."""
         return {step.register: step for step in self.steps if isinstance(step, Alloc)}
+
+    def costs(self) -> list[StepCost]:
+        """What is launched and called, in order, views left out."""
+        found = []
+        for step in self.steps:
+            if isinstance(step, Launch):
+                found.append(StepCost(step.kernel.fn.__name__, step.moved, step.flops))
+            elif isinstance(step, Call) and not _is_view(step.function):
+                name = getattr(step.function, "overloadpacket", step.function).__name__
+                found.append(StepCost(name, step.moved, step.flops))
+        return found
+
+    def peak(self) -> int:
+        """Most bytes that a replay holds besides its inputs: the arena, results, and all between.
+
+        A tensor is held from the step that makes it to the last one that uses it.
+        """
+        as_tensor, addressed = self._uses()
+        last: dict[int, int] = {}
+        for number, places in (*as_tensor.items(), *addressed.items()):
+            root = self.roots[number]
+            last[root] = max(last.get(root, -1), *places)
+        ending: dict[int, list[int]] = {}
+        for root, place in last.items():
+            ending.setdefault(place, []).append(root)
+        held: dict[int, int] = {}
+        alive = most = self.arena
+        for place, step in enumerate(self.steps):
+            made: dict[int, int] = {}
+            scratch = 0
+            if isinstance(step, Alloc) and step.register not in self.offsets:
+                made[step.register] = step.nbytes
+            elif isinstance(step, Call):
+                scratch = step.scratch
+                for number in step.results:
+                    if number is not None and number >= self.inputs:
+                        made[self.roots[number]] = self._storages[number]
+            for root, nbytes in made.items():
+                if root >= self.inputs and root not in held:
+                    held[root] = nbytes
+                    alive += nbytes
+            most = max(most, alive + scratch)
+            for root in ending.get(place, ()):
+                alive -= held.get(root, 0)
+        return most
 
     def _uses(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Per register the steps that read or write it as a tensor; per root those by address."""

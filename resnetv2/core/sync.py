@@ -56,7 +56,8 @@ def gather_over(number: int) -> Gather:
         out = values.new_empty(ranks * values.numel())
         # PyTorch 2.13 renamed it.
         collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        collective(out, values, group)
+        if not values.is_meta:
+            collective(out, values, group)
         return out.view(ranks, -1)
 
     return lambda values: recording.call(collect, values)
