@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, launch
+from . import configs, launch, recording
 from .activations import activation_grad, cast
 from .conv_tile import conv_tile
 from .integers import cdiv
@@ -235,6 +235,7 @@ def conv_dgrad(
     data = None
     if stats is not None and coef is None:
         data = torch.empty((tiles, 2, c), dtype=torch.float32, device=h.device)
+    recording.flops(2 * grad.q.numel() * c * r * s)
     launch.launch(
         conv_dgrad_kernel,
         (tiles * cdiv(c, config.block_n),),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, launch
+from . import configs, launch, recording
 from .activations import activate, cast
 from .conv_tile import conv_tile
 from .integers import cdiv
@@ -218,6 +218,7 @@ def conv_forward(
     data = None
     if with_moments:
         data = torch.empty((tiles, 2, k), dtype=torch.float32, device=h.device)
+    recording.flops(2 * rows * k * c * r * s)
     launch.launch(
         conv_forward_kernel,
         (tiles * cdiv(k, config.block_n),),

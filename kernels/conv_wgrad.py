@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import recording
 from .activations import activate, cast, dot, operand
 from .integers import cdiv, next_power_of_2
 from .launch import (
@@ -362,6 +363,7 @@ def conv_wgrad(
     blocks, splits = config.splits(rows, k, j, device)
     _, size = config.workspace(rows, k, j, with_bias, device)
     workspace = torch.empty((splits, size), dtype=torch.float32, device=h.device)
+    recording.flops(2 * rows * k * j)
     launch(
         _conv_wgrad_kernel,
         (config.tiles(k, j) * splits,),

@@ -34,6 +34,8 @@ def enabled() -> bool:
     """Whether tiles are timed: asked for, and on a GPU (no interpreter, no dry run)."""
     if os.environ.get("RESNETV2_AUTOTUNE") != "1" or launch.INTERPRET:
         return False
+    if recording.gpu() is not None:
+        return False  # tensors without memory
     if not torch.cuda.is_available():
         return False
     return type(triton.runtime.driver.active).__module__.startswith("triton.backends.")
