@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.dispatch import has_triton
 from ..kernels.operands import Geometry
+from ..kernels.reference import memory_format_of
 from ..names import MEMORY_MODES
-from .budget import ChainCost, chain_cost
+from .meta import MetaPart, MetaPrograms, chain_parts
 from .modules import UnitModules
-from .run import segment_length
-from .shapes import Shape
+from .shapes import Shape, chain_shapes
 
 if TYPE_CHECKING:
     from ..kernels.launch import Device
@@ -85,6 +85,43 @@ class ModeCost(NamedTuple):
     segments: tuple[int, ...]
 
 
+class _Held:
+    """Bytes of the tensors that something holds, each once however many hold it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._holders: dict[int, tuple[Tensor, int]] = {}
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            _, holders = self._holders.get(id(tensor), (tensor, 0))
+            self._holders[id(tensor)] = tensor, holders + 1
+            self.nbytes += 0 if holders else _nbytes(tensor)
+
+    def release(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            _, holders = self._holders.pop(id(tensor))
+            if holders > 1:
+                self._holders[id(tensor)] = tensor, holders - 1
+            else:
+                self.nbytes -= _nbytes(tensor)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize
+
+
+def _saved(part: MetaPart) -> list[Tensor]:
+    """What a part keeps for its backward (``parts.PartFunction``)."""
+    spec, result = part.spec, part.result
+    saved = [result.stats, *result.kept]
+    if not spec.walks_to_x:
+        saved.append(part.x)
+    if spec.memory != "recompute" and spec.part.last:
+        saved.append(result.end)
+    return saved
+
+
 def step_bytes(
     model: nn.Module,
     image: Shape,
@@ -93,49 +130,75 @@ def step_bytes(
     *,
     gpu: Device | None,
     optimizer_states: float,
-) -> tuple[ModeCost, int]:
-    """The row of one mode, and the bytes that eager keeps; image: a batch of images."""
-    stages: Sequence[Sequence[UnitModules]] = [
-        [_unit_of(block) for block in stage]
-        for stage in model.stages  # type: ignore[union-attr]
-    ]
+    programs: MetaPrograms | None = None,
+) -> tuple[ModeCost, int, int]:
+    """The row of one mode, the bytes that eager keeps, and the FLOPs of the chains.
+
+    image: a batch of images. programs: those that are known already. ``extra_flops`` is left at 0.
+    """
+    programs = MetaPrograms() if programs is None else programs
     parameters = list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    weights = sum(map(_nbytes, parameters))
+    gradients = sum(_nbytes(p) for p in parameters if p.requires_grad)
+    buffers = sum(map(_nbytes, model.buffers()))
     optimizer = int(gradients * optimizer_states)
     x, stem = _stem(model, image, dtype)
-    held = stem + x.nbytes
-    costs: list[ChainCost] = []
-    for units in stages:
-        segment = segment_length(units) if mode == "segment" else 0
-        cost, x = chain_cost(units, x, dtype, mode, gpu=gpu, segment=segment)
-        costs.append(cost)
-    tail = 3 * x.nbytes
-    peak = kept = held
-    done = 0
-    chains = sum(c.gradients for c in costs)
-    for cost in costs:
-        kept += cost.kept + cost.ends
-        # Of the gradients, those of later stages and of this one exist when its backward ends.
-        peak = max(peak, kept + cost.walk + gradients - done - (gradients - chains))
-        done += cost.gradients
-    # The last norm and activation, with their backward.
-    peak = max(peak, kept + tail)
-    return (
-        ModeCost(
-            mode,
-            weights + buffers,
-            gradients,
-            optimizer,
-            kept,
-            max(c.walk for c in costs),
-            weights + buffers + optimizer + peak + tail // 3,
-            sum(c.extra_flops for c in costs) / (3 * sum(c.flops for c in costs)),
-            tuple(c.segment for c in costs) if mode == "segment" else (),
-        ),
-        sum(c.eager for c in costs) + held,
+    eager = stem + _nbytes(x)
+    parts: list[MetaPart] = []
+    segments = []
+    held = _Held(stem)
+    held.hold([x])
+    peak = held.nbytes
+    for stage in model.stages:  # type: ignore[union-attr]
+        units = [_unit_of(block) for block in stage]
+        chain, out = chain_parts(units, x, dtype, mode, gpu=gpu, programs=programs)
+        for part in chain:
+            held.hold([part.x])  # its caller does
+            peak = max(peak, held.nbytes + part.forward.peak())
+            held.hold(_saved(part))
+            held.release([part.x])
+            hs = chain_shapes(part.spec, part.x.shape, part.x.dtype, part.params)
+            eager += 2 * sum(shape.nbytes for h in hs for shape in h[:-1])
+        segments.append(chain[0].spec.segment)
+        parts += chain
+        x = out
+    # The last norm keeps its input, the activation its result; the gradient is that of either.
+    tail = _nbytes(x)
+    held.hold([x])
+    kept = held.nbytes
+    peak = max(peak, kept + 3 * tail)
+    held.release([x])
+    # Of the gradients those that do not belong to the chains: the tail's and, in the end, the
+    # stem's.
+    in_chains = sum(_nbytes(t) for part in parts for t in part.grads[part.spec.need_x :])
+    held.nbytes += gradients - in_chains
+    walk = 0
+    g = [torch.empty_like(x, device="meta")]
+    held.hold(g)
+    walked: list[Tensor] = []
+    for part in reversed(parts):
+        needs = part.backward.peak()
+        peak = max(peak, held.nbytes + needs)
+        walk = max(walk, needs + sum(map(_nbytes, (*g, *walked))))
+        held.release([*_saved(part), *g, *walked])
+        g, grads = part.grads[: part.spec.need_x], part.grads[part.spec.need_x :]
+        walked = [] if part.walked is None else [part.walked]
+        held.hold([*g, *grads, *walked])
+    flops = sum(
+        cost.flops for part in parts for p in (part.forward, part.backward) for cost in p.costs()
     )
+    row = ModeCost(
+        mode,
+        weights + buffers,
+        gradients,
+        optimizer,
+        kept,
+        walk,
+        weights + buffers + optimizer + peak,
+        0.0,
+        tuple(segments) if mode == "segment" else (),
+    )
+    return row, eager, flops
 
 
 def _gpu(device: torch.device) -> Device:
@@ -157,8 +220,8 @@ def _unit_of(block: nn.Module) -> UnitModules:
     return unit
 
 
-def _stem(model: nn.Module, image: Shape, dtype: torch.dtype) -> tuple[Shape, int]:
-    """What enters the first stage, and the bytes that the layers before it keep."""
+def _stem(model: nn.Module, image: Shape, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """What enters the first stage, on "meta", and the bytes that the layers before it keep."""
     conv = model.conv1
     assert isinstance(conv, nn.Conv2d)
     size = Geometry(conv.stride, conv.padding).output_size(image.size[2:], conv.kernel_size)  # type: ignore[arg-type]
@@ -169,7 +232,7 @@ def _stem(model: nn.Module, image: Shape, dtype: torch.dtype) -> tuple[Shape, in
         size = Geometry((2, 2), (1, 1)).output_size(size, (3, 3))
         x = Shape((*x.size[:2], *size), dtype)
         kept += x.numel * 8  # the pooling's indices
-    return x, kept
+    return x.empty(torch.device("meta"), memory_format_of(conv.weight)), kept
 
 
 def _largest_batch(above: int, limit: int, peak: Any) -> int:
@@ -212,11 +275,23 @@ def choose_mode(
     gpu = _gpu(device) if device.type == "cuda" and has_triton() else None
     channels: Any = model.conv1.in_channels  # type: ignore[union-attr]
 
-    def row(batch: int, mode: str) -> tuple[ModeCost, int]:
-        image = Shape((batch, channels, *image_size), next(model.parameters()).dtype)
-        return step_bytes(model, image, dtype, mode, gpu=gpu, optimizer_states=optimizer_states)
+    programs = MetaPrograms()
 
-    rows, eager = zip(*(row(batch_size, mode) for mode in MEMORY_MODES))
+    def row(batch: int, mode: str) -> tuple[ModeCost, int, int]:
+        image = Shape((batch, channels, *image_size), next(model.parameters()).dtype)
+        return step_bytes(
+            model,
+            image,
+            dtype,
+            mode,
+            gpu=gpu,
+            optimizer_states=optimizer_states,
+            programs=programs,
+        )
+
+    found, eager, flops = zip(*(row(batch_size, mode) for mode in MEMORY_MODES))
+    # The first mode computes nothing again.
+    rows = tuple(r._replace(extra_flops=f / flops[0] - 1) for r, f in zip(found, flops))
     mode = None
     if limit is not None:
         mode = next((row.mode for row in rows if row.peak <= limit), None)
