@@ -154,7 +154,7 @@ def step_bytes(
         chain, out = chain_parts(units, x, dtype, mode, gpu=gpu, programs=programs)
         for part in chain:
             held.hold([part.x])  # its caller does
-            peak = max(peak, held.nbytes + part.forward.peak())
+            peak = max(peak, held.nbytes + part.forward.peak)
             held.hold(_saved(part))
             held.release([part.x])
             hs = chain_shapes(part.spec, part.x.shape, part.x.dtype, part.params)
@@ -177,7 +177,7 @@ def step_bytes(
     held.hold(g)
     walked: list[Tensor] = []
     for part in reversed(parts):
-        needs = part.backward.peak()
+        needs = part.backward.peak
         peak = max(peak, held.nbytes + needs)
         walk = max(walk, needs + sum(map(_nbytes, (*g, *walked))))
         held.release([*_saved(part), *g, *walked])
@@ -185,7 +185,7 @@ def step_bytes(
         walked = [] if part.walked is None else [part.walked]
         held.hold([*g, *grads, *walked])
     flops = sum(
-        cost.flops for part in parts for p in (part.forward, part.backward) for cost in p.costs()
+        cost.flops for part in parts for p in (part.forward, part.backward) for cost in p.costs
     )
     row = ModeCost(
         mode,

@@ -15,6 +15,7 @@ is kept (``Programs``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections import OrderedDict
@@ -354,6 +355,7 @@ class Program:
         """Tensors that are made without a value, by register."""
         return {step.register: step for step in self.steps if isinstance(step, Alloc)}
 
+    @functools.cached_property
     def costs(self) -> list[StepCost]:
         """What is launched and called, in order, views left out."""
         found = []
@@ -365,6 +367,7 @@ class Program:
                 found.append(StepCost(name, step.moved, step.flops))
         return found
 
+    @functools.cached_property
     def peak(self) -> int:
         """Most bytes that a replay holds besides its inputs: the arena, results, and all between.
 
@@ -704,6 +707,7 @@ def _renamed(value: Any, names: dict[int, int]) -> Any:
     return value
 
 
+@functools.cache
 def _is_view(function: Any) -> bool:
     schema = getattr(function, "_schema", None)
     if schema is None:
