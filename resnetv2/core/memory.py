@@ -201,13 +201,18 @@ def step_bytes(
     return row, eager, flops
 
 
-def _gpu(device: torch.device) -> Device:
-    """What the sizes of the kernels' workspaces depend on; an H100 where there is no GPU."""
-    from ..kernels.launch import Device  # which needs Triton
+def planned_gpu(device: torch.device | None = None) -> Device | None:
+    """The GPU whose kernels are planned for: ``device``, or an H100 where there is no GPU.
+
+    None without Triton: ATen's operators run.
+    """
+    if not has_triton():
+        return None
+    from ..kernels.launch import Device
 
     if not torch.cuda.is_available():
         return Device(132, "cuda", 90)
-    found = torch.cuda.get_device_properties(device)
+    found = torch.cuda.get_device_properties("cuda" if device is None else device)
     if torch.version.hip:
         return Device(found.multi_processor_count, "hip", found.gcnArchName.partition(":")[0])
     return Device(found.multi_processor_count, "cuda", 10 * found.major + found.minor)
@@ -272,7 +277,7 @@ def choose_mode(
     Raises:
         BudgetError: no mode fits.
     """
-    gpu = _gpu(device) if device.type == "cuda" and has_triton() else None
+    gpu = planned_gpu(device) if device.type == "cuda" else None
     channels: Any = model.conv1.in_channels  # type: ignore[union-attr]
 
     programs = MetaPrograms()

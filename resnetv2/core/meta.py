@@ -58,8 +58,8 @@ def on_meta(tensor: Tensor) -> Tensor:
 class MetaPart(NamedTuple):
     """One part of a chain: its programs, and what they take and give, as ``execution`` has it.
 
-    x: its input. grads: x's gradient where it is wanted, and the parameters'. walked: the input
-    that its backward has walked back to, if it has.
+    x: its input. grads: x's gradient where it is wanted, and the parameters'. walked: the input as
+    its backward hands it to the part before, where that walks back from it.
     """
 
     spec: Spec
@@ -89,13 +89,13 @@ def chain_parts(
         gpu: whose kernels run; None for ATen's operators. programs: those that are known already.
     """
     backend = "aten" if gpu is None else "triton"
-    x = on_meta(x).requires_grad_(need_x)
     with torch.enable_grad():
-        plan = Plan([Reading(unit) for unit in units], x, dtype, backend, memory, 0)
+        like = on_meta(x).requires_grad_(need_x)
+        plan = Plan([Reading(unit) for unit in units], like, dtype, backend, memory, 0)
     params = [list(map(on_meta, its)) for its in plan.params]
     weights = [w for spec, its in zip(plan.specs, params) for w in execution.weights_of(spec, its)]
     form = execution.chain_format(x, weights, backend)
-    x = x.detach().contiguous(memory_format=form)
+    x = x.contiguous(memory_format=form)
     run: list[tuple[Program, Tensor, execution.Forward]] = []
     moments: Sequence[Tensor] = ()
     moments_form = None
@@ -125,7 +125,7 @@ def chain_parts(
                 form,
                 programs,
             )
-            walked = back_at if spec.walks_to_x else None
+            walked = back_at if walks and not spec.part.first else None
             parts.append(MetaPart(spec, forward, programs.last, given, its, result, grads, walked))
             g, end = grads[0] if spec.need_x else None, back_at
     return parts[::-1], x

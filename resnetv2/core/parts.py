@@ -118,6 +118,7 @@ def run_parts(
             x = PartFunction.apply(spec, memory_format, before, after, x, *its_params)
             before = after
             stats.append(after.stats)
+            del after.stats  # the graph would keep them to the end of the backward
         else:
             result = execution.forward(
                 spec, x, its_params, memory_format, before.moments, before.form
