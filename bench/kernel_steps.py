@@ -19,10 +19,17 @@ from resnetv2.core.reading import Reading
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels.dispatch import AtenEngine, engine
+from resnetv2.kernels.operands import Geometry
 from resnetv2.names import DTYPES
-from resnetv2.planning.cost import Cost, CostEngine, Rates, copy_rate, floor_seconds, multiply_rate
+from resnetv2.planning.cost import Cost, Rates, call_costs, copy_rate, floor_seconds, multiply_rate
 
 CALLS = ("moments", "norm_stats", "conv_forward", "conv_backward", "norm_conv_backward")
+# Where each convolution's call has its weight among its arguments, and what it is called.
+_WEIGHTS = {
+    "conv_forward": (1, "forward"),
+    "conv_backward": (2, "shortcut backward"),
+    "norm_conv_backward": (4, "backward"),
+}
 COLD_BYTES = 2**26  # written between samples; L2 caches are smaller
 WARM_BYTES = 2**20  # copied for the rate of a warm cache
 
@@ -109,18 +116,29 @@ def measure(
         for name, args, kwargs in capture.calls:
             if name == "norm_stats":
                 continue  # values per channel only
-            model = CostEngine(triton=cuda)
-            getattr(model, name)(*args, **kwargs)
-            label = "moments" if name == "moments" else model.costs[-1].step
-            if kwargs.get("residual") is not None or kwargs.get("final"):
-                label += " + shortcut"
+            label = _label(name, args, kwargs)
             say(label)
+            costs = call_costs(label, getattr(capture.real, name), *args, **kwargs)
 
             def call(name: str = name, args: Any = args, kwargs: Any = kwargs) -> object:
                 return getattr(capture.real, name)(*args, **kwargs)
 
-            times.append(KernelTime(label, *_samples(call, flush, samples, seconds), model.costs))
+            times.append(KernelTime(label, *_samples(call, flush, samples, seconds), costs))
     return times
+
+
+def _label(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """ "3x3 64>64 forward + shortcut", say."""
+    if name == "moments":
+        return name
+    place, what = _WEIGHTS[name]
+    weight, geometry = args[place], next(a for a in args if isinstance(a, Geometry))
+    k, c, r, s = weight.shape
+    stride = f" /{geometry.stride[0]}" if geometry.stride != (1, 1) else ""
+    label = f"{r}x{s} {c * geometry.groups}>{k}{stride} {what}"
+    if kwargs.get("residual") is not None or kwargs.get("final"):
+        label += " + shortcut"
+    return label
 
 
 def _samples(

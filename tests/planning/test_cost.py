@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("block", [PreActBlock, BottleneckPreActBlock])
 def test_cost_is_what_the_interpreter_counts(block):
-    """Bytes of activations and weights, and launches; values per channel are left out of both."""
+    """Bytes of activations and weights, without values per channel, and the kernels in order."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("bytes are counted in Triton's interpreter")
@@ -40,9 +40,7 @@ def test_cost_is_what_the_interpreter_counts(block):
             if name != "workspace_ptr" and (tensor.numel >= activation or len(tensor.shape) == 4)
         )
         assert sum(cost.nbytes for cost in costs) == moved
-        # A weight gradient split over programs is added up by one more launch, of a workspace.
-        launches = [x for x in counted.launches if x.name != "_wgrad_reduce_kernel"]
-        assert len(launches) == len(costs)
+        assert [launch.name for launch in counted.launches] == [cost.kernel for cost in costs]
 
 
 def test_modes_cost_what_they_compute_again():
@@ -52,6 +50,18 @@ def test_modes_cost_what_they_compute_again():
     count = functools.partial(step_costs, model, 4, triton=True)
     floors = [floor_seconds(count(memory=mode).all, rates) for mode in MEMORY_MODES]
     assert floors == sorted(set(floors))
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_flops_are_the_convolutions(triton):
+    """Of a basic unit: each convolution forward, and twice as many backward."""
+    if triton:
+        pytest.importorskip("triton")
+    x = torch.empty(2, 16, 8, 8, device="meta")
+    predicted, _ = chain_costs([PreActBlock(16, 16).unit_modules()], x, torch.float32, triton=triton)
+    once = 2 * 2 * (2 * 8 * 8) * 16 * 16 * 9
+    assert sum(cost.flops for cost in predicted.forward) == once
+    assert sum(cost.flops for cost in predicted.backward) == 2 * once
 
 
 def test_h100_has_no_float64_rate_here():
