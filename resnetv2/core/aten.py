@@ -19,6 +19,7 @@ _aten = torch.ops.aten
 _CONVOLUTION = _aten.convolution.default
 _CONVOLUTION_BACKWARD = _aten.convolution_backward.default
 _NORM_BACKWARD = _aten.native_batch_norm_backward.default
+_NORM = _aten.native_batch_norm.default
 _UPDATE_STATS = _aten.batch_norm_update_stats.default
 
 # oneDNN's buffers for one thread that do not grow with a convolution, and a bfloat16 weight
@@ -131,11 +132,16 @@ def _into(*_: Any, **out: Tensor) -> Tensor:
     return tensor
 
 
+def _norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_update_stats(x)
+
+
 # What operators give on the device "meta", in the layout in which other devices give it. PyTorch
 # has no such function for some; its own for elementwise ones take a hundred microseconds.
 ON_META: dict[Any, Callable[..., Any]] = {
     _CONVOLUTION: _convolution,
     _CONVOLUTION_BACKWARD: _convolution_backward,
+    _NORM: _norm,
     _NORM_BACKWARD: _norm_backward,
     _UPDATE_STATS: _update_stats,
     _aten.addcmul.default: lambda *args, **_: _elementwise(*args),
