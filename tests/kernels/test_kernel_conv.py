@@ -491,33 +491,6 @@ def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("geometry", "dtype"),
-    [
-        (Geometry(dilation=(2, 2)), torch.float32),
-        (Geometry(groups=2), torch.float32),
-        (Geometry(), torch.float64),
-    ],
-    ids=["dilation", "groups", "float64"],
-)
-def test_not_implemented(geometry: Geometry, dtype: torch.dtype) -> None:
-    case = Case(SHAPES["1x1"], torch.float32)
-    with pytest.raises(NotImplementedError):
-        conv_forward(case.x, case.weight, None, geometry, dtype=dtype)
-    with pytest.raises(NotImplementedError):
-        conv_dgrad(Grad(case.output()), case.weight, case.x, geometry, dtype=dtype)
-
-
-def test_other_memory_formats_are_refused() -> None:
-    case = Case(SHAPES["1x1"], torch.float32)
-    with pytest.raises(ValueError, match="channels_last"):
-        conv_forward(case.x.contiguous(), case.weight, None, case.geometry, dtype=torch.float32)
-    with pytest.raises(ValueError, match="residual"):
-        conv_forward(case.x, case.weight, None, case.geometry, dtype=torch.float32, residual=case.x)
-    with pytest.raises(ValueError, match=r"grad\.q"):
-        conv_dgrad(Grad(case.x), case.weight, case.x, case.geometry, dtype=torch.float32)
-
-
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
