@@ -39,9 +39,11 @@ from .activations import activate, dot, operand
 def _source_rows(rows, r, s, CONV: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Which row of the source each of ``rows`` reads at tap (r, s), and whether it exists."""
     if TRANSPOSED:
-        far_y = rows // CONV.W % CONV.H + (CONV.PADDING_H - r)
-        far_x = rows % CONV.W + (CONV.PADDING_W - s)
+        x = rows % CONV.W
+        y = rows // CONV.W % CONV.H
         image = rows // (CONV.W * CONV.H)
+        far_y = y + (CONV.PADDING_H - r)
+        far_x = x + (CONV.PADDING_W - s)
         sy = far_y // CONV.STRIDE_H
         sx = far_x // CONV.STRIDE_W
         inside = (far_y >= 0) & (sy < CONV.P) & (far_x >= 0) & (sx < CONV.Q)
@@ -51,9 +53,11 @@ def _source_rows(rows, r, s, CONV: tl.constexpr, TRANSPOSED: tl.constexpr):
             inside &= far_x % CONV.STRIDE_W == 0
         position = (image * CONV.P + sy) * CONV.Q + sx
     else:
-        sy = rows // CONV.Q % CONV.P * CONV.STRIDE_H + (r - CONV.PADDING_H)
-        sx = rows % CONV.Q * CONV.STRIDE_W + (s - CONV.PADDING_W)
+        x = rows % CONV.Q
+        y = rows // CONV.Q % CONV.P
         image = rows // (CONV.Q * CONV.P)
+        sy = y * CONV.STRIDE_H + (r - CONV.PADDING_H)
+        sx = x * CONV.STRIDE_W + (s - CONV.PADDING_W)
         inside = (sy >= 0) & (sy < CONV.H) & (sx >= 0) & (sx < CONV.W)
         position = (image * CONV.H + sy) * CONV.W + sx
     return position, inside
