@@ -18,16 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, launch, recording
+from . import configs, recording
 from .activations import activation_grad, cast
+from .checks import (
+    check_activation,
+    check_convolution,
+    check_floating,
+    check_grad,
+    check_per_channel,
+)
 from .conv_tile import conv_tile
 from .integers import cdiv
-from .launch import Config
+from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
 from .operands import IDENTITY, Act, Geometry, Grad, Partials
 
 
 @triton.jit
-def conv_dgrad_kernel(
+def _conv_dgrad_kernel(
     grad_ptr,
     grad_h_ptr,
     grad_coef_ptr,
@@ -41,22 +48,7 @@ def conv_dgrad_kernel(
     sums_ptr,
     M,
     slope,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    STRIDE_WK: tl.constexpr,
-    STRIDE_WC: tl.constexpr,
-    STRIDE_WR: tl.constexpr,
-    STRIDE_WS: tl.constexpr,
+    CONV: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -69,15 +61,16 @@ def conv_dgrad_kernel(
     UNROLL: tl.constexpr,
 ):
     """One program: BLOCK_M positions of h (M = N*H*W) times BLOCK_N of its C channels."""
-    column_tiles: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) // column_tiles
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_columns = columns < C
+    C: tl.constexpr = CONV.C
+    COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // COLUMN_BLOCKS
+    columns = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = columns < C
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if EVEN_M:
-        mask = in_columns[None, :]
+        mask = known[None, :]
     else:
-        mask = (rows < M)[:, None] & in_columns[None, :]
+        mask = (rows < M)[:, None] & known[None, :]
         rows = tl.minimum(rows, M - 1)
     if WIDE:
         rows = rows.to(tl.int64)
@@ -90,22 +83,7 @@ def conv_dgrad_kernel(
         rows,
         columns,
         0.0,
-        STRIDE_WC,
-        STRIDE_WK,
-        STRIDE_WR,
-        STRIDE_WS,
-        K,
-        C,
-        H,
-        W,
-        P,
-        Q,
-        R,
-        S,
-        STRIDE_H,
-        STRIDE_W,
-        PADDING_H,
-        PADDING_W,
+        CONV,
         True,
         PROLOGUE,
         "identity",
@@ -122,13 +100,13 @@ def conv_dgrad_kernel(
         q += tl.load(add_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if stats_ptr is not None:
         h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(stats_ptr + 3 * C + columns, mask=in_columns, other=0.0)
-        shift = tl.load(stats_ptr + 4 * C + columns, mask=in_columns, other=0.0)
+        scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
+        shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
         q = activation_grad(q, h * scale[None, :] + shift[None, :], slope, ACT)
         if coef_ptr is not None:
-            a = tl.load(coef_ptr + columns, mask=in_columns, other=0.0)[None, :]
-            b = tl.load(coef_ptr + C + columns, mask=in_columns, other=0.0)[None, :]
-            c = tl.load(coef_ptr + 2 * C + columns, mask=in_columns, other=0.0)[None, :]
+            a = tl.load(coef_ptr + columns, mask=known, other=0.0)[None, :]
+            b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)[None, :]
+            c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)[None, :]
             # B = 0 means that h is no part of the gradient, even where it is infinite.
             q = a * q + tl.where(b == 0.0, 0.0, b * h) + c
             if identity_ptr is not None:
@@ -138,15 +116,15 @@ def conv_dgrad_kernel(
         tl.store(out_ptr + offsets, stored, mask=mask)
         q = stored.to(tl.float32)
     if sums_ptr is not None:
-        mean = tl.load(stats_ptr + columns, mask=in_columns, other=0.0)
-        rstd = tl.load(stats_ptr + 2 * C + columns, mask=in_columns, other=0.0)
+        mean = tl.load(stats_ptr + columns, mask=known, other=0.0)
+        rstd = tl.load(stats_ptr + 2 * C + columns, mask=known, other=0.0)
         if not EVEN_M:
             q = tl.where(mask, q, 0.0)
         s1 = tl.sum(q, 0)
         s2 = tl.sum(q * (h - mean[None, :]), 0) * rstd
         sums_ptr += tile.to(tl.int64) * (2 * C)
-        tl.store(sums_ptr + columns, s1, mask=in_columns)
-        tl.store(sums_ptr + C + columns, s2, mask=in_columns)
+        tl.store(sums_ptr + columns, s1, mask=known)
+        tl.store(sums_ptr + C + columns, s2, mask=known)
 
 
 def conv_dgrad(
@@ -172,29 +150,32 @@ def conv_dgrad(
         grad: q and h (N, K, P, Q), channels_last; coef (3, K), contiguous.
         weight: (K, C, R, S), any strides. h: (N, C, H, W), channels_last; where ``stats`` is None
             only its shape is used.
-        stats, coef: (5, C) and (3, C), contiguous. add, identity: (N, C, H, W), channels_last.
+        stats, coef: (5, C) and (3, C), contiguous, float32.
+        add, identity: (N, C, H, W), channels_last.
         config: the tile; chosen by shape (configs.py) if None. smaller: times it is halved.
 
     Raises:
         KernelError: this device cannot have the tile, or there is none so small.
-        NotImplementedError: for groups or dilation, or a dtype that no kernel multiplies in.
-        ValueError: for an activation that is not channels_last or has another shape.
+        NotImplementedError: for groups, dilation or asymmetric padding, or a dtype that no kernel
+            multiplies in.
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
-    launch.check_convolution(geometry, dtype)
+    conv = check_convolution(h, weight, geometry, dtype)
     n, c, height, width = h.shape
-    k, _, r, s = weight.shape
-    p, q = geometry.output_size((height, width), (r, s))
-    launch.check_activation("grad.q", grad.q, (n, k, p, q))
-    if grad.h is not None:
-        launch.check_activation("grad.h", grad.h, (n, k, p, q))
+    check_grad(grad, (n, conv.K, conv.P, conv.Q))
     if stats is None:
         # The plain gradient: nothing of a norm is left to do.
         write, coef, identity = True, None, None
     else:
-        launch.check_activation("h", h)
+        check_activation("h", h)
+        check_per_channel("stats", stats, 5, c)
+    if coef is not None:
+        check_per_channel("coef", coef, 3, c)
     for name, extra in (("add", add), ("identity", identity)):
         if extra is not None:
-            launch.check_activation(name, extra, (n, c, height, width))
+            check_activation(name, extra, (n, c, height, width))
+    out_dtype = dtype if out_dtype is None else out_dtype
+    check_floating(out_dtype=out_dtype)
     rows = n * height * width
     prologue = "none"
     if grad.coef is not None:
@@ -203,8 +184,8 @@ def conv_dgrad(
     if config is None:
         config = configs.tuned_conv(
             "conv_dgrad",
-            configs.ConvShape(rows, k, c, r * s, dtype, long_epilogue),
-            launch.device_of(h),
+            configs.ConvShape(rows, conv.K, c, conv.R * conv.S, dtype, long_epilogue),
+            device_of(h),
             lambda: (h.shape, geometry, grad.q.dtype, weight.dtype, weight.stride(), prologue),
             lambda tile: conv_dgrad(
                 grad,
@@ -228,16 +209,16 @@ def conv_dgrad(
     if write or coef is not None:
         out = torch.empty(
             (n, c, height, width),
-            dtype=dtype if out_dtype is None else out_dtype,
+            dtype=out_dtype,
             device=h.device,
             memory_format=torch.channels_last,
         )
     data = None
     if stats is not None and coef is None:
         data = torch.empty((tiles, 2, c), dtype=torch.float32, device=h.device)
-    recording.flops(2 * grad.q.numel() * c * r * s)
-    launch.launch(
-        conv_dgrad_kernel,
+    recording.flops(2 * grad.q.numel() * c * conv.R * conv.S)
+    launch(
+        _conv_dgrad_kernel,
         (tiles * cdiv(c, config.block_n),),
         grad.q,
         grad.h if prologue == "affine_h" else None,
@@ -252,27 +233,12 @@ def conv_dgrad(
         data,
         rows,
         act.slope,
-        C=c,
-        K=k,
-        H=height,
-        W=width,
-        P=p,
-        Q=q,
-        R=r,
-        S=s,
-        STRIDE_H=geometry.stride[0],
-        STRIDE_W=geometry.stride[1],
-        PADDING_H=geometry.padding[0],
-        PADDING_W=geometry.padding[1],
-        STRIDE_WK=weight.stride(0),
-        STRIDE_WC=weight.stride(1),
-        STRIDE_WR=weight.stride(2),
-        STRIDE_WS=weight.stride(3),
+        CONV=conv,
         PROLOGUE=prologue,
         ACT=act.kind,
-        DTYPE=launch.TRITON_DTYPES[dtype],
-        PRECISION=launch.input_precision(dtype),
-        WIDE=launch.is_wide(h, grad.q),
+        DTYPE=TRITON_DTYPES[dtype],
+        PRECISION=input_precision(dtype),
+        WIDE=is_wide(h, grad.q),
         EVEN_M=rows % config.block_m == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -18,16 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, launch, recording
+from . import configs, recording
 from .activations import activate, cast
+from .checks import (
+    check_activation,
+    check_convolution,
+    check_floating,
+    check_per_channel,
+    check_vector,
+)
 from .conv_tile import conv_tile
 from .integers import cdiv
-from .launch import Config
+from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
 from .operands import IDENTITY, Act, Geometry, Partials
 
 
 @triton.jit
-def conv_forward_kernel(
+def _conv_forward_kernel(
     h_ptr,
     stats_ptr,
     weight_ptr,
@@ -38,22 +45,7 @@ def conv_forward_kernel(
     moments_ptr,
     M,
     slope,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    STRIDE_WK: tl.constexpr,
-    STRIDE_WC: tl.constexpr,
-    STRIDE_WR: tl.constexpr,
-    STRIDE_WS: tl.constexpr,
+    CONV: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
     SUBTRACT: tl.constexpr,
@@ -67,16 +59,17 @@ def conv_forward_kernel(
     UNROLL: tl.constexpr,
 ):
     """One program: BLOCK_M positions of out (M = N*P*Q) times BLOCK_N of its K channels."""
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) // column_tiles
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_columns = columns < K
+    K: tl.constexpr = CONV.K
+    COLUMN_BLOCKS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // COLUMN_BLOCKS
+    columns = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = columns < K
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     if EVEN_M:
-        mask = in_columns[None, :]
+        mask = known[None, :]
     else:
-        mask = (rows < M)[:, None] & in_columns[None, :]
+        mask = (rows < M)[:, None] & known[None, :]
         rows = tl.minimum(rows, M - 1)
     if WIDE:
         rows = rows.to(tl.int64)
@@ -89,22 +82,7 @@ def conv_forward_kernel(
         rows,
         columns,
         slope,
-        STRIDE_WK,
-        STRIDE_WC,
-        STRIDE_WR,
-        STRIDE_WS,
-        C,
-        K,
-        P,
-        Q,
-        H,
-        W,
-        R,
-        S,
-        STRIDE_H,
-        STRIDE_W,
-        PADDING_H,
-        PADDING_W,
+        CONV,
         False,
         PROLOGUE,
         ACT,
@@ -117,13 +95,13 @@ def conv_forward_kernel(
     )
 
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        out += tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)[None, :]
     offsets = rows[:, None] * K + columns[None, :]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if residual_stats_ptr is not None:
-            scale = tl.load(residual_stats_ptr + 3 * K + columns, mask=in_columns, other=0.0)
-            shift = tl.load(residual_stats_ptr + 4 * K + columns, mask=in_columns, other=0.0)
+            scale = tl.load(residual_stats_ptr + 3 * K + columns, mask=known, other=0.0)
+            shift = tl.load(residual_stats_ptr + 4 * K + columns, mask=known, other=0.0)
             residual = activate(residual * scale[None, :] + shift[None, :], slope, ACT)
         if SUBTRACT:
             out = residual - out
@@ -142,8 +120,8 @@ def conv_forward_kernel(
             deviation = tl.where(mask, out - mean[None, :], 0.0)
         m2 = tl.sum(deviation * deviation, 0)
         moments_ptr += tile.to(tl.int64) * (2 * K)
-        tl.store(moments_ptr + columns, mean, mask=in_columns)
-        tl.store(moments_ptr + K + columns, m2, mask=in_columns)
+        tl.store(moments_ptr + columns, mean, mask=known)
+        tl.store(moments_ptr + K + columns, m2, mask=known)
 
 
 def conv_forward(
@@ -166,36 +144,43 @@ def conv_forward(
     """out = conv(act(a*h + b)) + bias + residual, and the moments of out; see reference.py.
 
     Args:
-        h: (N, C, H, W), channels_last. weight: (K, C, R, S), any strides. bias: (K,) or None.
-        stats, residual_stats: (5, C) and (5, K), contiguous.
+        h: (N, C, H, W), channels_last. weight: (K, C, R, S), any strides. bias: (K,), contiguous,
+            or None.
+        stats, residual_stats: (5, C) and (5, K), contiguous, float32.
         residual: (N, K, P, Q), channels_last, or None.
         config: the tile; chosen by shape (configs.py) if None. smaller: times it is halved.
 
     Raises:
         KernelError: this device cannot have the tile, or there is none so small.
-        NotImplementedError: for groups or dilation, or a dtype that no kernel multiplies in.
-        ValueError: for an activation that is not channels_last or has another shape.
+        NotImplementedError: for groups, dilation or asymmetric padding, or a dtype that no kernel
+            multiplies in.
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
-    launch.check_convolution(geometry, dtype)
-    launch.check_activation("h", h)
-    n, c, height, width = h.shape
-    k, _, r, s = weight.shape
-    p, q = geometry.output_size((height, width), (r, s))
+    conv = check_convolution(h, weight, geometry, dtype)
+    check_activation("h", h)
+    shape = (h.shape[0], conv.K, conv.P, conv.Q)
+    check_vector("bias", bias, conv.K)
+    if stats is not None:
+        check_per_channel("stats", stats, 5, conv.C)
     if residual is not None:
-        launch.check_activation("residual", residual, (n, k, p, q))
+        check_activation("residual", residual, shape)
+    if residual_stats is not None:
+        check_per_channel("residual_stats", residual_stats, 5, conv.K)
+    out_dtype = dtype if out_dtype is None else out_dtype
+    check_floating(out_dtype=out_dtype)
     out = torch.empty(
-        (n, k, p, q),
-        dtype=dtype if out_dtype is None else out_dtype,
+        shape,
+        dtype=out_dtype,
         device=h.device,
         memory_format=torch.channels_last,
     )
-    rows = n * p * q
+    rows = shape[0] * conv.P * conv.Q
     long_epilogue = act.kind in configs.SMOOTH_ACTS
     if config is None:
         config = configs.tuned_conv(
             "conv_forward",
-            configs.ConvShape(rows, c, k, r * s, dtype, long_epilogue),
-            launch.device_of(h),
+            configs.ConvShape(rows, conv.C, conv.K, conv.R * conv.S, dtype, long_epilogue),
+            device_of(h),
             lambda: (h.shape, geometry, h.dtype, weight.dtype, weight.stride(), stats is not None),
             lambda tile: conv_forward(
                 h,
@@ -217,11 +202,11 @@ def conv_forward(
     tiles = cdiv(rows, config.block_m)
     data = None
     if with_moments:
-        data = torch.empty((tiles, 2, k), dtype=torch.float32, device=h.device)
-    recording.flops(2 * rows * k * c * r * s)
-    launch.launch(
-        conv_forward_kernel,
-        (tiles * cdiv(k, config.block_n),),
+        data = torch.empty((tiles, 2, conv.K), dtype=torch.float32, device=h.device)
+    recording.flops(2 * rows * conv.K * conv.C * conv.R * conv.S)
+    launch(
+        _conv_forward_kernel,
+        (tiles * cdiv(conv.K, config.block_n),),
         h,
         stats,
         weight,
@@ -232,28 +217,13 @@ def conv_forward(
         data,
         rows,
         act.slope,
-        C=c,
-        K=k,
-        H=height,
-        W=width,
-        P=p,
-        Q=q,
-        R=r,
-        S=s,
-        STRIDE_H=geometry.stride[0],
-        STRIDE_W=geometry.stride[1],
-        PADDING_H=geometry.padding[0],
-        PADDING_W=geometry.padding[1],
-        STRIDE_WK=weight.stride(0),
-        STRIDE_WC=weight.stride(1),
-        STRIDE_WR=weight.stride(2),
-        STRIDE_WS=weight.stride(3),
+        CONV=conv,
         PROLOGUE="none" if stats is None else "act",
         ACT=act.kind,
         SUBTRACT=subtract,
-        DTYPE=launch.TRITON_DTYPES[dtype],
-        PRECISION=launch.input_precision(dtype),
-        WIDE=launch.is_wide(h, out),
+        DTYPE=TRITON_DTYPES[dtype],
+        PRECISION=input_precision(dtype),
+        WIDE=is_wide(h, out),
         EVEN_M=rows % config.block_m == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -22,8 +22,9 @@ Weights are read in their own dtype through their strides and rounded in registe
 (a tap of a block of channels) multiplies is read a step ahead, into registers, so that its latency
 hides behind the multiplication before it. With UNROLL, taps are unrolled, which makes their offsets
 immediates, and so are few blocks of channels.
-Shapes and weight strides are constexpr: divisions become shifts or multiplications, and the
-compiler sees where 16 bytes can be read at once. Only the number of rows is a run-time argument.
+Shapes and weight strides are constants (CONV, an ``operands.Convolution``): divisions become shifts
+or multiplications, and the compiler sees where 16 bytes can be read at once. Only the number of
+rows is a run-time argument.
 """
 
 from __future__ import annotations
@@ -35,39 +36,31 @@ from .activations import activate, dot, operand
 
 
 @triton.jit
-def _source_rows(
-    rows,
-    r,
-    s,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SOURCE_HEIGHT: tl.constexpr,
-    SOURCE_WIDTH: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
+def _source_rows(rows, r, s, CONV: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Which row of the source each of ``rows`` reads at tap (r, s), and whether it exists."""
-    x = rows % WIDTH
-    y = rows // WIDTH % HEIGHT
-    image = rows // (WIDTH * HEIGHT)
     if TRANSPOSED:
-        far_y = y + (PADDING_H - r)
-        far_x = x + (PADDING_W - s)
-        sy = far_y // STRIDE_H
-        sx = far_x // STRIDE_W
-        inside = (far_y >= 0) & (sy < SOURCE_HEIGHT) & (far_x >= 0) & (sx < SOURCE_WIDTH)
-        if STRIDE_H > 1:
-            inside &= far_y % STRIDE_H == 0
-        if STRIDE_W > 1:
-            inside &= far_x % STRIDE_W == 0
+        x = rows % CONV.W
+        y = rows // CONV.W % CONV.H
+        image = rows // (CONV.W * CONV.H)
+        far_y = y + (CONV.PADDING_H - r)
+        far_x = x + (CONV.PADDING_W - s)
+        sy = far_y // CONV.STRIDE_H
+        sx = far_x // CONV.STRIDE_W
+        inside = (far_y >= 0) & (sy < CONV.P) & (far_x >= 0) & (sx < CONV.Q)
+        if CONV.STRIDE_H > 1:
+            inside &= far_y % CONV.STRIDE_H == 0
+        if CONV.STRIDE_W > 1:
+            inside &= far_x % CONV.STRIDE_W == 0
+        position = (image * CONV.P + sy) * CONV.Q + sx
     else:
-        sy = y * STRIDE_H + (r - PADDING_H)
-        sx = x * STRIDE_W + (s - PADDING_W)
-        inside = (sy >= 0) & (sy < SOURCE_HEIGHT) & (sx >= 0) & (sx < SOURCE_WIDTH)
-    return (image * SOURCE_HEIGHT + sy) * SOURCE_WIDTH + sx, inside
+        x = rows % CONV.Q
+        y = rows // CONV.Q % CONV.P
+        image = rows // (CONV.Q * CONV.P)
+        sy = y * CONV.STRIDE_H + (r - CONV.PADDING_H)
+        sx = x * CONV.STRIDE_W + (s - CONV.PADDING_W)
+        inside = (sy >= 0) & (sy < CONV.H) & (sx >= 0) & (sx < CONV.W)
+        position = (image * CONV.H + sy) * CONV.W + sx
+    return position, inside
 
 
 @triton.jit
@@ -93,24 +86,29 @@ def _read(
 
 @triton.jit
 def _read_weight(
-    pointer,
+    weight_ptr,
+    r,
+    s,
     channels,
     columns,
-    STRIDE_CHANNEL: tl.constexpr,
-    STRIDE_COLUMN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CONV: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK_K, BLOCK_N) weights in DTYPE; neighbouring threads read along the smaller stride."""
+    CHANNELS: tl.constexpr = CONV.K if TRANSPOSED else CONV.C
+    COLUMNS: tl.constexpr = CONV.C if TRANSPOSED else CONV.K
+    STRIDE_CHANNEL: tl.constexpr = CONV.STRIDE_WK if TRANSPOSED else CONV.STRIDE_WC
+    STRIDE_COLUMN: tl.constexpr = CONV.STRIDE_WC if TRANSPOSED else CONV.STRIDE_WK
+    weight_ptr += r * CONV.STRIDE_WR + s * CONV.STRIDE_WS
     known = (channels < CHANNELS)[:, None] & (columns < COLUMNS)[None, :]
     offsets = channels[:, None] * STRIDE_CHANNEL + columns[None, :] * STRIDE_COLUMN
     if STRIDE_CHANNEL < STRIDE_COLUMN:
-        weight = tl.load(pointer + tl.trans(offsets), mask=tl.trans(known), other=0.0)
+        weight = tl.load(weight_ptr + tl.trans(offsets), mask=tl.trans(known), other=0.0)
         tile = tl.trans(operand(weight, DTYPE, PRECISION))
     else:
-        weight = tl.load(pointer + offsets, mask=known, other=0.0)
+        weight = tl.load(weight_ptr + offsets, mask=known, other=0.0)
         tile = operand(weight, DTYPE, PRECISION)
     return tile
 
@@ -159,22 +157,7 @@ def conv_tile(
     rows,
     columns,
     slope,
-    STRIDE_COLUMN: tl.constexpr,
-    STRIDE_CHANNEL: tl.constexpr,
-    STRIDE_R: tl.constexpr,
-    STRIDE_S: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SOURCE_HEIGHT: tl.constexpr,
-    SOURCE_WIDTH: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
+    CONV: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
@@ -187,18 +170,17 @@ def conv_tile(
 ):
     """acc (BLOCK_M, BLOCK_N), float32.
 
-    rows: (BLOCK_M,) indices into the result's N*HEIGHT*WIDTH positions, all valid (clamped), int32
-        or, where an offset can pass 2**31, int64. columns: (BLOCK_N,) channels of the result.
-    STRIDE_COLUMN, STRIDE_CHANNEL, STRIDE_R, STRIDE_S: of the weight, along the result's channels,
-        the source's channels, and the taps.
+    rows: (BLOCK_M,) indices into the result's N*P*Q positions, N*H*W if TRANSPOSED, all valid
+        (clamped), int32 or, where an offset can pass 2**31, int64. columns: (BLOCK_N,) channels of
+        the result.
     """
+    CHANNELS: tl.constexpr = CONV.K if TRANSPOSED else CONV.C
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    SAME_ROWS: tl.constexpr = (
-        TAPS == 1 and STRIDE_H * STRIDE_W == 1 and PADDING_H == 0 and PADDING_W == 0
-    )
+    TAPS: tl.constexpr = CONV.R * CONV.S
+    PADDED: tl.constexpr = CONV.PADDING_H + CONV.PADDING_W > 0
+    SAME_ROWS: tl.constexpr = TAPS * CONV.STRIDE_H * CONV.STRIDE_W == 1 and not PADDED
     # Without padding, every position that a forward convolution reads exists.
-    MASKED: tl.constexpr = not SAME_ROWS and (TRANSPOSED or PADDING_H + PADDING_W > 0)
+    MASKED: tl.constexpr = not SAME_ROWS and (TRANSPOSED or PADDED)
     # Unrolled, float32 spills without matrix units (ieee), and with a prologue at every tap.
     STRAIGHT: tl.constexpr = UNROLL and (
         DTYPE.primitive_bitwidth < 32 or (PRECISION != "ieee" and (TAPS == 1 or PROLOGUE == "none"))
@@ -210,36 +192,13 @@ def conv_tile(
     position = rows
     inside = rows >= 0
     if not SAME_ROWS:
-        position, inside = _source_rows(
-            rows,
-            0,
-            0,
-            HEIGHT,
-            WIDTH,
-            SOURCE_HEIGHT,
-            SOURCE_WIDTH,
-            STRIDE_H,
-            STRIDE_W,
-            PADDING_H,
-            PADDING_W,
-            TRANSPOSED,
-        )
+        position, inside = _source_rows(rows, 0, 0, CONV, TRANSPOSED)
     channels = tl.arange(0, BLOCK_K)
     x = _read(source_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
     h = x
     if PROLOGUE == "affine_h":
         h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
-    weight = _read_weight(
-        weight_ptr,
-        channels,
-        columns,
-        STRIDE_CHANNEL,
-        STRIDE_COLUMN,
-        CHANNELS,
-        COLUMNS,
-        DTYPE,
-        PRECISION,
-    )
+    weight = _read_weight(weight_ptr, 0, 0, channels, columns, CONV, TRANSPOSED, DTYPE, PRECISION)
     for block in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=UNROLL_BLOCKS):
         for tap in tl.range(0, TAPS, num_stages=1, loop_unroll_factor=UNROLL_TAPS):
             this_x = x
@@ -251,38 +210,17 @@ def conv_tile(
                 # After the last step there is none: a step is read again, and dropped.
                 next_tap = (tap + 1) % TAPS
                 next_block = tl.minimum(block + (tap + 1) // TAPS, BLOCKS - 1)
-                r = next_tap // KERNEL_W
-                s = next_tap % KERNEL_W
+                r = next_tap // CONV.S
+                s = next_tap % CONV.S
                 if not SAME_ROWS:
-                    position, inside = _source_rows(
-                        rows,
-                        r,
-                        s,
-                        HEIGHT,
-                        WIDTH,
-                        SOURCE_HEIGHT,
-                        SOURCE_WIDTH,
-                        STRIDE_H,
-                        STRIDE_W,
-                        PADDING_H,
-                        PADDING_W,
-                        TRANSPOSED,
-                    )
+                    position, inside = _source_rows(rows, r, s, CONV, TRANSPOSED)
                 channels = next_block * BLOCK_K + tl.arange(0, BLOCK_K)
                 x = _read(source_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
                 h = x
                 if PROLOGUE == "affine_h":
                     h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
                 weight = _read_weight(
-                    weight_ptr + (r * STRIDE_R + s * STRIDE_S),
-                    channels,
-                    columns,
-                    STRIDE_CHANNEL,
-                    STRIDE_COLUMN,
-                    CHANNELS,
-                    COLUMNS,
-                    DTYPE,
-                    PRECISION,
+                    weight_ptr, r, s, channels, columns, CONV, TRANSPOSED, DTYPE, PRECISION
                 )
             this_x = _prologue(
                 this_x,

@@ -27,18 +27,9 @@ from torch import Tensor
 
 from . import recording
 from .activations import activate, cast, dot, operand
+from .checks import check_activation, check_convolution, check_grad, check_per_channel
 from .integers import cdiv, next_power_of_2
-from .launch import (
-    TRITON_DTYPES,
-    check_activation,
-    check_convolution,
-    device_of,
-    input_precision,
-    is_wide,
-    launch,
-)
-from .moments import check_floating, check_per_channel
-from .norm_backward import check_grad
+from .launch import TRITON_DTYPES, device_of, input_precision, is_wide, launch
 from .operands import IDENTITY, Act, Geometry, Grad
 from .wgrad_config import config_of
 
@@ -88,7 +79,7 @@ def _gradient_block(
     return g
 
 
-@triton.jit(do_not_specialize=["rows", "split_blocks", "longer_splits"])
+@triton.jit(do_not_specialize=["M", "split_blocks", "longer_splits"])
 def _conv_wgrad_kernel(
     q_ptr,
     gh_ptr,
@@ -97,42 +88,34 @@ def _conv_wgrad_kernel(
     stats_ptr,
     workspace_ptr,
     slope,
-    rows,
+    M,
     split_blocks,
     longer_splits,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
+    CONV: tl.constexpr,
     ACT: tl.constexpr,
     WITH_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     J_TILES: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    J: tl.constexpr = KERNEL_H * KERNEL_W * C
+    C: tl.constexpr = CONV.C
+    K: tl.constexpr = CONV.K
+    J: tl.constexpr = CONV.R * CONV.S * C
     J_GROUPS: tl.constexpr = (J + BLOCK_J * J_TILES - 1) // (BLOCK_J * J_TILES)
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    SAME_SIZE: tl.constexpr = (
+        CONV.STRIDE_H * CONV.STRIDE_W == 1 and CONV.P == CONV.H and CONV.Q == CONV.W
+    )
     # A 1x1 convolution at stride 1 reads the row that it writes.
     SAME_ROWS: tl.constexpr = (
-        KERNEL_H * KERNEL_W * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0
-    )
-    SAME_SIZE: tl.constexpr = (
-        OUT_HEIGHT == HEIGHT and OUT_WIDTH == WIDTH and STRIDE_H * STRIDE_W == 1
+        CONV.R * CONV.S * CONV.STRIDE_H * CONV.STRIDE_W == 1
+        and CONV.PADDING_H + CONV.PADDING_W == 0
     )
     OUTSIDE: tl.constexpr = -(1 << 29)
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -168,12 +151,12 @@ def _conv_wgrad_kernel(
     end = begin + split_blocks + (split < longer_splits).to(tl.int32)
     for block in range(begin, end):
         # Unsigned, a division by a power of two is a shift.
-        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.uint32)
-        valid = row < rows
+        rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.uint32)
+        valid = rows < M
         g_mask = valid[:, None]
         if K % BLOCK_K != 0:
             g_mask = g_mask & known_k[None, :]
-        g_offsets = row.to(OFFSET)[:, None] * K + k[None, :]
+        g_offsets = rows.to(OFFSET)[:, None] * K + k[None, :]
         g = _gradient_block(
             q_ptr,
             gh_ptr,
@@ -184,23 +167,23 @@ def _conv_wgrad_kernel(
             c,
             keep,
             coef_ptr is not None,
-            not WHOLE or K % BLOCK_K != 0,
+            not EVEN_M or K % BLOCK_K != 0,
         )
         if WITH_BIAS:
             bias += tl.sum(g.to(tl.float32), axis=0)
         g = operand(g, DTYPE, PRECISION)
 
         if not SAME_ROWS:
-            y = (row // OUT_WIDTH % OUT_HEIGHT).to(tl.int32) * STRIDE_H - PADDING_H
-            x = (row % OUT_WIDTH).to(tl.int32) * STRIDE_W - PADDING_W
-            if not WHOLE:
+            y = (rows // CONV.Q % CONV.P).to(tl.int32) * CONV.STRIDE_H - CONV.PADDING_H
+            x = (rows % CONV.Q).to(tl.int32) * CONV.STRIDE_W - CONV.PADDING_W
+            if not EVEN_M:
                 # Far outside, so that the border's test says no for a row that does not exist.
                 y = tl.where(valid, y, OUTSIDE)
         if SAME_SIZE:
-            origin = row.to(OFFSET) * C - (PADDING_H * WIDTH + PADDING_W) * C
+            origin = rows.to(OFFSET) * C - (CONV.PADDING_H * CONV.W + CONV.PADDING_W) * C
         else:
-            image = row // (OUT_WIDTH * OUT_HEIGHT)
-            origin = ((image.to(OFFSET) * HEIGHT + y) * WIDTH + x) * C
+            image = rows // (CONV.Q * CONV.P)
+            origin = ((image.to(OFFSET) * CONV.H + y) * CONV.W + x) * C
 
         new = ()
         for t in tl.static_range(J_TILES):
@@ -212,14 +195,14 @@ def _conv_wgrad_kernel(
                 offsets = origin[:, None] + j[None, :]
                 mask = mask & known[None, :]
             else:
-                r = tl.where(known, j // (C * KERNEL_W), OUTSIDE)
-                s = j // C % KERNEL_W
-                offsets = origin[:, None] + (r * (WIDTH * C) + j % (C * KERNEL_W))[None, :]
+                r = tl.where(known, j // (C * CONV.S), OUTSIDE)
+                s = j // C % CONV.S
+                offsets = origin[:, None] + (r * (CONV.W * C) + j % (C * CONV.S))[None, :]
                 # Unsigned, one comparison answers for both ends.
-                inside_y = (y[:, None] + r[None, :]).to(tl.uint32) < HEIGHT
-                inside_x = (x[:, None] + s[None, :]).to(tl.uint32) < WIDTH
+                inside_y = (y[:, None] + r[None, :]).to(tl.uint32) < CONV.H
+                inside_x = (x[:, None] + s[None, :]).to(tl.uint32) < CONV.W
                 mask = inside_y & inside_x
-            if SAME_ROWS and WHOLE and (t + 1) * BLOCK_J <= J - (J_GROUPS - 1) * J_TILES * BLOCK_J:
+            if SAME_ROWS and EVEN_M and (t + 1) * BLOCK_J <= J - (J_GROUPS - 1) * J_TILES * BLOCK_J:
                 z = tl.load(h_ptr + offsets)
             else:
                 z = tl.load(h_ptr + offsets, mask=mask, other=0.0)
@@ -231,7 +214,7 @@ def _conv_wgrad_kernel(
                     stats_ptr + 4 * C, channel, known, J % (BLOCK_J * J_TILES) != 0
                 )
                 z = activate(z.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
-                if not (SAME_ROWS and WHOLE):
+                if not (SAME_ROWS and EVEN_M):
                     z = tl.where(mask, z, 0.0)
             z = operand(z, DTYPE, PRECISION)
             if SWAP:
@@ -267,12 +250,12 @@ def _wgrad_reduce_kernel(
     stride_s,
     C: tl.constexpr,
     K: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    J: tl.constexpr = KERNEL_H * KERNEL_W * C
+    J: tl.constexpr = R * S * C
     SIZE: tl.constexpr = K * J if dbias_ptr is None else K * J + K
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
@@ -285,12 +268,7 @@ def _wgrad_reduce_kernel(
 
     k = element // J
     j = element % J
-    offsets = (
-        k * stride_k
-        + j % C * stride_c
-        + j // (C * KERNEL_W) * stride_r
-        + j // C % KERNEL_W * stride_s
-    )
+    offsets = k * stride_k + j % C * stride_c + j // (C * S) * stride_r + j // C % S * stride_s
     dweight = cast(total, dweight_ptr.dtype.element_ty)
     tl.store(dweight_ptr + offsets, dweight, mask=element < K * J)
     if dbias_ptr is not None:
@@ -326,27 +304,23 @@ def conv_wgrad(
 
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
-        NotImplementedError: dilation or groups.
+        NotImplementedError: groups, dilation or asymmetric padding, or a dtype that no kernel
+            multiplies in.
         KernelError: this device cannot have the tile, or there is none so small.
     """
-    check_convolution(geometry, dtype)
+    # The kernel writes a gradient like the weight but does not read it: one for all of its layouts.
+    conv = check_convolution(h, weight, geometry, dtype, reads_weight=False)
     check_activation("h", h)
-    check_grad(grad)
-    check_floating(h=h.dtype, weight=weight.dtype)
-    n, c, height, width = h.shape
-    k, weight_c, kernel_h, kernel_w = weight.shape
-    if weight_c != c:
-        raise ValueError(f"weight must have {c} input channels, got shape {tuple(weight.shape)}")
-    out_height, out_width = geometry.output_size((height, width), (kernel_h, kernel_w))
+    n, k = h.shape[0], conv.K
+    check_grad(grad, (n, k, conv.P, conv.Q))
     q, gh, coef = grad
-    check_activation("grad.q", q, (n, k, out_height, out_width))
     if stats is not None:
-        check_per_channel("stats", stats, 5, c)
+        check_per_channel("stats", stats, 5, conv.C)
 
     dweight = torch.empty_like(weight)
     dbias = torch.empty(k, dtype=weight.dtype, device=weight.device) if with_bias else None
-    rows = n * out_height * out_width
-    j = kernel_h * kernel_w * c
+    rows = n * conv.P * conv.Q
+    j = conv.R * conv.S * conv.C
     if rows == 0:
         return dweight.zero_(), None if dbias is None else dbias.zero_()
     device = device_of(h)
@@ -377,24 +351,13 @@ def conv_wgrad(
         rows,
         blocks // splits,
         blocks % splits,
-        C=c,
-        K=k,
-        HEIGHT=height,
-        WIDTH=width,
-        OUT_HEIGHT=out_height,
-        OUT_WIDTH=out_width,
-        KERNEL_H=kernel_h,
-        KERNEL_W=kernel_w,
-        STRIDE_H=geometry.stride[0],
-        STRIDE_W=geometry.stride[1],
-        PADDING_H=geometry.padding[0],
-        PADDING_W=geometry.padding[1],
+        CONV=conv,
         ACT=act.kind,
         WITH_BIAS=with_bias,
         DTYPE=TRITON_DTYPES[dtype],
         PRECISION=input_precision(dtype),
         WIDE=is_wide(h, q),
-        WHOLE=rows % config.block_m == 0,
+        EVEN_M=rows % config.block_m == 0,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_J=config.block_j,
@@ -413,10 +376,10 @@ def conv_wgrad(
         dbias,
         splits,
         *dweight.stride(),
-        C=c,
+        C=conv.C,
         K=k,
-        KERNEL_H=kernel_h,
-        KERNEL_W=kernel_w,
+        R=conv.R,
+        S=conv.S,
         BLOCK_SPLITS=block_splits,
         BLOCK=block,
         num_warps=8,

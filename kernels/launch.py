@@ -23,7 +23,6 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from . import recording
-from .operands import Geometry
 from .switches import allow_tf32
 
 INTERPRET: bool = triton.knobs.runtime.interpret
@@ -318,25 +317,6 @@ def describe(tensor: Tensor) -> str:
 def input_precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s input_precision for operands of ``dtype``."""
     return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"
-
-
-def check_activation(name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Kernels read (N, C, H, W) tensors in channels_last memory; say so where one is not."""
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"{name} must be a 4-D tensor in channels_last memory, got shape {tuple(x.shape)} "
-            f"with strides {x.stride()}"
-        )
-    if shape is not None and x.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
-
-
-def check_convolution(geometry: Geometry, dtype: torch.dtype) -> None:
-    """Raise NotImplementedError for what the convolution kernels leave to ATen."""
-    if geometry.dilation != (1, 1) or geometry.groups != 1:
-        raise NotImplementedError(f"no kernel for dilated or grouped convolutions: {geometry}")
-    if dtype not in TRITON_DTYPES:
-        raise NotImplementedError(f"no kernel multiplies in {dtype}")
 
 
 def is_wide(*tensors: Tensor) -> bool:

@@ -34,11 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_activation, check_partials, check_vector
 from .integers import cdiv, next_power_of_2
-from .launch import Device, check_activation, device_of, launch
+from .launch import Device, device_of, launch
 from .operands import Partials
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # Elements of one block: 16 a thread at 4 warps, two 16-byte loads of each 16-bit tensor in flight.
 # With more, the longest activations spill.
@@ -92,36 +91,6 @@ def row_tiling(
     return RowTiling(block_m, block_c, steps, tiles, (tiles * column_blocks,))
 
 
-def check_floating(**dtypes: torch.dtype) -> None:
-    """Raise TypeError for a dtype that the kernels cannot read or write."""
-    for name, dtype in dtypes.items():
-        if dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {dtype}")
-
-
-def check_per_channel(name: str, values: Tensor, rows: int, channels: int) -> None:
-    """``stats`` and ``coef`` are contiguous float32 tensors of (rows, channels)."""
-    if tuple(values.shape) != (rows, channels) or not values.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous ({rows}, {channels}) tensor, got {tuple(values.shape)} "
-            f"with strides {values.stride()}"
-        )
-    if values.dtype != torch.float32:
-        raise TypeError(f"{name} must be float32, got {values.dtype}")
-
-
-def check_partials(partials: Partials) -> None:
-    """``data`` is a contiguous float32 (P, 2, C) with one entry for each tile of the rows."""
-    data, rows, tile_rows = partials
-    tiles = cdiv(rows, tile_rows)
-    if data.dim() != 3 or data.shape[0] != tiles or data.shape[1] != 2 or not data.is_contiguous():
-        raise ValueError(
-            f"partials.data must be a contiguous ({tiles}, 2, C) tensor for {rows} rows in tiles "
-            f"of {tile_rows}, got {tuple(data.shape)}"
-        )
-    check_floating(partials=data.dtype)
-
-
 @triton.jit
 def program_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
     """This program's tile and channels; neighbouring programs share rows, and so cache lines."""
@@ -132,15 +101,13 @@ def program_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def block_offsets(
-    block, rows, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def block_offsets(block, M, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where block number ``block`` of BLOCK_M rows lies: base, offsets from it, mask, valid rows.
 
     The base is 64-bit, the offsets inside a block need only 32.
     """
     row = block.to(tl.int64) * BLOCK_M
-    valid = tl.minimum(rows - row, BLOCK_M).to(tl.int32)
+    valid = tl.minimum(M - row, BLOCK_M).to(tl.int32)
     local = tl.arange(0, BLOCK_M)
     mask = (local < valid)[:, None]
     if C % BLOCK_C != 0:
@@ -149,37 +116,39 @@ def block_offsets(
 
 
 @triton.jit
-def tile_steps(tile, rows, steps, BLOCK_M: tl.constexpr):
+def tile_steps(tile, M, steps, BLOCK_M: tl.constexpr):
     """The tile's first block and its number of blocks: the last tile may have fewer."""
     first = tile * steps
-    return first, tl.minimum(steps, (rows + BLOCK_M - 1) // BLOCK_M - first).to(tl.int32)
+    return first, tl.minimum(steps, (M + BLOCK_M - 1) // BLOCK_M - first).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["rows", "steps"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def _moments_kernel(
     x_ptr,
     data_ptr,
-    rows,
+    M,
     steps,
     C: tl.constexpr,
-    WHOLE: tl.constexpr,
+    EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    MASKED: tl.constexpr = not EVEN_M or C % BLOCK_C != 0
     tile, columns = program_tile(C, BLOCK_C)
-    first, blocks = tile_steps(tile, rows, steps, BLOCK_M)
+    first, blocks = tile_steps(tile, M, steps, BLOCK_M)
+    known = columns < C
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
     for step in range(blocks):
-        base, offsets, mask, valid = block_offsets(first + step, rows, columns, C, BLOCK_M, BLOCK_C)
+        base, offsets, mask, valid = block_offsets(first + step, M, columns, C, BLOCK_M, BLOCK_C)
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         block_count = valid.to(tl.float32)
         # Not seen from a value of x: where |mean| << std that costs the mean a rounding of the
         # value. Where |mean| >> std the mean is off by a rounding of its own, M2 by its square.
         block_mean = tl.sum(x, axis=0) * (1.0 / block_count)
         deviation = x - block_mean[None, :]
-        if not WHOLE:
+        if MASKED:
             deviation = tl.where(mask, deviation, 0.0)
         block_m2 = tl.sum(deviation * deviation, axis=0)
         total = count + block_count
@@ -188,20 +157,20 @@ def _moments_kernel(
         m2 += block_m2 + delta * (delta * (count * block_count / total))
         count = total
     data_ptr += tile.to(tl.int64) * (2 * C)
-    tl.store(data_ptr + columns, mean, mask=columns < C)
-    tl.store(data_ptr + C + columns, m2, mask=columns < C)
+    tl.store(data_ptr + columns, mean, mask=known)
+    tl.store(data_ptr + C + columns, m2, mask=known)
 
 
 @triton.jit
-def _tile_counts(counts_ptr, tile, tiles, rows, tile_rows):
+def _tile_counts(counts_ptr, tile, tiles, M, tile_rows):
     """How many rows each tile has: equally many but for the last one, or what ``counts`` says."""
     if counts_ptr is not None:
         return tl.load(counts_ptr + tile, mask=tile < tiles, other=0.0)
     else:
-        return tl.minimum(rows - tile.to(rows.dtype) * tile_rows, tile_rows).to(tl.float32)
+        return tl.minimum(M - tile.to(M.dtype) * tile_rows, tile_rows).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "tile_rows", "tiles"])
+@triton.jit(do_not_specialize=["M", "tile_rows", "tiles"])
 def _norm_stats_kernel(
     data_ptr,
     counts_ptr,
@@ -209,7 +178,7 @@ def _norm_stats_kernel(
     bias_ptr,
     stats_ptr,
     eps,
-    rows,
+    M,
     tile_rows,
     tiles,
     C: tl.constexpr,
@@ -223,10 +192,10 @@ def _norm_stats_kernel(
         total = tl.zeros((BLOCK_TILES,), tl.float32)
         for start in range(0, tiles, BLOCK_TILES):
             tile = start + tl.arange(0, BLOCK_TILES)
-            total += _tile_counts(counts_ptr, tile, tiles, rows, tile_rows)
+            total += _tile_counts(counts_ptr, tile, tiles, M, tile_rows)
         inverse = 1.0 / tl.sum(total, axis=0)
     else:
-        inverse = 1.0 / rows.to(tl.float32)
+        inverse = 1.0 / M.to(tl.float32)
 
     offset = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
     for start in range(0, tiles, BLOCK_TILES):
@@ -234,7 +203,7 @@ def _norm_stats_kernel(
         mask = (tile < tiles)[:, None] & known[None, :]
         at = tile[:, None] * (2 * C) + columns[None, :]
         mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        count = _tile_counts(counts_ptr, tile, tiles, rows, tile_rows)
+        count = _tile_counts(counts_ptr, tile, tiles, M, tile_rows)
         offset += tl.where(mask, (mean_t - first_mean[None, :]) * (count * inverse)[:, None], 0.0)
     mean = first_mean + tl.sum(offset, axis=0)
 
@@ -245,7 +214,7 @@ def _norm_stats_kernel(
         at = tile[:, None] * (2 * C) + columns[None, :]
         mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
         m2_t = tl.load(data_ptr + C + at, mask=mask, other=0.0).to(tl.float32)
-        count = _tile_counts(counts_ptr, tile, tiles, rows, tile_rows)
+        count = _tile_counts(counts_ptr, tile, tiles, M, tile_rows)
         delta = mean_t - mean[None, :]
         squares += tl.where(mask, m2_t + delta * (delta * count[:, None]), 0.0)
     var = tl.sum(squares, axis=0) * inverse
@@ -271,10 +240,9 @@ def moments(x: Tensor) -> Partials:
         data (P, 2, C) float32 with at most ``MAX_TILES`` tiles.
 
     Raises:
-        ValueError: x is not channels_last or has no rows. TypeError: its dtype is not in FLOATS.
+        ValueError: x is not channels_last or has no rows. TypeError: its dtype is no kernel's.
     """
     check_activation("x", x)
-    check_floating(x=x.dtype)
     channels = x.shape[1]
     rows = x.numel() // max(channels, 1)
     if rows == 0:
@@ -289,7 +257,7 @@ def moments(x: Tensor) -> Partials:
         rows,
         tiling.steps,
         C=channels,
-        WHOLE=rows % tiling.block_m == 0 and channels % tiling.block_c == 0,
+        EVEN_M=rows % tiling.block_m == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
         # A program is one warp: the sums over rows need no other's, and so no shared memory, where
@@ -312,15 +280,16 @@ def norm_stats(
         partials: of ``moments``, or of a convolution's epilogue.
         weight, bias: (C,), any float dtype, or None.
         counts: (P,) float32, each tile's number of rows instead of what ``partials`` says.
+
+    Raises:
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
     check_partials(partials)
     data, rows, tile_rows = partials
     tiles, _, channels = data.shape
-    for name, values in (("weight", weight), ("bias", bias)):
-        if values is not None and (values.shape != (channels,) or not values.is_contiguous()):
-            raise ValueError(
-                f"{name} must be a contiguous ({channels},), got {tuple(values.shape)}"
-            )
+    check_vector("weight", weight, channels)
+    check_vector("bias", bias, channels)
+    check_vector("counts", counts, tiles, torch.float32)
     stats = torch.empty((5, channels), dtype=torch.float32, device=data.device)
     block_tiles, num_warps = merge_tiling(tiles)
     launch(

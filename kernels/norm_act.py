@@ -13,31 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, cast
-from .launch import check_activation, device_of, launch
-from .moments import (
-    block_offsets,
-    check_floating,
-    check_per_channel,
-    program_tile,
-    row_tiling,
-)
+from .checks import check_activation, check_floating, check_per_channel
+from .launch import device_of, launch
+from .moments import block_offsets, program_tile, row_tiling
 from .operands import Act
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["M"])
 def _norm_act_kernel(
     h_ptr,
     stats_ptr,
     z_ptr,
     slope,
-    rows,
+    M,
     C: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     tile, columns = program_tile(C, BLOCK_C)
-    base, offsets, mask, _ = block_offsets(tile, rows, columns, C, BLOCK_M, BLOCK_C)
+    base, offsets, mask, _ = block_offsets(tile, M, columns, C, BLOCK_M, BLOCK_C)
     z = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if stats_ptr is not None:
         known = columns < C
@@ -60,7 +55,7 @@ def norm_act(h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype) -> T
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
     check_activation("h", h)
-    check_floating(h=h.dtype, dtype=dtype)
+    check_floating(dtype=dtype)
     channels = h.shape[1]
     if stats is not None:
         check_per_channel("stats", stats, 5, channels)

@@ -20,15 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_grad, cast
+from .checks import (
+    check_activation,
+    check_floating,
+    check_grad,
+    check_partials,
+    check_per_channel,
+    check_vector,
+)
 from .integers import cdiv
-from .launch import check_activation, device_of, launch
+from .launch import device_of, launch
 from .moments import (
     MAX_TILES,
     MERGE_CHANNELS,
     block_offsets,
-    check_floating,
-    check_partials,
-    check_per_channel,
     merge_tiling,
     program_tile,
     row_tiling,
@@ -37,7 +42,7 @@ from .moments import (
 from .operands import Act, Grad, Partials
 
 
-@triton.jit(do_not_specialize=["rows", "steps"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def _act_backward_kernel(
     dz_ptr,
     add_ptr,
@@ -46,7 +51,7 @@ def _act_backward_kernel(
     q_ptr,
     data_ptr,
     slope,
-    rows,
+    M,
     steps,
     C: tl.constexpr,
     ACT: tl.constexpr,
@@ -54,7 +59,7 @@ def _act_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     tile, columns = program_tile(C, BLOCK_C)
-    first, blocks = tile_steps(tile, rows, steps, BLOCK_M)
+    first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
     mean = tl.load(stats_ptr + columns, mask=known, other=0.0)
     rstd = tl.load(stats_ptr + 2 * C + columns, mask=known, other=0.0)
@@ -64,7 +69,7 @@ def _act_backward_kernel(
     s1 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for step in range(blocks):
-        base, offsets, mask, _ = block_offsets(first + step, rows, columns, C, BLOCK_M, BLOCK_C)
+        base, offsets, mask, _ = block_offsets(first + step, M, columns, C, BLOCK_M, BLOCK_C)
         h = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         dz = tl.load(dz_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if add_ptr is not None:
@@ -80,7 +85,7 @@ def _act_backward_kernel(
     tl.store(data_ptr + C + columns, tl.sum(s2, axis=0) * rstd, mask=known)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit(do_not_specialize=["M", "tiles"])
 def _norm_grad_kernel(
     data_ptr,
     total_ptr,
@@ -88,7 +93,7 @@ def _norm_grad_kernel(
     coef_ptr,
     dweight_ptr,
     dbias_ptr,
-    rows,
+    M,
     tiles,
     C: tl.constexpr,
     TRAINING: tl.constexpr,
@@ -117,7 +122,7 @@ def _norm_grad_kernel(
         if total_ptr is not None:
             inverse = -1.0 / tl.load(total_ptr)
         else:
-            inverse = -1.0 / rows.to(tl.float32)
+            inverse = -1.0 / M.to(tl.float32)
         b = s2 * inverse * (scale * rstd)
         c = s1 * inverse * scale - b * mean
     tl.store(coef_ptr + columns, scale, mask=known)
@@ -127,20 +132,20 @@ def _norm_grad_kernel(
     tl.store(dbias_ptr + columns, s1, mask=known)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["M"])
 def _input_grad_kernel(
     q_ptr,
     h_ptr,
     coef_ptr,
     identity_ptr,
     g_ptr,
-    rows,
+    M,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     tile, columns = program_tile(C, BLOCK_C)
-    base, offsets, mask, _ = block_offsets(tile, rows, columns, C, BLOCK_M, BLOCK_C)
+    base, offsets, mask, _ = block_offsets(tile, M, columns, C, BLOCK_M, BLOCK_C)
     known = columns < C
     g = tl.load(q_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if coef_ptr is not None:
@@ -169,10 +174,8 @@ def act_backward(
     """
     check_activation("h", h)
     check_activation("dz", dz, tuple(h.shape))
-    check_floating(dz=dz.dtype, h=h.dtype)
     if add is not None:
         check_activation("add", add, tuple(h.shape))
-        check_floating(add=add.dtype)
     channels = h.shape[1]
     check_per_channel("stats", stats, 5, channels)
     rows = h.numel() // max(channels, 1)
@@ -210,11 +213,15 @@ def norm_grad(
     One launch that merges the tiles in a fixed order. With running statistics
     (``training=False``) B = C = 0. total: (1,) float32, the number of rows M, where only the
     device knows it (``ranks``); ``partials`` says it otherwise.
+
+    Raises:
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
     check_partials(partials)
     data, rows, _ = partials
     tiles, _, channels = data.shape
     check_per_channel("stats", stats, 5, channels)
+    check_vector("total", total, 1, torch.float32)
     coef = torch.empty((3, channels), dtype=torch.float32, device=stats.device)
     dweight = torch.empty(channels, dtype=torch.float32, device=stats.device)
     dbias = torch.empty_like(dweight)
@@ -239,19 +246,6 @@ def norm_grad(
     return coef, dweight, dbias
 
 
-def check_grad(grad: Grad) -> None:
-    """q and h are channels_last tensors of one shape, coef is (3, C) float32."""
-    q, h, coef = grad
-    check_activation("grad.q", q)
-    check_floating(q=q.dtype)
-    if coef is None:
-        return
-    check_per_channel("grad.coef", coef, 3, q.shape[1])
-    if h is not None:
-        check_activation("grad.h", h, tuple(q.shape))
-        check_floating(h=h.dtype)
-
-
 def input_grad(
     grad: Grad, identity: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -274,7 +268,6 @@ def input_grad(
     check_floating(dtype=dtype)
     if identity is not None:
         check_activation("identity", identity, tuple(q.shape))
-        check_floating(identity=identity.dtype)
     g = torch.empty_like(q, dtype=dtype, memory_format=torch.channels_last)
     if q.numel() == 0:
         return g

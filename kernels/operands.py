@@ -55,6 +55,31 @@ class Geometry(NamedTuple):
         return (padded - self.dilation[axis] * (kernel - 1) - 1) // self.stride[axis] + 1
 
 
+class Convolution(NamedTuple):
+    """A convolution as a kernel is compiled for it: the one constexpr argument ``CONV``.
+
+    C, H, W: channels and size of the input. K, P, Q: of the output. R, S: size of the kernel.
+    STRIDE_WK, STRIDE_WC, STRIDE_WR, STRIDE_WS: the weight's, 0 for a kernel that does not read it.
+    """
+
+    C: int
+    K: int
+    H: int
+    W: int
+    P: int
+    Q: int
+    R: int
+    S: int
+    STRIDE_H: int
+    STRIDE_W: int
+    PADDING_H: int
+    PADDING_W: int
+    STRIDE_WK: int = 0
+    STRIDE_WC: int = 0
+    STRIDE_WR: int = 0
+    STRIDE_WS: int = 0
+
+
 class Grad(NamedTuple):
     """A gradient that may still wait for a norm's backward: g = A*q + B*h + C per channel.
 

@@ -138,12 +138,12 @@ def config_of(
     plain_gradient: bool = False,
 ) -> WgradConfig:
     """``wgrad_config`` of a convolution: its ``rows`` of results and its weight's (K, C, R, S)."""
-    k, c, kernel_h, kernel_w = weight
-    pointwise = kernel_h * kernel_w == 1
+    k, c, r, s = weight
+    pointwise = r * s == 1
     return wgrad_config(
         rows,
         k,
-        kernel_h * kernel_w * c,
+        r * s * c,
         device,
         dtype=dtype,
         stream=stream,

@@ -63,13 +63,13 @@ def tile_bytes(launch: dryrun.Launch) -> float:
     size = launch.kernel.constants
     nbytes = {name: t.nbytes for name, t in launch.tensors.items() if name != "weight_ptr"}
     parts = dict.fromkeys(nbytes, 1)  # how many programs read the same element
-    if launch.kernel.name == "conv_forward_kernel":
+    if launch.kernel.name == "_conv_forward_kernel":
         parts["h_ptr"] = -(-size["K"] // size["BLOCK_N"])
-    elif launch.kernel.name == "conv_dgrad_kernel":
+    elif launch.kernel.name == "_conv_dgrad_kernel":
         parts["grad_ptr"] = parts["grad_h_ptr"] = -(-size["C"] // size["BLOCK_N"])
     elif launch.kernel.name == "_conv_wgrad_kernel":
         columns = size["BLOCK_J"] * size["J_TILES"]
-        groups = -(-size["KERNEL_H"] * size["KERNEL_W"] * size["C"] // columns)
+        groups = -(-size["R"] * size["S"] * size["C"] // columns)
         parts["q_ptr"] = parts["gh_ptr"] = groups
         blocks = -(-size["K"] // size["BLOCK_K"])
         parts["h_ptr"] = blocks * max(1, groups // -(-size["C"] // columns))

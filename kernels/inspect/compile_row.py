@@ -40,7 +40,7 @@ class Row:
     @property
     def convolution(self) -> str:
         """ "forward", "dgrad" or "wgrad" for a kernel that convolves, else ""."""
-        found = re.fullmatch(r"_?conv_(forward|dgrad|wgrad)_kernel", self.kernel)
+        found = re.fullmatch(r"_conv_(forward|dgrad|wgrad)_kernel", self.kernel)
         return found[1] if found else ""
 
     @property

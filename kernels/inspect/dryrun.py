@@ -71,6 +71,8 @@ class Resources(NamedTuple):
 class Kernel:
     """One compiled kernel: name, what it was specialised for, and what it takes.
 
+    ``constants`` has a record's fields (``operands.Convolution``) under their own names.
+
     ``seconds`` of processor time went into compiling it; None if a dry run did not compile it.
     ``files`` maps the stages of compilation (ttgir, ptx, cubin, amdgcn, ...) to their files.
     """
@@ -280,11 +282,11 @@ class _Launcher:
         metadata = self.metadata
         group = get_cache_manager(metadata.hash).get_group(f"{metadata.name[:150]}.json") or {}
         signature = dict(self.src.signature)
-        constants = {
-            name: getattr(value, "value", value)
-            for name, value in arguments.items()
-            if signature[name] == "constexpr"
-        }
+        constants: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if signature[name] == "constexpr":
+                value = getattr(value, "value", value)
+                constants |= value._asdict() if hasattr(value, "_asdict") else {name: value}
         return Kernel(
             name=metadata.name,
             target=_active().name,

@@ -4,8 +4,9 @@ They are read off the programs that a chain runs (``core.meta``), kernel by kern
 operator by operator (ATen).
 
 Every activation and weight of a launch counts once, as with a cache of unlimited size; values per
-channel, and the sums that a weight gradient's programs leave for its reduction, are left out. A kernel's floor is the larger of its bytes over the device's copy rate and its FLOPs
-over the device's rate of matrix multiplication; launches take their own time on top.
+channel, and the sums that a weight gradient's programs leave for its reduction, are left out. A
+kernel's floor is the larger of its bytes over the device's copy rate and its FLOPs over the
+device's rate of matrix multiplication; launches take their own time on top.
 """
 
 from __future__ import annotations
@@ -113,7 +114,11 @@ def _wait(device: torch.device) -> None:
 
 
 class Cost(NamedTuple):
-    """One kernel, or operator of ATen. step: what it belongs to ("stage 1 forward"). nbytes: read plus written. flops: of a convolution, else 0."""
+    """One kernel, or operator of ATen.
+
+    step: what it belongs to ("stage 1 forward"). nbytes: read plus written. flops: of a
+    convolution, else 0.
+    """
 
     step: str
     kernel: str

@@ -67,7 +67,7 @@ def test_wgmmas_stay_in_flight_in_weight_gradients(rows):
         r
         for r in rows
         if (r.target, r.dtype, r.convolution) == ("sm_90", "bf16", "wgrad")
-        and r.constants["KERNEL_H"] == 1
+        and r.constants["R"] == 1
     ]
     assert pointwise
     serialised = [r for r in pointwise if "serialized" in ptxas_says(r)]
@@ -162,15 +162,14 @@ def ptxas_says(row):
 def channels(row):
     """C, K and the number of taps of a convolution."""
     c = row.constants
-    taps = c["R"] * c["S"] if "R" in c else c["KERNEL_H"] * c["KERNEL_W"]
-    return c["C"], c["K"], taps
+    return c["C"], c["K"], c["R"] * c["S"]
 
 
 def result_rows(row):
     """Rows that a convolution multiplies: of its result, or of the gradient."""
     c = row.constants
     unit = next(unit for unit in UNITS if row.case.startswith(f"{unit.name}:"))
-    names = {"forward": ("P", "Q"), "dgrad": ("H", "W"), "wgrad": ("OUT_HEIGHT", "OUT_WIDTH")}
+    names = {"forward": ("P", "Q"), "dgrad": ("H", "W"), "wgrad": ("P", "Q")}
     height, width = (c[name] for name in names[row.convolution])
     return unit.batch * height * width
 

@@ -28,8 +28,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRY = Geometry((1, 1), (1, 1))
 RELU = Act("relu")
 CONV_KERNELS = {
-    "forward": "conv_forward_kernel",
-    "dgrad": "conv_dgrad_kernel",
+    "forward": "_conv_forward_kernel",
+    "dgrad": "_conv_dgrad_kernel",
     "wgrad": "_conv_wgrad_kernel",
 }
 KERNELS = (
@@ -207,7 +207,7 @@ def test_walking_back_uses_the_tile_of_the_forward(engine: dispatch.TritonEngine
         largest = max(largest, constants["BLOCK_M"])
         return not constants["SUBTRACT"] and constants["BLOCK_M"] == largest
 
-    with failing("conv_forward_kernel", adding) as tried:
+    with failing("_conv_forward_kernel", adding) as tried:
         with pytest.warns(FallbackWarning, match="a smaller tile"):
             out = forward(residual=torch.zeros_like(residual), with_moments=True)
         back = forward(residual=torch.zeros_like(residual), subtract=True)
@@ -226,7 +226,7 @@ def test_a_step_in_which_only_the_walk_fails(engine: dispatch.TritonEngine) -> N
     model.to(memory_format=torch.channels_last)
     x = activation(3, 4)
     expected = step(model, x)
-    with failing("conv_forward_kernel", lambda c: c["SUBTRACT"]):
+    with failing("_conv_forward_kernel", lambda c: c["SUBTRACT"]):
         with pytest.warns(FallbackWarning, match="computed by ATen"):
             found = step(model, x)
         with warnings.catch_warnings():
@@ -241,7 +241,7 @@ def test_an_error_as_a_filter_decides_nothing(
     call: Callable[[str], tuple[Tensor, Tensor]],
 ) -> None:
     """Whoever has warnings raised sees this one each time, not a silent fallback the next."""
-    with failing("conv_forward_kernel"), warnings.catch_warnings():
+    with failing("_conv_forward_kernel"), warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         for _ in range(2):
             with pytest.raises(FallbackWarning):
@@ -299,5 +299,5 @@ def test_shared_memory(found: Any) -> None:
     assert all("shared memory" in text and "sm_90" in text for text in found["said"])
     assert max(Counter(found["said"]).values()) == 1
     assert found["said again"] == []
-    convolutions = {"conv_forward_kernel", "conv_dgrad_kernel", "_conv_wgrad_kernel"}
+    convolutions = {"_conv_forward_kernel", "_conv_dgrad_kernel", "_conv_wgrad_kernel"}
     assert convolutions <= set(found["kernels"])

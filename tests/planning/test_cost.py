@@ -58,7 +58,9 @@ def test_flops_are_the_convolutions(triton):
     if triton:
         pytest.importorskip("triton")
     x = torch.empty(2, 16, 8, 8, device="meta")
-    predicted, _ = chain_costs([PreActBlock(16, 16).unit_modules()], x, torch.float32, triton=triton)
+    predicted, _ = chain_costs(
+        [PreActBlock(16, 16).unit_modules()], x, torch.float32, triton=triton
+    )
     once = 2 * 2 * (2 * 8 * 8) * 16 * 16 * 9
     assert sum(cost.flops for cost in predicted.forward) == once
     assert sum(cost.flops for cost in predicted.backward) == 2 * once

@@ -18,7 +18,7 @@ RATIOS = {
 
 def kernel_size(row):
     """ "1x1" or "3x3"."""
-    size = row.constants.get("R", row.constants.get("KERNEL_H"))
+    size = row.constants["R"]
     return f"{size}x{size}"
 
 
