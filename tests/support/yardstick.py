@@ -157,9 +157,10 @@ class _Errors:
 
         The root of the mean square over the inputs that both had is the sharper where errors are
         rounding. In half precision a ReLU's sign may flip at a value near 0, in eager as here, and
-        one flip outweighs all rounding: where flips are rare, medians tell more. NaN is excess.
+        one flip outweighs all rounding: where flips are rare, medians tell more. NaN is excess, and
+        so is a tensor that no draw compared (a branch that was dropped): others have to be drawn.
         """
-        if not all(map(math.isfinite, self.fused)):
+        if not self.fused or not all(map(math.isfinite, self.fused)):
             return math.inf
         size, terms = statistics.median(self.sizes), statistics.median(self.terms)
         found = []
