@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.support import stub_driver
+from resnetv2.kernels.inspect import stub_driver
 
 
 def both_ways(stub: stub_driver.Stub) -> list[dict[str, Any]]:
