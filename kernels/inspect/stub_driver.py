@@ -128,7 +128,7 @@ def install(
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     # With its name known to the loader, Triton's modules are linked to this one.
     library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
-    (ctypes.c_int * 2).in_dll(library, "stub_capability")[:] = capability
+    (ctypes.c_int * 2).in_dll(library, "stub_capability")[:] = list(capability)
     ctypes.c_int.in_dll(library, "stub_multiprocessors").value = multiprocessors
     ctypes.c_int.in_dll(library, "stub_shared_memory").value = shared_memory
 
