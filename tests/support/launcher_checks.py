@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from resnetv2.core import execution
 from resnetv2.kernels.inspect import stub_driver
 
 
@@ -67,6 +68,7 @@ def blocks() -> dict[str, torch.nn.Module]:
 
 
 def step(block: torch.nn.Module, x: torch.Tensor, precision: str) -> None:
+    execution.PROGRAMS.clear()  # a replay does not come through ``launch``
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         out = block(x)
