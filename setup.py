@@ -49,6 +49,7 @@ setup(
     package_dir={KERNELS: "kernels"},
     package_data={
         "resnetv2": ["py.typed"],
+        f"{KERNELS}.inspect": ["cuda_stub.c"],
         "resnetv2.studies": ["page.html"],
         "resnetv2.training": ["recipes/*.yaml"],
     },

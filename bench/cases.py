@@ -18,7 +18,8 @@ MODES = ("forward", "forward+backward")
 
 class Case(NamedTuple):
     """A workload. ``depth`` 0 is a single unit of ``channels`` in and out at ``size`` squared
-    pixels; otherwise a CIFAR network of so many layers. ``dtype``: autocast's, fp32 for none.
+    pixels, or a stage of ``units`` of them; otherwise a CIFAR network of so many layers. ``dtype``:
+    autocast's, fp32 for none.
 
     modes: what is timed: forward (in training, keeping what its backward needs) or both.
     """
@@ -33,11 +34,12 @@ class Case(NamedTuple):
     size: int = 32
     dtype: str = "fp32"
     modes: tuple[str, ...] = ("forward+backward",)
+    units: int = 1
 
     @property
     def layers(self) -> int:
         """Convolutions, and for a network its classifier."""
-        return self.depth or (2 if self.block == "basic" else 3)
+        return self.depth or self.units * (2 if self.block == "basic" else 3)
 
     @property
     def narrowest(self) -> int:
@@ -63,14 +65,17 @@ class Case(NamedTuple):
                 conv = unit.conv3 if self.block == "bottleneck" else unit.conv2
                 conv.weight.detach().mul_(len(units) ** -0.5)
         else:
-            block = BLOCKS[self.block](self.channels, self.out_channels, self.stride)
-            for conv in block.modules():
+            block = BLOCKS[self.block]
+            first = block(self.channels, self.out_channels, self.stride)
+            others = (block(self.out_channels, self.out_channels) for _ in range(self.units - 1))
+            module = Stage(first, *others, **options)
+            for conv in module.modules():
                 if isinstance(conv, nn.Conv2d):
                     # The paper's: PyTorch's own shrinks activations until rounding dominates.
                     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            module = Stage(block, **options)
             # A stage leaves the children to blocks where it is eager; they have to know as well.
-            block.backend = module.backend
+            for unit in module:
+                unit.backend = module.backend
         return module.to(device(), dtype, memory_format=torch.channels_last)
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -188,6 +193,30 @@ def accuracy_cases(full: bool, cuda: bool) -> list[Case]:
     if full:
         result.append(network("bottleneck", 1001, batch, dtype))
     return result
+
+
+def host_cases(full: bool, cuda: bool) -> list[Case]:
+    """Stages and a network whose time is the host's (suite "host"): images are tiny.
+
+    On a CPU eager's kernels run in the time that is measured.
+    """
+    result = []
+    for dtype in ("bf16", "fp32"):
+        for block, channels in (("basic", 16), ("bottleneck", 64)):
+            result.append(
+                Case(
+                    f"{block} unit, {dtype}",
+                    block,
+                    2,
+                    channels=channels,
+                    out_channels=channels,
+                    size=2,
+                    dtype=dtype,
+                    units=36,
+                )
+            )
+    whole = network("bottleneck", 1001, 2, "bf16")
+    return [*result, whole._replace(name=f"{whole.name}, bf16", size=8)]
 
 
 def kernel_cases(full: bool, cuda: bool) -> list[Case]:

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 
 from bench import cases, report, schema
 from bench.measure import Bench, Outcome, Settings, quantiles
-from bench.providers import all_providers
+from bench.providers import all_providers, host_providers
 from bench.schema import SUITES, Row
 from bench.suites import timed_rows
 
 # What compiling may take in a quick run on a CPU: units are small, and a net of 20 layers is
 # compiled whatever it takes, being the first.
 COMPILE_SECONDS = {"unit": 180.0, "depth": 60.0, "accuracy": 240.0}
-FILES = {f"bench_{name}.py": name for name in SUITES[:5]}
+FILES = {f"bench_{name}.py": name for name in SUITES[:-1]}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     size = group.addoption
     size("--quick", action="store_true", help="few cases; the default without a GPU")
     size("--full", action="store_true", help="all cases; with --suite part by part")
-    size("--suite", choices=SUITES[:5], action="append", help="this suite only (repeatable)")
+    size("--suite", choices=SUITES[:-1], action="append", help="this suite only (repeatable)")
     size("--graphs", action="store_true", help="each provider in a CUDA graph as well")
     size("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     size("--out", type=Path, help="the report's folder (default: bench/reports/<device>)")
@@ -66,6 +67,7 @@ class Session:
         self.suite = ""
         self.doing = ""
         self._bench: Bench | None = None
+        self._host_bench: Bench | None = None
 
     @property
     def settings(self) -> Settings:
@@ -83,12 +85,22 @@ class Session:
             self._bench = Bench(providers, self.settings, say=self.say)
         return self._bench
 
-    def enter(self, suite: str) -> None:
+    @property
+    def host_bench(self) -> Bench:
+        """Its providers are others, on one thread each; started when it is first needed."""
+        if self._host_bench is None:
+            settings = replace(self.settings, threads=1)
+            self._host_bench = Bench(host_providers(), settings, say=self.say)
+        return self._host_bench
+
+    def enter(self, suite: str) -> Bench:
         """A case of ``suite`` follows: what compiling may take is a suite's."""
+        bench = self.host_bench if suite == "host" else self.bench
         if suite != self.suite:
             self.suite = suite
             limit = COMPILE_SECONDS.get(suite, 60.0)
-            self.bench.new_suite(30 * limit if self.full else 3 * limit if self.cuda else limit)
+            bench.new_suite(30 * limit if self.full else 3 * limit if self.cuda else limit)
+        return bench
 
     def say(self, what: str) -> None:
         """The progress line: minutes and seconds, suite, case, what is going on."""
@@ -117,8 +129,9 @@ class Session:
 
     def finish(self) -> Path | None:
         """End the processes and write the report; its folder, or None where nothing was run."""
-        if self._bench is not None:
-            self._bench.close()
+        for bench in (self._bench, self._host_bench):
+            if bench is not None:
+                bench.close()
         if not self.rows:
             return None
         folder = self.config.getoption("--out") or schema.REPORTS / schema.device_name()

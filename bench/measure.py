@@ -114,7 +114,7 @@ class Bench:
         self.compile_limit = compile_limit
         self.compiled.clear()
 
-    def _skip(self, case: Case, provider: Provider) -> str:
+    def skip(self, case: Case, provider: Provider) -> str:
         """Why a provider is not asked at all, or ""."""
         if provider.missing:
             return f"not run: {provider.missing}"
@@ -135,7 +135,7 @@ class Bench:
 
         An outcome without a problem is ready to be timed.
         """
-        outcomes = {p.name: Outcome(p, self._skip(case, p)) for p in self.providers}
+        outcomes = {p.name: Outcome(p, self.skip(case, p)) for p in self.providers}
         asked = [o for o in outcomes.values() if not o.problem]
         self.say("float64")
         with tempfile.TemporaryDirectory() as folder:
@@ -165,19 +165,23 @@ class Bench:
         self.checked[case] = outcomes
         return outcomes
 
-    def _receive(self, outcome: Outcome) -> Any:
+    def _receive(self, outcome: Outcome, patience: float = 0.0) -> Any:
         """A host's answer; None, and ``outcome.problem`` says why, if it failed."""
         try:
-            return self.hosts[outcome.provider.name].receive(self.settings.patience)
+            host = self.hosts[outcome.provider.name]
+            return host.receive(patience or self.settings.patience)
         except Failure as failure:
             text = str(failure)
             outcome.problem = text if text == "out of memory" else f"failed: {text}"
             return None
 
-    def ask(self, outcome: Outcome, order: str, *arguments: Any) -> Any:
-        """One order to one host, and its answer as ``_receive`` gives it."""
+    def ask(self, outcome: Outcome, order: str, *arguments: Any, patience: float = 0.0) -> Any:
+        """One order to one host, and its answer as ``_receive`` gives it.
+
+        patience: seconds, 0 for the settings'.
+        """
         self.hosts[outcome.provider.name].send(order, *arguments)
-        return self._receive(outcome)
+        return self._receive(outcome, patience)
 
     def run(self, case: Case) -> dict[str, Outcome]:
         """Check a case, and time what is right: provider's name to what came out."""

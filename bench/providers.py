@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from bench.cases import Case, device
+from resnetv2.kernels.inspect import stub_driver
 
 EAGER = "eager"
 COMPILE = "compile"
+MEMORY_MODES = ("recompute", "invert_h1", "invert", "segment")
 
 
 class Provider(NamedTuple):
@@ -98,6 +100,24 @@ def _attorch(case: Case) -> nn.Module:
     return module
 
 
+def _on_path(case: Case, memory: str, backend: str) -> nn.Module:
+    """A memory mode on Triton or ATen, whatever the device: without a GPU no kernel runs."""
+    if backend == "triton" and device().type == "cpu":
+        stub_driver.install()
+    return case.build(memory=memory, backend=backend)
+
+
+def host_providers() -> list[Provider]:
+    """Whose host time is measured: eager, torch.compile, and the modes on Triton and on ATen."""
+    result = [Provider(EAGER, _eager), Provider(COMPILE, _compiled, compiles=True)]
+    for backend, name in (("triton", "Triton"), ("aten", "ATen")):
+        missing = stub_driver.missing() if (backend, device().type) == ("triton", "cpu") else ""
+        for memory in MEMORY_MODES:
+            prepare = functools.partial(_on_path, memory=memory, backend=backend)
+            result.append(Provider(f"{memory}, {name}", prepare, ours=True, missing=missing))
+    return result
+
+
 def _peer(name: str, package: str, prepare: Callable[[Case], Any]) -> Provider:
     missing = "" if importlib.util.find_spec(package) else "not installed"
     if not missing and device().type != "cuda":
@@ -124,7 +144,7 @@ def all_providers(graphs: bool = False) -> list[Provider]:
         ),
         Provider("checkpoint", _checkpointed),
     ]
-    for memory in ("recompute", "invert_h1", "invert", "segment"):
+    for memory in MEMORY_MODES:
         result.append(Provider(memory, functools.partial(_memory_mode, memory=memory), ours=True))
     if graphs:
         missing = "" if device().type == "cuda" else "CUDA graphs need a GPU"

@@ -17,9 +17,9 @@ from pathlib import Path
 from bench.cases import network_of
 from bench.plots import depth_cases, plot_depth, plot_roofline
 from bench.providers import EAGER
+from bench.providers import MEMORY_MODES as OURS
 from bench.schema import CSV_NAME, MODE, REPORTS, Rows, read
 
-OURS = ("recompute", "invert_h1", "invert", "segment")
 PAGE = "README.md"
 
 
@@ -239,6 +239,32 @@ def _accuracy_table(rows: Rows) -> str:
     return table(["case", "provider", *heads, "note"], lines)
 
 
+def _host_table(rows: Rows) -> str:
+    lines = []
+    for time in rows.where(suite="host", metric="host time"):
+        head = [time.case, f"`{time.provider}`"]
+        if time.value is None:
+            lines.append([*head, time.note, "", "", "", ""])
+            continue
+        key = {"suite": "host", "case": time.case, "provider": time.provider}
+        functions = rows.value(**key, metric="Python functions")
+        lines.append(
+            [
+                *head,
+                f"{figure(time.value)} {time.unit} ({figure(time.p20)}, {figure(time.p80)})",
+                ratio(time.ratio_to_eager),
+                ratio(time.ratio_to_compile),
+                f"{time.spread:.0%}" if time.spread is not None else "",
+                "" if functions is None else figure(functions),
+            ]
+        )
+    header = [
+        "case", "provider", "host time (p20, p80)", "of eager", "of compile", "spread",
+        "Python functions",
+    ]  # fmt: skip
+    return table(header, lines, left=2)
+
+
 def _kernel_table(rows: Rows) -> str:
     lines = []
     for case in rows.names("case", suite="kernel", metric="time"):
@@ -307,6 +333,15 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Rows], str]]] = {
         "Relative error (Euclidean norm over all elements), in brackets over eager's. More than "
         "twice eager's error of output or gradients is refused.",
         _accuracy_table,
+    ),
+    "host": (
+        "Time of the host",
+        "Processor time of a forward and a backward on one thread, without a CUDA graph, images of "
+        "2x2 (networks: 8x8), 2 in a batch; median of rounds in which every provider takes its "
+        "turn. A unit: difference of stages of 36 and 4 units over 32. Python functions: entered "
+        "in the same. On a CPU eager's and ATen's kernels run and count; Triton's are launched by "
+        "its own launcher over a driver that does nothing, as if for an H100.",
+        _host_table,
     ),
 }
 

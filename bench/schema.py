@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-SUITES = ("unit", "depth", "limits", "kernel", "accuracy", "extreme depth")
+SUITES = ("unit", "depth", "limits", "kernel", "accuracy", "host", "extreme depth")
 MODE = "forward+backward"  # a training step, but for the optimizer's
 REPORTS = Path(__file__).parent / "reports"
 CSV_NAME = "report.csv"
@@ -124,7 +124,10 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def renew(folder: Path, rows: Iterable[Row], threads: int, command: str) -> None:
-    """Put a run's rows into the CSV of ``folder``, in place of those of the same suites."""
+    """Put a run's rows into the CSV of ``folder``, in place of those of the same suites.
+
+    What a row says of the run itself stays.
+    """
     run = {
         "device": device_name(),
         "versions": versions(threads),
@@ -133,7 +136,11 @@ def renew(folder: Path, rows: Iterable[Row], threads: int, command: str) -> None
     }
     path = folder / CSV_NAME
     old = read(path) if path.exists() else []
-    write(path, merge(old, [replace(row, **run) for row in rows]))
+    renewed = [
+        replace(row, **{name: getattr(row, name) or value for name, value in run.items()})
+        for row in rows
+    ]
+    write(path, merge(old, renewed))
 
 
 def device_name() -> str:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from bench.cases import Case
+from bench.host import HostTime
 from bench.kernel_steps import KernelTime
 from bench.measure import Bench, Outcome, quantiles, spread
 from bench.providers import COMPILE, EAGER
-from bench.schema import MODE, Row
+from bench.schema import MODE, Row, versions
 from bench.worker import Failure
 
 
@@ -174,6 +175,34 @@ def limit_rows(
             if row.value is not None:
                 rows[name] = (problem, replace(row, ratio_to_eager=row.value / base[1].value))
     return rows
+
+
+def host_rows(case: Case, found: dict[str, HostTime]) -> Iterator[Row]:
+    """Processor time and Python functions, of a unit or of a network's step."""
+    unit, scale = ("ms a step", 1e3) if case.depth else ("us a unit", 1e6)
+    for name, host in found.items():
+        row = Row("host", case.name, name, MODE, "host time", unit, None, dtype=case.dtype)
+        row = replace(row, versions=versions(1))
+        if host.outcome.problem:
+            yield replace(row, note=host.outcome.problem)
+            continue
+        times = host.times
+        p20, p50, p80 = (scale * value for value in quantiles(times.seconds))
+        yield replace(
+            row,
+            value=p50,
+            p20=p20,
+            p50=p50,
+            p80=p80,
+            ratio_to_eager=_median(times.to_eager),
+            ratio_to_compile=_median(times.to_compile),
+            spread=spread(times.seconds if name == EAGER else times.to_eager or times.seconds),
+            trials=len(times.seconds),
+        )
+        if host.functions is not None:
+            yield replace(
+                row, metric="Python functions", unit=unit[3:], value=host.functions, trials=1
+            )
 
 
 def kernel_rows(case: Case, times: list[KernelTime], rates: dict[str, float]) -> Iterator[Row]:

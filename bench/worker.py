@@ -21,6 +21,7 @@ from bench.cases import Case, device
 from bench.providers import Provider
 from bench.schema import MODE
 from resnetv2.data.host import keep_freed_memory
+from resnetv2.kernels.inspect import host_time
 from resnetv2.names import DTYPES
 from resnetv2.planning.memory import peak_bytes
 
@@ -54,6 +55,7 @@ class Worker:
         self.graphs: dict[str, Any] = {}
         self.graph_outs: dict[str, Tensor] = {}
         self.graph_bytes: dict[str, int] = {}
+        self.built: list[tuple[Case, Any, Tensor, Tensor]] = []
 
     def build(self, case: Case, provider: Provider) -> None:
         """Prepare the case; nothing is run."""
@@ -65,6 +67,7 @@ class Worker:
     def drop(self) -> None:
         """Forget the case."""
         self.case = self.module = self.x = self.target = None
+        self.built = []
         self.graphs.clear()
         self.graph_outs.clear()
         gc.collect()
@@ -187,6 +190,31 @@ class Worker:
             run()
         _synchronize()
         return time.perf_counter() - start
+
+    def host_build(self, cases: list[Case], provider: Provider) -> None:
+        """Prepare several cases, whose steps ``host_seconds`` and ``host_calls`` take in turns."""
+        self.drop()
+        built = []
+        for case in cases:
+            self.build(case, provider)
+            built.append((case, self.module, self.x, self.target))
+        self.built = built
+
+    def _each(self, figure: Callable[[Callable[[], Any]], Any]) -> list[Any]:
+        result = []
+        for built in self.built:
+            self.case, self.module, self.x, self.target = built
+            self._clear()
+            result.append(figure(lambda: self._step(MODE)))
+        return result
+
+    def host_seconds(self) -> list[float]:
+        """Processor time of a step of each case."""
+        return self._each(host_time.seconds)
+
+    def host_calls(self) -> list[int] | None:
+        """Python functions entered in a step of each case; None where others' threads do so."""
+        return None if torch.cuda.is_available() else self._each(host_time.calls)
 
     def peak(self, mode: str) -> int:
         """Most bytes that a step allocates beyond parameters and gradients."""

@@ -127,11 +127,11 @@ def test_compiling_has_a_limit():
     bench = Bench([plain()[0], compiled], SETTINGS, host=Inline)
     bench.new_suite(10.0)
     bench.compiled.append((8, 6.0))
-    assert "compiling 8 layers took 6 s, 14 layers would pass" in bench._skip(
+    assert "compiling 8 layers took 6 s, 14 layers would pass" in bench.skip(
         TOY._replace(depth=14), compiled
     )
     bench.new_suite(10.0)
-    assert bench._skip(TOY._replace(depth=14), compiled) == ""
+    assert bench.skip(TOY._replace(depth=14), compiled) == ""
 
 
 def test_peers_that_are_not_there_are_rows():

@@ -19,9 +19,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from resnetv2 import BottleneckPreActBlock, PreActResNet
 from resnetv2.kernels import dispatch, launch, reference, tuning
 from resnetv2.kernels.fallback import FallbackWarning
+from resnetv2.kernels.inspect import stub_driver
 from resnetv2.kernels.launch import Config, KernelError
 from resnetv2.kernels.operands import Act, Geometry
-from tests.support import stub_driver
 from tests.support.compiled import checked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

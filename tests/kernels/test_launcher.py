@@ -1,6 +1,6 @@
 """What ``launch`` gives to the driver is what Triton's own path gives, by Triton's real launcher.
 
-The launcher runs over a libcuda that does nothing (tests/support/stub_driver.py), in a process of
+The launcher runs over a libcuda that does nothing (kernels/inspect/stub_driver.py), in a process of
 its own: kernels cannot be compiled where they are interpreted.
 """
 
@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
 from resnetv2.kernels import launch  # noqa: E402
-from tests.support import stub_driver  # noqa: E402
+from resnetv2.kernels.inspect import stub_driver  # noqa: E402
 from tests.support.compiled import checked  # noqa: E402
 
 CASES = [

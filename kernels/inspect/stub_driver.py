@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -92,6 +94,8 @@ class Stub(NamedTuple):
 
 def missing() -> str:
     """What this machine lacks for ``install``, or ""."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     if shutil.which("gcc") is None:
         return "gcc is not installed"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -109,10 +113,13 @@ def _build() -> Path:
     return folder
 
 
+@functools.cache
 def install(
     capability: tuple[int, int] = (9, 0), multiprocessors: int = 132, shared_memory: int = 232448
 ) -> Stub:
     """Make Triton's NVIDIA driver, over the stub, the active one of this process; an H100's limits.
+
+    Called again with the same limits, it gives what is there.
 
     Raises:
         RuntimeError: kernels are interpreted in this process.
@@ -121,7 +128,7 @@ def install(
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     # With its name known to the loader, Triton's modules are linked to this one.
     library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
-    (ctypes.c_int * 2).in_dll(library, "stub_capability")[:] = capability
+    (ctypes.c_int * 2).in_dll(library, "stub_capability")[:] = list(capability)
     ctypes.c_int.in_dll(library, "stub_multiprocessors").value = multiprocessors
     ctypes.c_int.in_dll(library, "stub_shared_memory").value = shared_memory
 
