@@ -1,5 +1,5 @@
 """Which implementation runs, per backend, operation and shape
-(README.md, "Which implementation runs").
+(kernels/README.md, "Which implementation runs").
 
 An engine offers the four steps out of which a chain's forward and backward are made: moments and
 their merging, a convolution's forward, and the backward of one norm -> act -> conv. ``AtenEngine``
@@ -173,7 +173,7 @@ class AtenEngine:
         sync: Ranks | None = None,
     ) -> ConvGrads:
         """Backward of conv(act(norm(h))) for one gradient of its output
-        (README.md, "Backward").
+        (kernels/README.md, "Backward").
 
         Args:
             grad: gradient of the convolution's output, (N, K, P, Q).
