@@ -107,7 +107,7 @@ def measure(
     capture = _Capture(engine(module.backend, x.device, (dtype,)))
     with torch.no_grad():
         forward = Chain(spec, params, capture)  # type: ignore[arg-type]
-        out, kept = forward.forward(x, 0, 1, spec.kept())
+        out, kept, _ = forward.forward(x, 0, 1, spec.kept())
         assert out is not None
         backward = Chain(spec, params, capture, forward.stats)  # type: ignore[arg-type]
         backward.backward(g.to(out.dtype), x, out, kept, [None] * len(params))

@@ -62,7 +62,9 @@ def _convolution_scratch(
     reordered = 0 if is_channels_last(weight) else _nbytes(weight)
     size = _BUFFERS + reordered
     if not is_channels_last(x):
-        size += _nbytes(x) + _nbytes(out)
+        # oneDNN's own layout; a strided one's gradient is reordered once more.
+        strided = backward and any(step > 1 for step in stride)
+        size += _nbytes(x) * (2 if strided else 1) + _nbytes(out)
     if not backward:
         return size + _nbytes(weight)
     if x.dtype == torch.bfloat16:

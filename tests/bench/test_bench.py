@@ -223,8 +223,10 @@ def test_limits_of_a_budget():
 def test_kernel_rows():
     case = cases.unit("toy", "bottleneck", 16, 8, 2, "fp32")
     times = measure_kernels(case, 5, 0.0, lambda label: None)
+    # On a CPU ATen's norm takes its moments itself.
+    first = ["moments"] if cases.device().type == "cuda" else []
     assert [t.name for t in times] == [
-        "moments",
+        *first,
         "1x1 16>4 forward",
         "3x3 4>4 forward",
         "1x1 4>16 forward + shortcut",
