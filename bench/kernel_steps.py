@@ -68,7 +68,7 @@ class _Capture:
 
     def __getattr__(self, name: str) -> Any:
         if name not in CALLS:
-            raise AttributeError(name)
+            return getattr(self.real, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append((name, args, kwargs))
@@ -114,8 +114,13 @@ def measure(
         flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device=x.device)
         times = []
         for name, args, kwargs in capture.calls:
-            if name == "norm_stats":
-                continue  # values per channel only
+            # ATen normalises where it takes statistics; kernels take moments first, of which the
+            # statistics are values per channel only.
+            whole = name == "norm_stats" and len(args[0]) == 1
+            if name == "norm_stats" and not whole:
+                continue
+            if name == "moments" and not cuda:
+                continue
             label = _label(name, args, kwargs)
             say(label)
             costs = call_costs(label, getattr(capture.real, name), *args, **kwargs)
@@ -129,8 +134,8 @@ def measure(
 
 def _label(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """ "3x3 64>64 forward + shortcut", say."""
-    if name == "moments":
-        return name
+    if name in ("moments", "norm_stats"):
+        return "norm" if name == "norm_stats" else name
     place, what = _WEIGHTS[name]
     weight, geometry = args[place], next(a for a in args if isinstance(a, Geometry))
     k, c, r, s = weight.shape
