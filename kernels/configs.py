@@ -116,6 +116,9 @@ def _conv(shape: ConvShape, device: Device, exact: bool) -> Config:
         wide = block_k * dtype.itemsize > 64
         unroll = taps > 1 and not wide
         crowded = crowded or (taps > 1 and wide and tile == (64, 64))
+    elif device.matrix_unit == "tcgen05" and channels > block_k:
+        # Taps that are unrolled inside of a loop keep a tile of tensor memory each: 9 * 64 of 512.
+        unroll = taps == 1
     return Config(*tile, block_k, 8 if crowded else 4, num_stages=1, unroll=unroll)
 
 

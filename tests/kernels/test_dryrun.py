@@ -178,6 +178,26 @@ def test_compile_time_is_kept_with_the_kernel(tmp_path, monkeypatch):
     assert second == first
 
 
+WIDE = """
+import torch
+
+from resnetv2.kernels.conv_forward import conv_forward
+from resnetv2.kernels.inspect.dryrun import dry_run
+from resnetv2.kernels.operands import Geometry
+
+h = torch.empty(32, 128, 28, 28, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+weight, padding = torch.empty(128, 128, 3, 3), Geometry(padding=(1, 1))
+with dry_run("sm_100") as run:
+    conv_forward(h, weight, None, padding, dtype=torch.bfloat16)
+print(len(run.launches))
+"""
+
+
+def test_a_wide_3x3_fits_into_tensor_memory():
+    """Triton gives each unrolled tap of a loop tensor memory of its own; sm_100 has 512 columns."""
+    assert compiled("-c", WIDE) == "1\n"
+
+
 def test_a_loop_counts_as_often_as_it_runs(toy):
     """64 elements are two loads of a warp, 1000 are 16 times that.
 
