@@ -64,7 +64,7 @@ def _convolution_scratch(
     if not is_channels_last(x):
         # oneDNN's own layout; a strided one's gradient is reordered once more.
         strided = backward and any(step > 1 for step in stride)
-        size += _nbytes(x) * (2 if strided else 1) + _nbytes(out)
+        size += _nbytes(x) + _nbytes(x if strided else out)
     if not backward:
         return size + _nbytes(weight)
     if x.dtype == torch.bfloat16:

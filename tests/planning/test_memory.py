@@ -7,6 +7,7 @@ allocator hands out, read from the profiler on a CPU.
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import sys
 
@@ -67,16 +68,21 @@ def assert_no_worse(ours, theirs, factor):
         assert error <= factor * theirs[name] + 1e-6, (name, error, theirs[name])
 
 
-def step_bytes(model, batch, size):
+def step_bytes(model, batch, size, autocast=None, layout=torch.channels_last):
     """Peak of a step's allocations, gradients made in it included; its own inputs are not."""
     x = images((batch, 3, size, size)).to(next(model.parameters()).device)
+    x = x.contiguous(memory_format=layout)
+    labels = torch.zeros(batch, dtype=torch.long, device=x.device)
 
     def step():
         model.zero_grad()
-        F.cross_entropy(model(x), torch.zeros(batch, dtype=torch.long, device=x.device)).backward()
+        with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+            out = model(x)
+        F.cross_entropy(out.float(), labels).backward()
 
     step()
     model.zero_grad()
+    gc.collect()  # what earlier tests left would go in the middle of the step
     return peak_bytes(step, x.is_cuda)
 
 
@@ -195,15 +201,19 @@ def test_recomputed_last_convolution_is_the_forwards_bits(backend):
 
 
 @modes
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_kept_bytes_are_as_planned(mode, block):
+def test_kept_bytes_are_as_planned(mode, block, dtype, layout):
     depth, batch = (56, 8) if block == "basic" else (83, 8)
     torch.manual_seed(0)
     model = PreActResNet.from_depth(depth, block, memory=mode, backend=BACKEND).to(
-        DEVICE, memory_format=torch.channels_last
+        DEVICE, memory_format=layout
     )
-    predicted = plan(model, batch, image_size=16, optimizer_states=0).row(mode).peak
-    measured = step_bytes(model, batch, 16) + resident(model)
+    planned = plan(model, batch, image_size=16, optimizer_states=0, dtype=dtype)
+    predicted = planned.row(mode).peak
+    autocast = torch.bfloat16 if dtype == "bf16" else None
+    measured = step_bytes(model, batch, 16, autocast, layout) + resident(model)
     assert measured <= predicted <= 1.03 * measured
 
 
