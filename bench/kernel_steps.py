@@ -7,6 +7,7 @@ in between) and with warm ones.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,11 +25,10 @@ from resnetv2.names import DTYPES
 from resnetv2.planning.cost import Cost, Rates, call_costs, copy_rate, floor_seconds, multiply_rate
 
 CALLS = ("moments", "norm_stats", "conv_forward", "conv_backward", "norm_conv_backward")
-# Where each convolution's call has its weight among its arguments, and what it is called.
-_WEIGHTS = {
-    "conv_forward": (1, "forward"),
-    "conv_backward": (2, "shortcut backward"),
-    "norm_conv_backward": (4, "backward"),
+_DIRECTIONS = {
+    "conv_forward": "forward",
+    "conv_backward": "shortcut backward",
+    "norm_conv_backward": "backward",
 }
 COLD_BYTES = 2**26  # written between samples; L2 caches are smaller
 WARM_BYTES = 2**20  # copied for the rate of a warm cache
@@ -60,21 +60,35 @@ class KernelTime(NamedTuple):
 
 
 class _Capture:
-    """An engine that does what ``real`` does and remembers each call."""
+    """An engine that does what ``real`` does and remembers each call of ``CALLS``."""
 
     def __init__(self, real: AtenEngine) -> None:
         self.real = real
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self._norms: dict[int, tuple[Any, ...]] = {}  # what made each tensor of statistics
 
     def __getattr__(self, name: str) -> Any:
+        function = getattr(self.real, name)
         if name not in CALLS:
-            return getattr(self.real, name)
+            return function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args, kwargs))
-            return getattr(self.real, name)(*args, **kwargs)
+            stats = kwargs.get("stats")
+            if name == "conv_forward" and stats is not None and vars(stats):
+                # ATen's norm has normalised already, for the first convolution that reads it.
+                norm = self._norms[id(stats)]
+                self.calls.append((name, self._norm_conv, (norm, *args), kwargs))
+            elif name != "norm_stats":
+                self.calls.append((name, function, args, kwargs))
+            result = function(*args, **kwargs)
+            if name == "norm_stats":
+                self._norms[id(result)] = args
+            return result
 
         return call
+
+    def _norm_conv(self, norm: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        return self.real.conv_forward(*args, **{**kwargs, "stats": self.real.norm_stats(*norm)})
 
 
 def device_rates(dtype: str) -> dict[str, float]:
@@ -113,34 +127,28 @@ def measure(
         backward.backward(g.to(out.dtype), x, out, kept, [None] * len(params))
         flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device=x.device)
         times = []
-        for name, args, kwargs in capture.calls:
-            # ATen normalises where it takes statistics; kernels take moments first, of which the
-            # statistics are values per channel only.
-            whole = name == "norm_stats" and len(args[0]) == 1
-            if name == "norm_stats" and not whole:
-                continue
-            if name == "moments" and not cuda:
-                continue
+        for name, function, args, kwargs in capture.calls:
             label = _label(name, args, kwargs)
+            costs = call_costs(label, function, *args, **kwargs)
+            if not any(cost.nbytes for cost in costs):
+                continue  # ATen's norm takes its moments itself
             say(label)
-            costs = call_costs(label, getattr(capture.real, name), *args, **kwargs)
 
-            def call(name: str = name, args: Any = args, kwargs: Any = kwargs) -> object:
-                return getattr(capture.real, name)(*args, **kwargs)
-
+            call = functools.partial(function, *args, **kwargs)
             times.append(KernelTime(label, *_samples(call, flush, samples, seconds), costs))
     return times
 
 
 def _label(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """ "3x3 64>64 forward + shortcut", say."""
-    if name in ("moments", "norm_stats"):
-        return "norm" if name == "norm_stats" else name
-    place, what = _WEIGHTS[name]
-    weight, geometry = args[place], next(a for a in args if isinstance(a, Geometry))
+    if name == "moments":
+        return name
+    place = next(place for place, value in enumerate(args) if isinstance(value, Geometry))
+    # A bias, or None, stands between a forward's weight and its geometry.
+    weight, geometry = args[place - 1 - (name == "conv_forward")], args[place]
     k, c, r, s = weight.shape
     stride = f" /{geometry.stride[0]}" if geometry.stride != (1, 1) else ""
-    label = f"{r}x{s} {c * geometry.groups}>{k}{stride} {what}"
+    label = f"{r}x{s} {c * geometry.groups}>{k}{stride} {_DIRECTIONS[name]}"
     if kwargs.get("residual") is not None or kwargs.get("final"):
         label += " + shortcut"
     return label

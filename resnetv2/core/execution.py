@@ -106,11 +106,12 @@ def forward(
     memory_format: torch.memory_format,
     moments: Sequence[Tensor] = (),
     form: Any = None,
-    programs: Any = PROGRAMS,
+    programs: Any = None,
 ) -> Forward:
     """Run a part on x, (N, C, H, W), whose moments may be known from the part before.
 
-    Results lie in memory as ``memory_format`` says. programs: where its program is kept.
+    Results lie in memory as ``memory_format`` says. programs: where its program is
+    kept, ``PROGRAMS`` if None.
     """
     given = len(moments)
 
@@ -133,7 +134,9 @@ def forward(
     inputs = [x, *moments, *params]
     with no_autocast(x.device.type):
         key = _key(spec, "forward", (memory_format, form), inputs)
-        results, its_form = programs.run(key, run, inputs, x.device, spec)
+        results, its_form = (PROGRAMS if programs is None else programs).run(
+            key, run, inputs, x.device, spec
+        )
     out, end, stats, *rest = results
     count = len(rest) - len(spec.kept())
     return Forward(out, end, stats, rest[count:], rest[:count], its_form)
@@ -148,7 +151,7 @@ def backward(
     kept: Sequence[Tensor],
     params: Sequence[Tensor],
     memory_format: torch.memory_format,
-    programs: Any = PROGRAMS,
+    programs: Any = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Gradients for the gradient g of a part's output: x's, then the params', those wanted; and x.
 
@@ -191,7 +194,9 @@ def backward(
     inputs = [g, *ends, stats, *kept, *params]
     with no_autocast(g.device.type):
         key = _key(spec, "backward", (memory_format, x is None, end is None), inputs)
-        results, _ = programs.run(key, run, inputs, g.device, spec)
+        results, _ = (PROGRAMS if programs is None else programs).run(
+            key, run, inputs, g.device, spec
+        )
     if x is None:
         *results, x = results
     return results, x

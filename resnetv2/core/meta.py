@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class MetaPrograms:
-    """Programs that are recorded and never replayed, by key. last: what ``run`` found last."""
+    """Programs by key, recorded and never replayed. last: what ``run`` found last."""
 
     last: Program
 

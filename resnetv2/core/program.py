@@ -390,9 +390,8 @@ class Program:
                 made[step.register] = step.nbytes
             elif isinstance(step, Call):
                 scratch = step.scratch
-                for result in step.results:
-                    if result is not None and result >= self.inputs:
-                        made[self.roots[result]] = self._storages[result]
+                numbers = [number for number in step.results if number is not None]
+                made = {self.roots[number]: self._storages[number] for number in numbers}
             for root, nbytes in made.items():
                 if root >= self.inputs and root not in held:
                     held[root] = nbytes

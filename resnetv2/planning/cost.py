@@ -3,8 +3,8 @@
 They are read off the programs that a chain runs (``core.meta``), kernel by kernel (Triton) or
 operator by operator (ATen).
 
-Every activation and weight of a launch counts once, as with a cache of unlimited size; values per
-channel, and the sums that a weight gradient's programs leave for its reduction, are left out. A
+Every activation and weight of a launch counts once, as with a cache of unlimited size. Left out
+are values per channel, and the sums that a weight gradient's programs leave for its reduction. A
 kernel's floor is the larger of its bytes over the device's copy rate and its FLOPs over the
 device's rate of matrix multiplication; launches take their own time on top.
 """

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
 from resnetv2.cli.plan import plan as plan_command
+from resnetv2.core.reading import Reading
 from resnetv2.core.run import run_chain
 from resnetv2.names import MEMORY_MODES
 from resnetv2.planning.cost import Rates, chain_costs, floor_seconds, h100_rates, step_costs
@@ -27,7 +28,7 @@ def test_cost_is_what_the_interpreter_counts(block):
     units = [block(32, 32).unit_modules()]
     x = torch.randn(2, 32, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
     with counting.count() as forward:
-        out = run_chain(units, x, backend="triton", memory="recompute")
+        out = run_chain([Reading(unit) for unit in units], x, backend="triton", memory="recompute")
     with counting.count() as backward:
         out.backward(torch.randn_like(out))
     predicted, _ = chain_costs(units, x, torch.float32, triton=True)
