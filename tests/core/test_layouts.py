@@ -105,7 +105,7 @@ def test_fake_tensors_behind_one_number(channels_last):
     assert isinstance(unit, UnitModules)
     x = laid_out(images((2, 4, 1, 1)), channels_last)
     arguments = describe(
-        [unit], x.dtype, need_x=True, backend="aten", memory="recompute", segment=1
+        [Reading(unit)], x.dtype, need_x=True, backend="aten", memory="recompute", segment=1
     )
     check_strides(x, *arguments)
 
