@@ -116,9 +116,15 @@ def _conv(shape: ConvShape, device: Device, exact: bool) -> Config:
         wide = block_k * dtype.itemsize > 64
         unroll = taps > 1 and not wide
         crowded = crowded or (taps > 1 and wide and tile == (64, 64))
-    elif device.matrix_unit == "tcgen05" and channels > block_k:
+        if taps > 1 and wide and tile == (128, 64):
+            tile = (64, 64)
+    elif channels > block_k:
         # Taps that are unrolled inside of a loop keep a tile of tensor memory each: 9 * 64 of 512.
-        unroll = taps == 1
+        unroll = taps == 1 or device.matrix_unit == "wgmma"
+        # Beside a loop over blocks of channels, the masks of nine taps need eight warps.
+        crowded = crowded or (taps > 1 and tile == (64, 64))
+        if device.matrix_unit == "tcgen05" and crowded and tile == (128, 64):
+            tile = (64, 64)
     return Config(*tile, block_k, 8 if crowded else 4, num_stages=1, unroll=unroll)
 
 
