@@ -160,7 +160,8 @@ def norm_stats(
     total: int | Tensor = rows
     if counts is None:
         counts = data.new_full((data.shape[0],), tile_rows)
-        counts[-1] = rows - (data.shape[0] - 1) * tile_rows
+        # An operator alone: assigning a number makes a tensor, which no program can record.
+        counts[-1:].fill_(rows - (data.shape[0] - 1) * tile_rows)
     else:
         total = counts.sum()
     means, m2 = data.unbind(1)

@@ -187,12 +187,12 @@ class Recorder(TorchDispatchMode):
         if id(tensor) in self._inputs or self._name in tensor.__dict__:
             return self.register_of(tensor)  # an operator in place
         number = len(self.roots)
-        tensor.__dict__[self._name] = number
         root = (number, _begin(tensor))
         for source in sources:
             if _storage(source) == _storage(tensor):
                 root = self.roots[self.register_of(source)]
                 break
+        tensor.__dict__[self._name] = number
         self.roots.append(root)
         self.storages.append(tensor.untyped_storage().nbytes())
         return number
@@ -312,7 +312,7 @@ class Program:
 
     Attributes:
         steps: in order, without views that nothing reads. arena: bytes of the temporaries that only
-        kernels touch. results: bytes of the results.
+        kernels touch. faults: what a replay raises where its choices hold no longer.
     """
 
     def __init__(
@@ -330,10 +330,14 @@ class Program:
         launches = [step for step in self.steps if isinstance(step, Launch)]
         # kernels.launch, where all launches can be started again without Triton's own launcher.
         self._launcher: Any = None
-        if launches and all(step.compiled is not None for step in launches):
+        # What a kernel raises that can no longer be had: the choices in this program are void.
+        self.faults: tuple[type[Exception], ...] = ()
+        if launches:
             from ..kernels import launch
 
-            self._launcher = launch
+            self.faults = (launch.KernelError,)
+            if all(step.compiled is not None for step in launches):
+                self._launcher = launch
         self._fast: Callable[..., list[Tensor]] | None = None
         self._slow: Callable[..., list[Tensor]] | None = None
 
@@ -763,7 +767,9 @@ class Programs:
         if found is not None:
             with contextlib.suppress(KeyError):
                 self._kept.move_to_end(key)
-            return found[0](inputs), found[1]
+            # A kernel that fails now has what replaces it chosen as at first (kernels.fallback).
+            with contextlib.suppress(*found[0].faults):
+                return found[0](inputs), found[1]
         program, results, static = record(function, inputs, device)
         with self._lock:
             self._kept[key] = program, static, named

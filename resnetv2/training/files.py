@@ -5,8 +5,9 @@ The bytes go to a temporary file in the same folder, which then takes the name: 
 leaves what was there.
 
 The temporary file has one name in each folder, and its writer holds a lock on it. The system frees
-the lock of a process that was killed, and the next writer in that folder takes the file over: there
-is at most one leftover, and nobody has to find out whose it is.
+the lock of a process that was killed, and the next writer in that folder takes the file over, or
+removes it where it is another name of a finished one: there is at most one leftover, and nobody has
+to find out whose it is.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ if sys.platform != "win32":
 __all__ = ["make_folder", "reason_of", "write_atomically"]
 
 _TEMPORARY = ".writing.partial"
+# A further name of it, which becomes the first of two while the temporary one still holds the lock.
+_LINK = ".linked.partial"
 
 
 class _RecordingFile(io.FileIO):
@@ -69,8 +72,7 @@ def write_atomically(
         raw = _own(temporary)
         file: BinaryIO = io.BufferedWriter(raw, buffer_size=1 << 20)
         try:
-            _fill(file, write, temporary, path)
-            linked = second is None or _linked(path, second)
+            linked = _fill(file, write, temporary, path, second)
         finally:
             # Closing flushes once more; what that could say has been said.
             with contextlib.suppress(OSError):
@@ -86,27 +88,42 @@ def write_atomically(
             write_atomically(second, lambda file: shutil.copyfileobj(original, file, 1 << 20))
 
 
-def _fill(file: BinaryIO, write: Callable[[BinaryIO], object], temporary: Path, path: Path) -> None:
-    """Write the temporary file and give it its name, or remove it."""
+def _fill(
+    file: BinaryIO,
+    write: Callable[[BinaryIO], object],
+    temporary: Path,
+    path: Path,
+    second: Path | None,
+) -> bool:
+    """Write the temporary file and give it its names, or remove it; whether it has both."""
     try:
         write(file)
         file.flush()
         os.fsync(file.fileno())
         if sys.platform == "win32":
             file.close()  # Windows renames no open file
-        # Still open: whoever waits for the lock must not get it before the name has moved on.
-        os.replace(temporary, path)
+        # Still open, and one name after the other: whoever waits for the lock on the temporary name
+        # must not get it before both have moved on.
+        last = path
+        if second is not None and _linked(temporary, path):
+            last = second
+        os.replace(temporary, last)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    return second is None or last == second
 
 
-def _linked(path: Path, second: Path) -> bool:
+def _linked(temporary: Path, path: Path) -> bool:
+    """Whether ``path`` could become another name of the file."""
+    link = temporary.with_name(_LINK)
     try:
-        second.unlink(missing_ok=True)
-        os.link(path, second)
+        os.link(temporary, link)
+        os.replace(link, path)
     except OSError:
+        with contextlib.suppress(OSError):
+            link.unlink()
         return False
     return True
 
@@ -123,8 +140,12 @@ def _own(temporary: Path) -> _RecordingFile:
             # The one that had it before may have given it its own name, or removed it.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                    file.truncate(0)
-                    return file
+                    if os.fstat(file.fileno()).st_nlink == 1:
+                        file.truncate(0)
+                        return file
+                    # Killed between its two names: what has the first must stay whole.
+                    temporary.with_name(_LINK).unlink(missing_ok=True)
+                    temporary.unlink()
         except BaseException:
             file.close()
             raise

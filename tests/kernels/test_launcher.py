@@ -108,7 +108,7 @@ class TwoDevices:
 class Remote:
     """What ``launch`` asks of a tensor on GPU 1."""
 
-    is_cuda = True
+    is_cuda, is_meta = True, False
     dtype = torch.float32
     device = torch.device("cuda", 1)
 

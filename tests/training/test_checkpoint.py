@@ -249,7 +249,7 @@ def saver_that_stops(folder: Path, step: int, where: str, connection: Connection
 
         files._RecordingFile.write = slow_write  # type: ignore[method-assign]
     else:
-        moment, name = where.split("-")
+        moment, name, *_ = where.split("-")
         original: Callable[..., Any] = getattr(os, name)
 
         def stopping(*arguments: Any) -> Any:
@@ -260,14 +260,16 @@ def saver_that_stops(folder: Path, step: int, where: str, connection: Connection
             return result
 
         setattr(os, name, stopping)
-    Checkpoints(folder, keep=1).save(state_at(step), step, best="link" in where)
+    Checkpoints(folder, keep=1).save(state_at(step), step, best=where.endswith("best"))
     connection.send("done")
 
 
 # The archive of `state_at` has about 87 kB: in front, in the tensor's data, in the directory.
 BYTES = ["1", "64", "50000", "86000"]
 CALLS = [
-    f"{moment}-{name}" for name in ("fsync", "replace", "link") for moment in ("before", "after")
+    f"{moment}-{name}"
+    for name in ("fsync", "replace", "link-best", "replace-best")
+    for moment in ("before", "after")
 ]
 
 
@@ -285,10 +287,13 @@ def test_kill_at_a_point_of_a_save(tmp_path: Path, point: str) -> None:
 
     found = checkpoints.load("auto", no_warning)
     assert found is not None
-    step = 2 if point in ("after-replace", "after-link") else 1
-    assert is_state_at(found[1], step)
-    assert is_state_at(read(checkpoints.best), 2 if "link" in point else 1)
+    assert is_state_at(found[1], 2 if point == "after-replace" else 1)
+    best = 2 if point == "after-replace-best" else 1
+    assert is_state_at(read(checkpoints.best), best)
     # The next save takes over the file that was left, and all is as if nothing had happened.
+    checkpoints.save(state_at(2), 2)
+    assert is_state_at(read(checkpoints.best), best)
+    assert everything(tmp_path).keys() == {"best.pt", "step-00000002.pt"}
     checkpoints.save(state_at(2), 2, best=True)
     assert everything(tmp_path).keys() == {"best.pt", "step-00000002.pt"}
 
