@@ -1,6 +1,6 @@
 """Where launches and other steps of a chain are written down: the recorder of the moment, if any.
 
-``resnetv2/core/program.py`` records and replays; ``launch`` and collectives come by here.
+``resnetv2/core/recorder.py`` records; ``launch`` and collectives come by here.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.blocks import Stage
 from resnetv2.core import execution, parts
-from resnetv2.core.program import Launch, Programs, record
+from resnetv2.core.program import Programs, record
 from resnetv2.core.reading import read
+from resnetv2.core.steps import Launch
 from resnetv2.kernels import recording
 from resnetv2.names import MEMORY_MODES
 from tests.support.yardstick import BACKENDS, DEVICE, assert_equal_steps, images, randomise, step
