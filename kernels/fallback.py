@@ -63,41 +63,25 @@ class Fallbacks:
         level = 0
         if self._levels:
             level = self._levels.get((op, shape, x.device, launch.device_of(x)), 0)
-        if level == _ATEN:
-            return aten()
-        try:
-            return kernel(level)
-        except KernelError as error:
-            # Not in the handler: what fails next is no consequence of this error.
-            reason = error
-        return self._smaller(op, x, shape, kernel, aten, level + 1 if tiled else _ATEN, reason)
-
-    def _smaller(
-        self,
-        op: str,
-        x: Tensor,
-        shape: tuple[Any, ...],
-        kernel: Callable[[int], T],
-        aten: Callable[[], T],
-        level: int,
-        reason: KernelError,
-    ) -> T:
-        for number in range(level, _ATEN):
+        reason = None
+        for number in range(level, _ATEN if tiled else min(level + 1, _ATEN)):
             try:
                 result = kernel(number)
                 break
-            except KernelError:
-                continue
+            except KernelError as error:
+                reason = reason or error
         else:
+            # Not in the handler: what fails here is no consequence of the kernel's error.
             number, result = _ATEN, aten()
-        how = "computed by ATen" if number == _ATEN else "computed with a smaller tile"
-        described = ", ".join(_describe(part) for part in shape)
-        warnings.warn(
-            f"{op} of {described} on {launch.describe(x)} is {how} from now on: {reason}",
-            FallbackWarning,
-            stacklevel=3,
-        )
-        self._levels[op, shape, x.device, launch.device_of(x)] = number
+        if reason is not None:
+            how = "computed by ATen" if number == _ATEN else "computed with a smaller tile"
+            described = ", ".join(_describe(part) for part in shape)
+            warnings.warn(
+                f"{op} of {described} on {launch.describe(x)} is {how} from now on: {reason}",
+                FallbackWarning,
+                stacklevel=2,
+            )
+            self._levels[op, shape, x.device, launch.device_of(x)] = number
         return result
 
 

@@ -38,7 +38,7 @@ def options_of(
     Args:
         cls: a dataclass whose fields carry an ``Option``.
         names: of the fields, if not all of them.
-        default: words for the default of all of them, such as "the run's".
+        default: words for the default of all of them, such as "the run's"; None: each one's own.
         types: click's types, by field, where the annotation's own does not do.
     """
     fields = fields_of(cls)
@@ -48,7 +48,9 @@ def options_of(
         # Decorators take effect from the last line to the first.
         for field in reversed(chosen):
             kind = (types or {}).get(field.name)
-            command = _option(field, default or field.default_words, kind)(command)
+            command = _option(field, field.default_words if default is None else default, kind)(
+                command
+            )
         return command
 
     return decorate

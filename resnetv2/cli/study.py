@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..studies.options import StudyOptions
+from ..training.fields import fields_of
 from .command import PathName, WrongInput, clean_errors
-from .options import progress, threads
+from .options import options_of, progress, threads
 
 if TYPE_CHECKING:
     from ..studies import Study
@@ -32,34 +34,16 @@ class Depths(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a number of layers, nor several separated by commas")
 
 
+_OF_A_STUDY = [name for name in fields_of(StudyOptions) if name not in ("root", "device")]
+
+
 @click.command()
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--list", "listed", is_flag=True, help="Say what each study asks, and end.")
 @click.option("--preset", help="A named set of values, such as paper; --list has them.")
-@click.option(
-    "--data", metavar="NAME", help="digits (no download), cifar10, imagefolder:PATH, noise, ..."
-)
-@click.option("--root", help="Where CIFAR lies or is downloaded to.  [default: data]")
-@click.option("--image-size", type=int, help="Resize and crop all images to this many pixels.")
-@click.option("--depth", type=Depths(), help="Layers; several where a study compares depths.")
-@click.option("--width", type=int, help="Channels of the blocks.")
-@click.option("--stages", type=int, help="Stages of doubling width, of the trained nets.")
-@click.option("--epochs", type=int, help="Passes over the training images.")
-@click.option("--batch-size", type=int, help="Images a step.")
-@click.option("--lr", type=float, help="Learning rate.")
-@click.option("--momentum", type=float)
-@click.option("--weight-decay", type=float)
-@click.option("--schedule", metavar="NAME", help="constant, step or paper.")
-@click.option("--step-epochs", type=int, help="Epochs to a tenth of the rate, with step.")
-@click.option("--warmup-steps", type=int, help="Steps at lr/10, with paper.")
-@click.option("--augment/--no-augment", default=None, help="Crop and flip training images.")
-@click.option("--seeds", type=int, help="Runs of each variant, with seeds 0, 1, ...")
-@click.option("--train-images", type=int, help="At most so many images to train on.")
-@click.option("--test-images", type=int, help="At most so many images to test on.")
-@click.option("--target", type=float, help="Test accuracy, 0..1, whose first epoch is reported.")
-@click.option("--samples", type=int, help="Random inputs.")
-@click.option("--dtype", metavar="NAME", help="fp32, bf16 or fp16.")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+# The defaults of these two are the same in all studies.
+@options_of(StudyOptions, "root", "device")
+@options_of(StudyOptions, *_OF_A_STUDY, default="", types={"depth": Depths()})
 @threads
 @click.option(
     "--out",

@@ -24,19 +24,6 @@ from .host import available_memory, check_memory, gibibytes
 from .imagefiles import SizesDifferError, common_size, decode, list_folders, pixels, size_of
 from .streaming import FolderData
 
-__all__ = [
-    "CACHES",
-    "DATASETS",
-    "Batches",
-    "FolderData",
-    "ImageData",
-    "InputError",
-    "Split",
-    "as_image_data",
-    "create_synthetic_dataset",
-    "load_data",
-]
-
 DATASETS = "digits, cifar10, cifar100, imagefolder:PATH, synthetic"
 CACHES = ("auto", "memory", "stream")
 

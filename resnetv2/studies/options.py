@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch.utils.data import TensorDataset
@@ -16,99 +15,109 @@ from ..data.datasets import as_image_data, load_data
 from ..errors import InputError
 from ..names import DTYPES
 from ..training.environment import select_device
+from ..training.fields import Between, Choice, Option, documented, fields_of
 from ..training.schedule import learning_rate
 
 SCHEDULES = ("constant", "paper", "step")
 NOISE = 800
 
 
+Count = Annotated[int, Between(1)]
+
+
+@documented
 @dataclass(frozen=True)
 class StudyOptions:
     """The options of a study. Each study names the fields that it uses and its own defaults.
 
     Args:
-        data: a name of `resnetv2.data.load_data`, "noise" (800 images of white noise with random
-            labels, which a net can only learn by heart), or an `ImageData`.
-        root, image_size: see `load_data`.
-        depth: layers of the nets, or several numbers where a study compares depths.
-        width: channels of the blocks, or of the first stage's.
-        stages: 3 is the paper's CIFAR net, whose width doubles twice; 1 is a stack of equal blocks,
-            two layers each ("25 blocks of 64" is depth 50 in one stage).
-        epochs, batch_size, lr, momentum, weight_decay: of SGD.
-        schedule: "constant"; "step": a tenth every `step_epochs` epochs; "paper": warm-up at lr/10,
-            then a tenth at a half and at three quarters of the run.
-        warmup_steps: of "paper"; None keeps the paper's proportion.
-        augment: whether training images are cropped and flipped, as the data set says.
-        seeds: runs a variant, with seeds 0, 1, ...
-        train_images, test_images: at most so many, drawn evenly from the classes; None for all.
-        target: test accuracy, 0..1, whose first epoch is reported.
-        samples: random inputs, of studies that draw them.
-        dtype: "fp32", or "bf16" or "fp16" under autocast.
-        device: "auto" is a GPU where there is one.
+        {options}
         progress: show progress bars; None means only on a terminal.
+
+    ``data`` may also be an ``ImageData``, and ``depth`` several numbers where a study compares
+    depths.
+
+    Raises:
+        InputError: one line that names the option, what it may be, and what came.
     """
 
-    data: str | ImageData = "digits"
-    root: str | Path = "data"
-    image_size: int | None = None
-    depth: int | Sequence[int] = 20
-    width: int = 64
-    stages: int = 3
-    epochs: int = 5
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "paper"
-    step_epochs: int = 10
-    warmup_steps: int | None = None
-    augment: bool = True
-    seeds: int = 3
-    train_images: int | None = None
-    test_images: int | None = None
-    target: float = 0.9
-    samples: int = 100
-    dtype: str = "fp32"
-    device: str = "auto"
+    data: Annotated[
+        str | ImageData,
+        Option(
+            "digits (no download), cifar10, imagefolder:PATH, ..., or noise: 800 images of white "
+            "noise with random labels, which a net can only learn by heart.",
+            metavar="NAME",
+        ),
+    ] = "digits"
+    root: Annotated[str | Path, Option("Where CIFAR lies or is downloaded to.")] = "data"
+    image_size: Annotated[
+        Count | None, Option("Resize and crop all images to this many pixels.")
+    ] = None
+    depth: Annotated[
+        int | Sequence[int],
+        Between(1, 100_000),
+        Option("Layers; several where a study compares depths."),
+    ] = 20
+    width: Annotated[
+        int,
+        Between(1, 8192, open_high=False),
+        Option("Channels of the blocks, or of the first stage's."),
+    ] = 64
+    stages: Annotated[
+        int,
+        Between(1, 8, open_high=False),
+        Option(
+            "Stages of doubling width. 3: the paper's CIFAR net; 1: a stack of equal blocks of two "
+            "layers each."
+        ),
+    ] = 3
+    epochs: Annotated[Count, Option("Passes over the training images.")] = 5
+    batch_size: Annotated[Count, Option("Images a step.")] = 128
+    lr: Annotated[float, Between(0, open_low=True), Option("Learning rate.")] = 0.1
+    momentum: Annotated[float, Between(0, 1), Option("Of SGD.")] = 0.9
+    weight_decay: Annotated[float, Between(0), Option("Of SGD.")] = 1e-4
+    schedule: Annotated[
+        str,
+        Choice(SCHEDULES),
+        Option(
+            "step: a tenth every so many epochs; paper: warm-up at lr/10, then a tenth at 1/2 and "
+            "at 3/4 of the run."
+        ),
+    ] = "paper"
+    step_epochs: Annotated[Count, Option("Epochs to a tenth of the rate, with step.")] = 10
+    warmup_steps: Annotated[
+        Annotated[int, Between(0)] | None,
+        Option("Steps at lr/10, with paper.", default="the paper's proportion"),
+    ] = None
+    augment: Annotated[
+        bool, Option("Crop and flip training images, as the data set says.", off="no-augment")
+    ] = True
+    seeds: Annotated[Count, Option("Runs of each variant, with seeds 0, 1, ...")] = 3
+    train_images: Annotated[
+        Count | None, Option("At most so many images to train on, evenly from the classes.")
+    ] = None
+    test_images: Annotated[Count | None, Option("At most so many images to test on.")] = None
+    target: Annotated[
+        float,
+        Between(0, 1, open_high=False),
+        Option("Test accuracy whose first epoch is reported."),
+    ] = 0.9
+    samples: Annotated[Count, Option("Random inputs, of studies that draw them.")] = 100
+    dtype: Annotated[str, Choice(DTYPES), Option("bf16 and fp16 train under autocast.")] = "fp32"
+    device: Annotated[str, Option("cpu, cuda, cuda:1, ...", default="a GPU where there is one")] = (
+        "auto"
+    )
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "width",
-            "epochs",
-            "batch_size",
-            "step_epochs",
-            "seeds",
-            "train_images",
-            "test_images",
-            "samples",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        if not self.depths or any(depth < 1 for depth in self.depths):
-            raise InputError(f"depth must be at least 1, got {listed(self.depths)}")
-        if max(self.depths) >= 100_000:
-            raise InputError(f"depth must be below 100000, got {listed(self.depths)}")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"the learning rate must be positive, got {self.lr}")
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"momentum must be in 0..1 and below 1, got {self.momentum}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be a number from 0 on, got {self.weight_decay}")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise InputError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        for name, most in (("stages", 8), ("width", 8192)):
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError(f"{name} must be in 1..{most}, got {getattr(self, name)}")
-        if not 0 <= self.target <= 1:
-            raise InputError(f"target is an accuracy in 0..1, got {self.target}")
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"unknown schedule {self.schedule!r}: choose from {', '.join(SCHEDULES)}"
-            )
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}: choose from {', '.join(DTYPES)}")
+        for field in fields_of(StudyOptions).values():
+            if field.name == "depth":
+                if not self.depths:
+                    raise InputError("depth must be a whole number, or several, got none")
+                for depth in self.depths:
+                    field.checked(depth)
+            elif not isinstance(self.data, ImageData) or field.name != "data":
+                object.__setattr__(self, field.name, field.checked(getattr(self, field.name)))
 
     @property
     def depths(self) -> tuple[int, ...]:

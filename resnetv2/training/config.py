@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..data.datasets import CACHES
 from ..errors import InputError
 from ..models import BLOCKS, STEMS
 from ..names import BACKENDS, DTYPES, MEMORY_MODES
@@ -12,7 +13,6 @@ from .fields import Between, Bytes, Choice, Option, documented, fields_of, neare
 from .recipe import read_recipe
 from .schedule import SCHEDULES
 
-CACHES = ("auto", "memory", "stream")
 DEFAULT_EPOCHS = 30
 
 # A message about differing options names so many of them, and counts the rest.

@@ -30,18 +30,21 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Between:
-    """The numbers from ``low`` on, itself included unless it is open, and below ``high``."""
+    """The numbers between two, of which one that is open is itself left out."""
 
     low: float
     high: float = math.inf
     open_low: bool = False
+    open_high: bool = True
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.open_low else f"of at least {self.low:g}"
-        return low if self.high == math.inf else f"{low} and below {self.high:g}"
+        low = f"{'above' if self.open_low else 'of at least'} {self.low:g}"
+        high = f"{'below' if self.open_high else 'at most'} {self.high:g}"
+        return low if self.high == math.inf else f"{low} and {high}"
 
     def allows(self, value: float) -> bool:
-        return (value > self.low if self.open_low else value >= self.low) and value < self.high
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
 
 
 class Choice(tuple[str, ...]):
