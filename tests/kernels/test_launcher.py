@@ -47,6 +47,14 @@ def test_the_driver_gets_what_triton_gives_it(found: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_replay_gives_the_driver_what_triton_would(found: Any, case: str) -> None:
+    replayed = found[f"{case}, replayed"]
+    assert [one["kernel"] for one in replayed] == [one["kernel"] for one in found[case]]
+    for one in replayed:
+        assert one["ours"] == one["theirs"], one["kernel"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_second_step_goes_by_what_the_first_compiled(found: Any, case: str) -> None:
     assert [one["kernel"] for one in found[case] if one["missed"]] == []
 

@@ -1,4 +1,5 @@
-"""Launches of training steps by the project's ``launch`` and by Triton itself, as JSON on stdout.
+"""Launches of training steps by the project's ``launch``, by a program's replay and by Triton
+itself, as JSON on stdout.
 
 Run by test_launcher.py in a process of its own, with Triton's real launcher over a libcuda that
 does nothing (stub_driver.py): each launch of a step is made both ways, one after the other, and
@@ -14,8 +15,9 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnetv2.core import execution
+from resnetv2.core import execution, program, steps
 from resnetv2.kernels.inspect import stub_driver
 
 
@@ -67,12 +69,103 @@ def blocks() -> dict[str, torch.nn.Module]:
     }
 
 
-def step(block: torch.nn.Module, x: torch.Tensor, precision: str) -> None:
-    execution.PROGRAMS.clear()  # a replay does not come through ``launch``
+def step(block: torch.nn.Module, x: torch.Tensor, precision: str, fresh: bool = True) -> None:
+    if fresh:
+        execution.PROGRAMS.clear()  # a replay does not come through ``launch``
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         out = block(x)
     out.float().sum().backward()
+
+
+class Kept(TorchDispatchMode):
+    """Keeps what operators return, so that no address comes twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._results.append(func(*args, **(kwargs or {})))
+        return self._results[-1]
+
+
+class Pool:
+    """Gives the same memory again from each start on, so that addresses can be compared."""
+
+    def __init__(self) -> None:
+        self._empty = torch.empty_strided
+        self._made: list[torch.Tensor] = []
+        self._next = 0
+
+    def start(self) -> None:
+        self._next = 0
+
+    def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
+        if self._next == len(self._made):
+            self._made.append(self._empty(*args, **options))
+        self._next += 1
+        return self._made[self._next - 1]
+
+
+def replayed(
+    stub: stub_driver.Stub,
+    block: torch.nn.Module,
+    x: torch.Tensor,
+    precision: str,
+    made: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Each launch of a step's two replays: by address, and the same one made by Triton."""
+    from resnetv2.kernels import launch as module
+
+    step(block, x, precision)
+    pairs: list[dict[str, Any]] = []
+
+    def both(self: program.Program, inputs: Any) -> list[torch.Tensor]:
+        pool = Pool()
+        torch.empty_strided = pool
+        try:
+            code = self._compile(module.start_of), self._compile(None)
+            with Kept():
+                with stub.recorded() as ours:
+                    code[0](inputs, module.replay_stream())
+                pool.start()
+                made.clear()
+                results = code[1](inputs, None)
+        finally:
+            torch.empty_strided = pool._empty
+        assert len(ours) == len(made) > 0
+        theirs = [one["theirs"][0] for one in made]
+        # Results of ATen's operators lie elsewhere each time: one place in this, one in that.
+        moved = {
+            (a, b)
+            for mine, other in zip(ours, theirs)
+            for a, b in zip(mine.values, other.values)
+            if a != b
+        }
+        assert len(moved) == len({a for a, _ in moved}) == len({b for _, b in moved})
+        assert len(moved) <= sum(isinstance(step, steps.Call) for step in self.steps)
+        assert all(min(pair) > 2**32 for pair in moved)
+        place = dict(moved)
+        pairs.extend(
+            {
+                "kernel": one["kernel"],
+                "ours": mine._replace(values=tuple(place.get(v, v) for v in mine.values)),
+                "theirs": other,
+            }
+            for one, mine, other in zip(made, ours, theirs)
+        )
+        return results
+
+    replay, program.Program.__call__ = program.Program.__call__, both  # type: ignore[method-assign]
+    try:
+        step(block, x, precision, fresh=False)
+    finally:
+        program.Program.__call__ = replay  # type: ignore[method-assign]
+    made.clear()
+    return pairs
 
 
 def main() -> int:
@@ -97,7 +190,7 @@ def main() -> int:
             first = len(made)
             step(block, x, precision)
             result[f"{name}, {precision}"] = made[first:]
-            made.clear()
+            result[f"{name}, {precision}, replayed"] = replayed(stub, block, x, precision, made)
 
     # One element off a 16-byte boundary: another kernel.
     storage = torch.empty(2 * 24 * 64 + 1)
