@@ -182,7 +182,8 @@ class Spec(NamedTuple):
 
     dtype: in which convolutions multiply. backend, memory: names. segment: units a segment has in
     mode "segment". wide: whether the residual stream between units is float32 though convolutions
-    are in half precision, as walking it back needs. keep: whether a backward follows.
+    are in half precision. anchors: after how many units at most a walk back begins anew at a kept
+    x, 0 for never. keep: whether a backward follows.
     need_x: whether x's gradient is wanted. needs: the same for each of ``params``; first_need:
     position of the first whose gradient is.
     part: its place in the chain that it is a part of. running: positions of running statistics.
@@ -194,6 +195,7 @@ class Spec(NamedTuple):
     memory: str
     segment: int
     wide: bool
+    anchors: int
     keep: bool
     need_x: bool
     needs: tuple[bool, ...]
@@ -206,7 +208,7 @@ class Spec(NamedTuple):
     def walks_to_x(self) -> bool:
         """Whether its own x is walked back to: parts before it need it, and nothing keeps it."""
         walks = self.memory in ("invert", "invert_h1")
-        return walks and not self.part.first and self.units[0].walkable
+        return walks and not self.part.first and self.units[0].walkable and not self.anchors
 
     @property
     def synced(self) -> int:
@@ -231,16 +233,33 @@ class Spec(NamedTuple):
     def kept_of(self, start: int, stop: int, memory: str) -> tuple[tuple[int, int], ...]:
         """The same for a run of units [start, stop) whose own x and output are at hand."""
         keys: list[tuple[int, int]] = []
-        for number in range(start, stop):
+        # Units since the stream began, at a projection or the chain's input.
+        age = -1 if self.part.first else self.anchors - 1
+        for number in range(stop):
             unit = self.units[number]
+            age = 0 if unit.projection is not None else age + 1
+            if number < start:
+                continue
             k = len(unit.convs)
             if memory == "recompute" or not unit.walkable:
                 keys.extend((number, i) for i in range(k) if i or number > start)
-            elif memory == "invert_h1":
+                continue
+            if number > start and self._is_anchor(age):
+                keys.append((number, 0))
+            if memory == "invert_h1":
                 keys.extend((number, i) for i in range(1, k))
             else:
                 keys.append((number, k - 1))
         return tuple(keys)
+
+    def _is_anchor(self, age: int) -> bool:
+        """Whether x is kept so many units after the stream began.
+
+        A young stream grows fastest, and its first values are drowned by the roundings of larger
+        ones soonest.
+        """
+        young = age in (self.anchors // 4, self.anchors // 2)
+        return self.anchors > 0 and (young or age % self.anchors == 0)
 
 
 def encode_unit(layout: list[int], constants: list[float], unit: Unit) -> None:
@@ -272,6 +291,7 @@ def encode_header(
     memory: str,
     segment: int,
     wide: bool,
+    anchors: int,
     keep: bool,
     units: int,
     part: Part = WHOLE,
@@ -283,6 +303,7 @@ def encode_header(
         MEMORY_MODES.index(memory),
         segment,
         int(wide),
+        anchors,
         int(keep),
         units,
         int(part.first),
@@ -296,7 +317,7 @@ def encode_header(
 def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
     numbers = iter(layout)
     floats = iter(constants)
-    dtype, backend, memory, segment, wide, keep, count = (next(numbers) for _ in range(7))
+    dtype, backend, memory, segment, wide, anchors, keep, count = (next(numbers) for _ in range(8))
     first, last = (bool(next(numbers)) for _ in range(2))
     hands_on = next(numbers)
     natural = next(numbers)
@@ -331,6 +352,7 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         MEMORY_MODES[memory],
         segment,
         bool(wide),
+        anchors,
         bool(keep),
         need_x,
         tuple(needs),
