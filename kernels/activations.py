@@ -45,6 +45,20 @@ def activation_grad(dz, u, slope, KIND: tl.constexpr):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sums(a, b):
+    """The sums of a's and of b's rows: one exchange between threads and warps for both."""
+    if INTERPRET:
+        return tl.sum(a, 0), tl.sum(b, 0)
+    else:
+        return tl.reduce((a, b), 0, _add_both)
+
+
+@triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """x.to(DTYPE), rounded to nearest even everywhere.
 

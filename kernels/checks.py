@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .integers import cdiv
 from .launch import TRITON_DTYPES
-from .operands import Convolution, Geometry, Grad, Partials
+from .operands import Convolution, Geometry, Grad, Norm, Partials
 
 
 def check_floating(**dtypes: torch.dtype) -> None:
@@ -61,25 +61,33 @@ def check_vector(
         raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {values.dtype}")
 
 
-def check_partials(partials: Partials) -> None:
-    """``data`` is a contiguous floating (P, 2, C) with one entry for each tile of the rows."""
+def check_norm(norm: Norm | None, channels: int) -> None:
+    """Its weight and bias are vectors of ``channels``."""
+    if norm is not None:
+        check_vector("norm.weight", norm.weight, channels)
+        check_vector("norm.bias", norm.bias, channels)
+
+
+def check_partials(partials: Partials, most: int = 2) -> None:
+    """``data`` is a contiguous floating (P, 2 or ``most``, C), one entry for each tile of rows."""
     data, rows, tile_rows = partials
     tiles = cdiv(rows, tile_rows)
-    if data.dim() != 3 or data.shape[0] != tiles or data.shape[1] != 2 or not data.is_contiguous():
+    known = data.dim() == 3 and data.shape[0] == tiles and data.shape[1] in (2, most)
+    if not known or not data.is_contiguous():
         raise ValueError(
-            f"partials.data must be a contiguous ({tiles}, 2, C) tensor for {rows} rows in tiles "
-            f"of {tile_rows}, got {tuple(data.shape)}"
+            f"partials.data must be a contiguous ({tiles}, {most}, C) tensor for {rows} rows in "
+            f"tiles of {tile_rows}, got {tuple(data.shape)}"
         )
     check_floating(partials=data.dtype)
 
 
 def check_grad(grad: Grad, shape: tuple[int, ...] | None = None) -> None:
-    """q and h are activations of one shape, which is ``shape`` if given; coef is (3, C)."""
+    """q and h are activations of one shape, which is ``shape`` if given; coef is (4, C)."""
     q, h, coef = grad
     check_activation("grad.q", q, shape)
     if coef is None:
         return
-    check_per_channel("grad.coef", coef, 3, q.shape[1])
+    check_per_channel("grad.coef", coef, 4, q.shape[1])
     if h is not None:
         check_activation("grad.h", h, tuple(q.shape))
 

@@ -49,9 +49,9 @@ def _conv_tiles(
     narrow = block_n == 16 and (taps > 1 or block_k == 16) and dtype != torch.float32
     block_m = min(256 if narrow else 128, accumulators // block_n)
     yield block_m, block_n
-    if taps == 1 and columns <= block_n == 64 and block_m == 128:
-        # As many programs as 64 x 64 gives, for the same issue cycles and with half the epilogue
-        # of each.
+    if taps == 1 and columns <= 4 * block_n == 256 and block_m == 128:
+        # As many programs as 64 x 64 gives, for fewer issue cycles and with half the epilogue of
+        # each.
         yield block_m, block_n // 2
     while block_m > 64:
         block_m //= 2

@@ -3,12 +3,14 @@
     dz[m, c] = sum over taps t, k of g[m@t, k] * weight[k, c, t]  (+ add[m, c])
     q        = dz * act'(a*h + b)                  S1 = sum q,  S2 = sum q*xhat per tile and channel
 
-g = A*q' + B*h' + C of the norm downstream is applied as it is loaded (the prologue), never written.
-The sums are of q as stored. Two further ways to end: without WRITE only the sums leave; and, given
-their coefficients, the same convolution again writes dx = A*q + B*h + C + identity instead of q.
+g = A*(q' - C - B*(h' - mean)) of the norm downstream is applied as it is loaded (the prologue),
+never written. The sums are of q as stored, and the last tile makes the norm's coefficients and
+gradients of them (merging.py). Two further ways to end: without WRITE only the sums leave; and,
+given their coefficients, the same convolution again writes dx = A*(q - C - B*(h - mean)) + identity
+instead of q.
 
 Bytes: g's operands once (every tile of columns reads them again, through L2), h once, q once (0
-without WRITE), add and identity once, and 8/M of a row of float32 a channel for the sums.
+without WRITE), add and identity once, and 8 bytes a tile and channel for the sums.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, recording
-from .activations import activation_grad, cast
+from .activations import activation_grad, cast, sums
 from .checks import (
     check_activation,
     check_convolution,
@@ -30,10 +32,12 @@ from .checks import (
 from .conv_tile import conv_tile
 from .integers import cdiv
 from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
-from .operands import IDENTITY, Act, Geometry, Grad, Partials
+from .merging import block_tiles, finish_sums
+from .norm_backward import NO_SUMS, place_of_sums
+from .operands import IDENTITY, Act, Geometry, Grad, NormGrads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "group"])
 def _conv_dgrad_kernel(
     grad_ptr,
     grad_h_ptr,
@@ -46,11 +50,17 @@ def _conv_dgrad_kernel(
     identity_ptr,
     out_ptr,
     sums_ptr,
+    counters_ptr,
+    new_coef_ptr,
+    dweight_ptr,
+    dbias_ptr,
     M,
     slope,
+    group,
     CONV: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
+    TRAINING: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -59,6 +69,7 @@ def _conv_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
 ):
     """One program: BLOCK_M positions of h (M = N*H*W) times BLOCK_N of its C channels."""
     C: tl.constexpr = CONV.C
@@ -107,8 +118,9 @@ def _conv_dgrad_kernel(
             a = tl.load(coef_ptr + columns, mask=known, other=0.0)[None, :]
             b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)[None, :]
             c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)[None, :]
+            center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)[None, :]
             # B = 0 means that h is no part of the gradient, even where it is infinite.
-            q = a * q + tl.where(b == 0.0, 0.0, b * h) + c
+            q = a * ((q - c) - tl.where(b == 0.0, 0.0, b * (h - center)))
             if identity_ptr is not None:
                 q += tl.load(identity_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if out_ptr is not None:
@@ -120,11 +132,30 @@ def _conv_dgrad_kernel(
         rstd = tl.load(stats_ptr + 2 * C + columns, mask=known, other=0.0)
         if not EVEN_M:
             q = tl.where(mask, q, 0.0)
-        s1 = tl.sum(q, 0)
-        s2 = tl.sum(q * (h - mean[None, :]), 0) * rstd
-        sums_ptr += tile.to(tl.int64) * (2 * C)
-        tl.store(sums_ptr + columns, s1, mask=known)
-        tl.store(sums_ptr + C + columns, s2, mask=known)
+        s1, s2 = sums(q, q * (h - mean[None, :]))
+        s2 *= rstd
+        at = sums_ptr + tile.to(tl.int64) * (2 * C)
+        tl.store(at + columns, s1, mask=known)
+        tl.store(at + C + columns, s2, mask=known)
+        finish_sums(
+            sums_ptr,
+            counters_ptr,
+            stats_ptr,
+            new_coef_ptr,
+            dweight_ptr,
+            dbias_ptr,
+            M,
+            (M - 1) // BLOCK_M + 1,
+            group,
+            tile,
+            tl.program_id(0) % COLUMN_BLOCKS,
+            columns,
+            known,
+            C,
+            TRAINING,
+            BLOCK_TILES,
+            BLOCK_N,
+        )
 
 
 def conv_dgrad(
@@ -140,17 +171,18 @@ def conv_dgrad(
     write: bool = True,
     coef: Tensor | None = None,
     identity: Tensor | None = None,
+    training: bool = True,
     out_dtype: torch.dtype | None = None,
     config: Config | None = None,
     smaller: int = 0,
-) -> tuple[Tensor | None, Partials | None]:
-    """q = (dgrad(g, weight) + add) * act'(a*h + b), with its sums S1, S2; see reference.py.
+) -> tuple[Tensor | None, NormGrads | None]:
+    """q = (dgrad(g, weight) + add) * act'(a*h + b), and what its sums give; see reference.py.
 
     Args:
-        grad: q and h (N, K, P, Q), channels_last; coef (3, K), contiguous.
+        grad: q and h (N, K, P, Q), channels_last; coef (4, K), contiguous.
         weight: (K, C, R, S), any strides. h: (N, C, H, W), channels_last; where ``stats`` is None
             only its shape is used.
-        stats, coef: (5, C) and (3, C), contiguous, float32.
+        stats, coef: (5, C) and (4, C), contiguous, float32.
         add, identity: (N, C, H, W), channels_last.
         config: the tile; chosen by shape (configs.py) if None. smaller: times it is halved.
 
@@ -170,7 +202,7 @@ def conv_dgrad(
         check_activation("h", h)
         check_per_channel("stats", stats, 5, c)
     if coef is not None:
-        check_per_channel("coef", coef, 3, c)
+        check_per_channel("coef", coef, 4, c)
     for name, extra in (("add", add), ("identity", identity)):
         if extra is not None:
             check_activation(name, extra, (n, c, height, width))
@@ -199,6 +231,7 @@ def conv_dgrad(
                 write=write,
                 coef=coef,
                 identity=identity,
+                training=training,
                 out_dtype=out_dtype,
                 config=tile,
             ),
@@ -213,9 +246,9 @@ def conv_dgrad(
             device=h.device,
             memory_format=torch.channels_last,
         )
-    data = None
+    place = NO_SUMS
     if stats is not None and coef is None:
-        data = torch.empty((tiles, 2, c), dtype=torch.float32, device=h.device)
+        place = place_of_sums(h, c, tiles, config.block_n)
     recording.flops(2 * grad.q.numel() * c * conv.R * conv.S)
     launch(
         _conv_dgrad_kernel,
@@ -230,12 +263,14 @@ def conv_dgrad(
         coef,
         identity,
         out,
-        data,
+        *place.arguments,
         rows,
         act.slope,
+        place.group,
         CONV=conv,
         PROLOGUE=prologue,
         ACT=act.kind,
+        TRAINING=training,
         DTYPE=TRITON_DTYPES[dtype],
         PRECISION=input_precision(dtype),
         WIDE=is_wide(h, grad.q),
@@ -244,7 +279,8 @@ def conv_dgrad(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         UNROLL=config.unroll,
+        BLOCK_TILES=block_tiles(place.group, config.block_n, config.num_warps),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, None if data is None else Partials(data, rows, config.block_m)
+    return out, place.grads

@@ -5,10 +5,11 @@
 
 or residual - (conv + bias) with SUBTRACT, which walks the identity path back. The
 residual may itself be act(a*residual + b). With moments, each tile also writes the mean and M2 of
-its rows of out as stored, in two passes over registers: never E[x^2] - E[x]^2.
+its rows of out as stored, in two passes over registers: never E[x^2] - E[x]^2. Where it is known
+which norm reads out, the last tile makes the norm's statistics of them (merging.py).
 
-Bytes: h once (every tile of columns reads it again, through L2), out once, residual once, and 8/M
-of a row of float32 a channel for moments; z = act(a*h + b) is never written.
+Bytes: h once (every tile of columns reads it again, through L2), out once, residual once, and 12
+bytes a tile and channel for moments; z = act(a*h + b) is never written.
 """
 
 from __future__ import annotations
@@ -19,21 +20,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, recording
-from .activations import activate, cast
+from .activations import activate, cast, sums
 from .checks import (
     check_activation,
     check_convolution,
     check_floating,
+    check_norm,
     check_per_channel,
     check_vector,
 )
 from .conv_tile import conv_tile
 from .integers import cdiv
 from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
-from .operands import IDENTITY, Act, Geometry, Partials
+from .merging import block_tiles, finish_moments, store_moments
+from .moments import NOWHERE, place_of_moments
+from .operands import IDENTITY, Act, Geometry, Norm, Partials
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "group"])
 def _conv_forward_kernel(
     h_ptr,
     stats_ptr,
@@ -43,8 +47,14 @@ def _conv_forward_kernel(
     residual_stats_ptr,
     out_ptr,
     moments_ptr,
+    counters_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    next_stats_ptr,
+    eps,
     M,
     slope,
+    group,
     CONV: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
@@ -57,6 +67,7 @@ def _conv_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
 ):
     """One program: BLOCK_M positions of out (M = N*P*Q) times BLOCK_N of its K channels."""
     K: tl.constexpr = CONV.K
@@ -113,15 +124,36 @@ def _conv_forward_kernel(
     if moments_ptr is not None:
         out = stored.to(tl.float32)
         if EVEN_M:
-            mean = tl.sum(out, 0) * (1.0 / BLOCK_M)
+            inverse = 1.0 / BLOCK_M
+            mean = tl.sum(out, 0) * inverse
             deviation = out - mean[None, :]
         else:
-            mean = tl.sum(tl.where(mask, out, 0.0), 0) / tl.minimum(M - first, BLOCK_M)
+            inverse = 1.0 / tl.minimum(M - first, BLOCK_M)
+            mean = tl.sum(tl.where(mask, out, 0.0), 0) * inverse
             deviation = tl.where(mask, out - mean[None, :], 0.0)
-        m2 = tl.sum(deviation * deviation, 0)
-        moments_ptr += tile.to(tl.int64) * (2 * K)
-        tl.store(moments_ptr + columns, mean, mask=known)
-        tl.store(moments_ptr + K + columns, m2, mask=known)
+        rest, m2 = sums(deviation, deviation * deviation)
+        m2 -= rest * (rest * inverse)
+        at = moments_ptr + tile.to(tl.int64) * (3 * K)
+        store_moments(at, columns, known, mean, m2, rest * inverse, K)
+        if counters_ptr is not None:
+            finish_moments(
+                moments_ptr,
+                counters_ptr,
+                norm_weight_ptr,
+                norm_bias_ptr,
+                next_stats_ptr,
+                eps,
+                M,
+                BLOCK_M,
+                group,
+                tile,
+                tl.program_id(0) % COLUMN_BLOCKS,
+                columns,
+                known,
+                K,
+                BLOCK_TILES,
+                BLOCK_N,
+            )
 
 
 def conv_forward(
@@ -138,9 +170,10 @@ def conv_forward(
     subtract: bool = False,
     out_dtype: torch.dtype | None = None,
     with_moments: bool = False,
+    norm: Norm | None = None,
     config: Config | None = None,
     smaller: int = 0,
-) -> tuple[Tensor, Partials | None]:
+) -> tuple[Tensor, Partials | Tensor | None]:
     """out = conv(act(a*h + b)) + bias + residual, and the moments of out; see reference.py.
 
     Args:
@@ -148,6 +181,7 @@ def conv_forward(
             or None.
         stats, residual_stats: (5, C) and (5, K), contiguous, float32.
         residual: (N, K, P, Q), channels_last, or None.
+        norm: the norm that reads out: its statistics (5, K) are given instead of the moments.
         config: the tile; chosen by shape (configs.py) if None. smaller: times it is halved.
 
     Raises:
@@ -168,6 +202,7 @@ def conv_forward(
         check_per_channel("residual_stats", residual_stats, 5, conv.K)
     out_dtype = dtype if out_dtype is None else out_dtype
     check_floating(out_dtype=out_dtype)
+    check_norm(norm, conv.K)
     out = torch.empty(
         shape,
         dtype=out_dtype,
@@ -195,14 +230,15 @@ def conv_forward(
                 subtract=subtract,
                 out_dtype=out_dtype,
                 with_moments=with_moments,
+                norm=norm,
                 config=tile,
             ),
         )
     config = configs.smaller(config, smaller)
     tiles = cdiv(rows, config.block_m)
-    data = None
+    place = NOWHERE
     if with_moments:
-        data = torch.empty((tiles, 2, conv.K), dtype=torch.float32, device=h.device)
+        place = place_of_moments(h, norm, conv.K, tiles, config.block_n)
     recording.flops(2 * rows * conv.K * conv.C * conv.R * conv.S)
     launch(
         _conv_forward_kernel,
@@ -214,9 +250,10 @@ def conv_forward(
         residual,
         residual_stats,
         out,
-        data,
+        *place.arguments,
         rows,
         act.slope,
+        place.group,
         CONV=conv,
         PROLOGUE="none" if stats is None else "act",
         ACT=act.kind,
@@ -229,7 +266,8 @@ def conv_forward(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         UNROLL=config.unroll,
+        BLOCK_TILES=block_tiles(place.group, config.block_n, config.num_warps),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, None if data is None else Partials(data, rows, config.block_m)
+    return out, place.result(rows, config.block_m)

@@ -16,7 +16,7 @@ is made of what is read:
     none      x                           an activation or a gradient, as it lies there
     act       act(a*x + b)                a, b: rows SCALE and SHIFT of ``stats``
     affine    A*x                         a norm's backward with running statistics
-    affine_h  A*x + B*h + C               a norm's backward with batch statistics
+    affine_h  A*(x - C - B*(h - mean))    a norm's backward with batch statistics
 
 Weights are read in their own dtype through their strides and rounded in registers. What one step
 (a tap of a block of channels) multiplies is read a step ahead, into registers, so that its latency
@@ -138,11 +138,13 @@ def _prologue(
             z = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
         else:
             a = tl.load(coef_ptr + channels, mask=known, other=0.0)
-            z = x.to(tl.float32) * a[None, :]
+            z = x.to(tl.float32)
             if PROLOGUE == "affine_h":
                 b = tl.load(coef_ptr + CHANNELS + channels, mask=known, other=0.0)
                 c = tl.load(coef_ptr + 2 * CHANNELS + channels, mask=known, other=0.0)
-                z += h.to(tl.float32) * b[None, :] + c[None, :]
+                center = tl.load(coef_ptr + 3 * CHANNELS + channels, mask=known, other=0.0)
+                z = (z - c[None, :]) - (h.to(tl.float32) - center[None, :]) * b[None, :]
+            z *= a[None, :]
         if MASKED:
             z = tl.where(inside[:, None], z, 0.0)
     return operand(z, DTYPE, PRECISION)

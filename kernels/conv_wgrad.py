@@ -1,7 +1,8 @@
 """A convolution's weight gradient, with both operands made on load.
 
     dW[k, c, r, s] = sum over rows m = (n, p, q) of  g[m, k] * z[n, p*stride - padding + r, ..., c]
-    g = A*q + B*h' + C  (a norm's backward that still waits),    z = act(a*h + b)  (0 at the border)
+    g = A*(q - C - B*(h' - mean))  (a norm's backward that still waits)
+    z = act(a*h + b)               (0 at the border)
 
 As a matrix product, dW = Z^T g with Z the (rows, J) im2col matrix whose column j = (r*S + s)*C + c
 lies at a constant distance from the row's first element, so it is read from h in place. Several
@@ -10,9 +11,9 @@ side is 64: a program computes J_TILES blocks of BLOCK_J columns by BLOCK_K outp
 range of rows, and reads g once for all of them. wgmma's M side is J, or K where BLOCK_J is narrower
 than 64 (SWAP).
 
-No atomics: each range of rows (split) writes its float32 sums to a workspace (splits, K*J [+ K]),
-and a second kernel adds the splits in their order and writes dW in the weight's dtype and strides,
-and dbias = sum of g.
+Each range of rows (split) writes its float32 sums to a workspace (splits, K*J [+ K]), and the last
+program of a tile adds the splits in their order and writes dW in the weight's dtype and strides,
+and dbias = sum of g (merging.py). A is one number for each k: it multiplies sums, and not rows.
 
 Bytes: q, h' and h are read once from memory (once more from L2 for each further block of columns or
 channels, and for each tap), and 4*K*J bytes a split are written and read.
@@ -28,14 +29,11 @@ from torch import Tensor
 from . import recording
 from .activations import activate, cast, dot, operand
 from .checks import check_activation, check_convolution, check_grad, check_per_channel
-from .integers import cdiv, next_power_of_2
+from .integers import cdiv
 from .launch import TRITON_DTYPES, device_of, input_precision, is_wide, launch
+from .merging import add_up, arrive, group_size
 from .operands import IDENTITY, Act, Geometry, Grad
 from .wgrad_config import config_of
-
-# The reduction's tile: splits at a time, and elements in all.
-_REDUCE_SPLITS = 256
-_REDUCE_ELEMENTS = 8192
 
 
 @triton.jit
@@ -53,33 +51,37 @@ def _gradient_block(
     gh_ptr,
     offsets,
     mask,
-    a,
     b,
     c,
-    keep,
-    HAS_COEF: tl.constexpr,
+    center,
     MASKED: tl.constexpr,
 ):
-    """g = A*q + B*h' + C of a block of rows; 0 where a row does not exist (MASKED)."""
+    """q - C - B*(h' - mean) of a block of rows; 0 where there is no row (MASKED)."""
     g = tl.load(q_ptr + offsets, mask=mask, other=0.0) if MASKED else tl.load(q_ptr + offsets)
-    if HAS_COEF:
-        g = g.to(tl.float32) * a[None, :]
-        if gh_ptr is not None:
-            if MASKED:
-                h = tl.load(gh_ptr + offsets, mask=mask, other=0.0)
-            else:
-                h = tl.load(gh_ptr + offsets)
-            # Where B is 0, an Inf in h' must not become a NaN: h' is blanked there.
-            h = (h.to(tl.float32).to(tl.int32, bitcast=True) & keep[None, :]).to(
-                tl.float32, bitcast=True
-            )
-            g += h * b[None, :] + c[None, :]
-            if MASKED:
-                g = tl.where(mask, g, 0.0)
+    if gh_ptr is not None:
+        h = tl.load(gh_ptr + offsets, mask=mask, other=0.0) if MASKED else tl.load(gh_ptr + offsets)
+        g = (g.to(tl.float32) - c[None, :]) - (h.to(tl.float32) - center[None, :]) * b[None, :]
+        if MASKED:
+            g = tl.where(mask, g, 0.0)
     return g
 
 
-@triton.jit(do_not_specialize=["M", "split_blocks", "longer_splits"])
+@triton.jit
+def _products(
+    k, begin, J: tl.constexpr, K: tl.constexpr, BLOCK_J: tl.constexpr, SWAP: tl.constexpr
+):
+    """Where a block of products lies among a split's, which of them exist, and their j and k."""
+    j = begin + tl.arange(0, BLOCK_J)
+    if SWAP:
+        j = j[None, :]
+        row = k[:, None]
+    else:
+        j = j[:, None]
+        row = k[None, :]
+    return row * J + j, (row < K) & (j < J), j, row
+
+
+@triton.jit(do_not_specialize=["M", "split_blocks", "longer_splits", "splits", "group"])
 def _conv_wgrad_kernel(
     q_ptr,
     gh_ptr,
@@ -87,13 +89,21 @@ def _conv_wgrad_kernel(
     h_ptr,
     stats_ptr,
     workspace_ptr,
+    counters_ptr,
+    dweight_ptr,
+    dbias_ptr,
     slope,
     M,
     split_blocks,
     longer_splits,
+    splits,
+    group,
+    stride_k,
+    stride_c,
+    stride_r,
+    stride_s,
     CONV: tl.constexpr,
     ACT: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -103,6 +113,7 @@ def _conv_wgrad_kernel(
     BLOCK_J: tl.constexpr,
     J_TILES: tl.constexpr,
     SWAP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     C: tl.constexpr = CONV.C
     K: tl.constexpr = CONV.K
@@ -119,25 +130,20 @@ def _conv_wgrad_kernel(
     )
     OUTSIDE: tl.constexpr = -(1 << 29)
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    SIZE: tl.constexpr = K * J if dbias_ptr is None else K * J + K
 
     program = tl.program_id(0)
-    group = program % J_GROUPS
+    j_group = program % J_GROUPS
     k = program // J_GROUPS % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
     split = program // (J_GROUPS * K_BLOCKS)
     known_k = k < K
-    a = 0.0
     b = 0.0
     c = 0.0
-    keep = 0
-    if coef_ptr is not None:
-        a = _per_channel(coef_ptr, k, known_k, K % BLOCK_K != 0)
-        if gh_ptr is not None:
-            b = _per_channel(coef_ptr + K, k, known_k, K % BLOCK_K != 0)
-            c = _per_channel(coef_ptr + 2 * K, k, known_k, K % BLOCK_K != 0)
-            # All bits where B is not 0: its magnitude's carry into the sign. A comparison would
-            # become a select for each element of h', where an "and" joins the unpacking.
-            magnitude = b.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            keep = (magnitude + 0x7FFFFFFF) >> 31
+    center = 0.0
+    if gh_ptr is not None:
+        b = _per_channel(coef_ptr + K, k, known_k, K % BLOCK_K != 0)
+        c = _per_channel(coef_ptr + 2 * K, k, known_k, K % BLOCK_K != 0)
+        center = _per_channel(coef_ptr + 3 * K, k, known_k, K % BLOCK_K != 0)
 
     accs = ()
     for _ in tl.static_range(J_TILES):
@@ -162,14 +168,12 @@ def _conv_wgrad_kernel(
             gh_ptr,
             g_offsets,
             g_mask,
-            a,
             b,
             c,
-            keep,
-            coef_ptr is not None,
+            center,
             not EVEN_M or K % BLOCK_K != 0,
         )
-        if WITH_BIAS:
+        if dbias_ptr is not None:
             bias += tl.sum(g.to(tl.float32), axis=0)
         g = operand(g, DTYPE, PRECISION)
 
@@ -187,7 +191,7 @@ def _conv_wgrad_kernel(
 
         new = ()
         for t in tl.static_range(J_TILES):
-            j = (group * J_TILES + t) * BLOCK_J + tl.arange(0, BLOCK_J)
+            j = (j_group * J_TILES + t) * BLOCK_J + tl.arange(0, BLOCK_J)
             known = j < J
             channel = j % C
             mask = valid[:, None]
@@ -224,57 +228,46 @@ def _conv_wgrad_kernel(
             new = new + (acc,)  # type: ignore[assignment] # noqa: RUF005
         accs = new
 
-    workspace_ptr += split.to(tl.int64) * (K * J + (K if WITH_BIAS else 0))
+    own = workspace_ptr + split.to(tl.int64) * SIZE
     for t in tl.static_range(J_TILES):
-        j = (group * J_TILES + t) * BLOCK_J + tl.arange(0, BLOCK_J)
-        if SWAP:
-            at = k[:, None] * J + j[None, :]
-            mask = known_k[:, None] & (j < J)[None, :]
-        else:
-            at = k[None, :] * J + j[:, None]
-            mask = known_k[None, :] & (j < J)[:, None]
-        tl.store(workspace_ptr + at, accs[t], mask=mask)
-    if WITH_BIAS:
-        tl.store(workspace_ptr + K * J + k, bias, mask=known_k & (group == 0))
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _wgrad_reduce_kernel(
-    workspace_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    splits,
-    stride_k,
-    stride_c,
-    stride_r,
-    stride_s,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    J: tl.constexpr = R * S * C
-    SIZE: tl.constexpr = K * J if dbias_ptr is None else K * J + K
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
-    for start in range(0, splits, BLOCK_SPLITS):
-        split = start + tl.arange(0, BLOCK_SPLITS)
-        at = split.to(tl.int64)[:, None] * SIZE + element[None, :]
-        mask = (split < splits)[:, None] & (element < SIZE)[None, :]
-        total += tl.load(workspace_ptr + at, mask=mask, other=0.0)
-    total = tl.sum(total, axis=0)
-
-    k = element // J
-    j = element % J
-    offsets = k * stride_k + j % C * stride_c + j // (C * S) * stride_r + j // C % S * stride_s
-    dweight = cast(total, dweight_ptr.dtype.element_ty)
-    tl.store(dweight_ptr + offsets, dweight, mask=element < K * J)
+        at, mask, _, _ = _products(k, (j_group * J_TILES + t) * BLOCK_J, J, K, BLOCK_J, SWAP)
+        tl.store(own + at, accs[t], mask=mask)
+    known_bias = known_k & (j_group == 0)
     if dbias_ptr is not None:
-        dbias = cast(total, dbias_ptr.dtype.element_ty)
-        known = (element >= K * J) & (element < SIZE)
-        tl.store(dbias_ptr + element - K * J, dbias, mask=known)
+        tl.store(own + K * J + k, bias, mask=known_bias)
+
+    groups = (splits + group - 1) // group
+    number = split // group
+    first = number * group
+    stop = tl.minimum(first + group, splits)
+    counters_ptr += program % (J_GROUPS * K_BLOCKS) * (groups + 1)
+    if arrive(counters_ptr + number, stop - first):
+        own = workspace_ptr + (splits + number).to(tl.int64) * SIZE
+        for t in tl.static_range(J_TILES):
+            at, mask, _, _ = _products(k, (j_group * J_TILES + t) * BLOCK_J, J, K, BLOCK_J, SWAP)
+            tl.store(own + at, add_up(workspace_ptr, at, mask, first, stop, SIZE, AT_ONCE), mask)
+        if dbias_ptr is not None:
+            at = K * J + k
+            tl.store(
+                own + at, add_up(workspace_ptr, at, known_bias, first, stop, SIZE, 8), known_bias
+            )
+        if arrive(counters_ptr + groups, groups):
+            stop = splits + groups
+            for t in tl.static_range(J_TILES):
+                at, mask, j, row = _products(
+                    k, (j_group * J_TILES + t) * BLOCK_J, J, K, BLOCK_J, SWAP
+                )
+                total = add_up(workspace_ptr, at, mask, splits, stop, SIZE, AT_ONCE)
+                if coef_ptr is not None:
+                    total *= tl.load(coef_ptr + row, mask=row < K, other=0.0)
+                offsets = row * stride_k + j % C * stride_c
+                offsets += j // (C * CONV.S) * stride_r + j // C % CONV.S * stride_s
+                tl.store(dweight_ptr + offsets, cast(total, dweight_ptr.dtype.element_ty), mask)
+            if dbias_ptr is not None:
+                total = add_up(workspace_ptr, K * J + k, known_bias, splits, stop, SIZE, 8)
+                if coef_ptr is not None:
+                    total *= tl.load(coef_ptr + k, mask=known_k, other=0.0)
+                tl.store(dbias_ptr + k, cast(total, dbias_ptr.dtype.element_ty), known_bias)
 
 
 def conv_wgrad(
@@ -289,7 +282,7 @@ def conv_wgrad(
     with_bias: bool = False,
     smaller: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """dweight = wgrad(act(a*h + b), g) and dbias = sum of g, in two launches, deterministic.
+    """dweight = wgrad(act(a*h + b), g) and dbias = sum of g, in one launch, deterministic.
 
     Args:
         grad: of the convolution's output, (N, K, P, Q), applied on load.
@@ -314,6 +307,7 @@ def conv_wgrad(
     n, k = h.shape[0], conv.K
     check_grad(grad, (n, k, conv.P, conv.Q))
     q, gh, coef = grad
+    gh = None if coef is None else gh
     if stats is not None:
         check_per_channel("stats", stats, 5, conv.C)
 
@@ -331,29 +325,37 @@ def conv_wgrad(
         device,
         dtype=dtype,
         stream=h.dtype,
-        prologue=stats is not None or coef is not None,
-        plain_gradient=coef is None and q.dtype == dtype,
+        prologue=stats is not None or gh is not None,
+        plain_gradient=gh is None and q.dtype == dtype,
     ).smaller(smaller)
     blocks, splits = config.splits(rows, k, j, device)
     _, size = config.workspace(rows, k, j, with_bias, device)
-    workspace = torch.empty((splits, size), dtype=torch.float32, device=h.device)
+    group = group_size(splits)
+    groups = cdiv(splits, group)
+    workspace = torch.empty((splits + groups, size), dtype=torch.float32, device=h.device)
+    counters = recording.counters(config.tiles(k, j) * (groups + 1), h.device)
     recording.flops(2 * rows * k * j)
     launch(
         _conv_wgrad_kernel,
         (config.tiles(k, j) * splits,),
         q,
-        None if coef is None else gh,
+        gh,
         coef,
         h,
         stats,
         workspace,
+        counters,
+        dweight,
+        dbias,
         act.slope,
         rows,
         blocks // splits,
         blocks % splits,
+        splits,
+        group,
+        *dweight.stride(),
         CONV=conv,
         ACT=act.kind,
-        WITH_BIAS=with_bias,
         DTYPE=TRITON_DTYPES[dtype],
         PRECISION=input_precision(dtype),
         WIDE=is_wide(h, q),
@@ -363,25 +365,8 @@ def conv_wgrad(
         BLOCK_J=config.block_j,
         J_TILES=config.j_tiles,
         SWAP=config.block_j < 64 <= config.block_k,
+        AT_ONCE=max(1, min(8, 2048 * config.num_warps // (config.block_k * config.block_j))),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
-    block_splits = min(_REDUCE_SPLITS, next_power_of_2(splits))
-    block = min(_REDUCE_ELEMENTS // block_splits, 512)
-    launch(
-        _wgrad_reduce_kernel,
-        (cdiv(size, block),),
-        workspace,
-        dweight,
-        dbias,
-        splits,
-        *dweight.stride(),
-        C=conv.C,
-        K=k,
-        R=conv.R,
-        S=conv.S,
-        BLOCK_SPLITS=block_splits,
-        BLOCK=block,
-        num_warps=8,
     )
     return dweight, dbias

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from . import ranks, reference
-from .operands import Act, Geometry, Grad, Partials, running_stats, stats_dtype
+from .operands import (
+    Act,
+    Geometry,
+    Grad,
+    Norm,
+    NormGrads,
+    Partials,
+    running_stats,
+    stats_dtype,
+)
 from .ranks import Gather, Ranks
 from .reference import cast
 
@@ -42,6 +51,9 @@ class ConvGrads(NamedTuple):
     dbeta: Tensor | None
 
 
+# What ranks' moments are taken for: their mean and variance are exchanged, and then merged.
+OF_RANKS = Norm(None, None, 0.0)
+
 # The attribute of a norm's statistics that holds its output until a convolution reads it.
 _NORMALISED = "_normalised"
 
@@ -57,17 +69,18 @@ class AtenEngine:
         """Whether what writes a norm's input is to give its moments as well."""
         return training and (not synced or self._rank_moments_from_conv)
 
-    def moments(self, x: Tensor) -> Any:
+    def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
         """Moments of x, in whatever form ``norm_stats`` of the same engine takes.
 
         x itself where ATen's norm takes them and normalises in one call, as eager's does.
+        norm: what they will be taken for, where that is known.
         """
         if x.device.type != "cuda" and x.dtype == stats_dtype(x.dtype):
             return (x,)
         return reference.batch_moments(x)
 
     def rank_moments(self, x: Tensor) -> Any:
-        """The same for ``synced_stats``."""
+        """The same for ``synced_stats``: of the norm ``OF_RANKS``."""
         return reference.rank_moments(x)
 
     def norm_stats(
@@ -102,7 +115,7 @@ class AtenEngine:
 
         moments: ``rank_moments`` of this rank's ``rows`` rows.
         """
-        local = self.norm_stats(moments, None, None, 0.0)
+        local = self.norm_stats(moments, *OF_RANKS)
         partials, counts = ranks.gather_moments(local, rows, gather)
         stats = self._merged_stats(partials, counts, weight, bias, eps)
         return stats, counts.sum().view(1)
@@ -115,6 +128,7 @@ class AtenEngine:
         geometry: Geometry,
         *,
         with_moments: bool = False,
+        norm: Norm | None = None,
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """``reference.conv_forward``, with the moments as ``self.moments`` gives them."""
@@ -264,20 +278,23 @@ class TritonEngine(AtenEngine):
         self._conv_dgrad = conv_dgrad
         self._conv_wgrad = conv_wgrad
 
-    def moments(self, x: Tensor) -> Any:
+    def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
+        """Given the norm, its statistics already (``kernels.merging``)."""
         return self._run(
             "moments", x, (x.shape, x.dtype),
-            lambda _: self._moments.moments(x),
-            lambda: reference.moments(x),
+            lambda _: self._moments.moments(x, norm),
+            lambda: reference.moments(x, norm),
             tiled=False,
         )  # fmt: skip
 
     def rank_moments(self, x: Tensor) -> Any:
-        return self.moments(x)
+        return self.moments(x, OF_RANKS)
 
     def norm_stats(
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
+        if isinstance(moments, Tensor):
+            return moments
         return self._merged_stats(moments, None, weight, bias, eps)
 
     def _merged_stats(
@@ -302,7 +319,7 @@ class TritonEngine(AtenEngine):
         )  # fmt: skip
 
     def _input_grad(self, grad: Grad, identity: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """g = A*q + B*h + C (+ identity), written."""
+        """g = A*(q - C - B*(h - mean)) (+ identity), written."""
         return self._run(
             "norm gradient", grad.q, (grad.q.shape, grad.q.dtype, dtype),
             lambda _: self._norm_backward.input_grad(grad, identity, dtype),
@@ -312,7 +329,7 @@ class TritonEngine(AtenEngine):
 
     def _norm_grad(
         self, sums: Partials, stats: Tensor, training: bool, total: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> NormGrads:
         """A, B and C, and the norm's own gradients, out of its sums."""
         return self._run(
             "norm sums", stats, (sums.data.shape,),
@@ -342,6 +359,7 @@ class TritonEngine(AtenEngine):
         geometry: Geometry,
         *,
         with_moments: bool = False,
+        norm: Norm | None = None,
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """``reference.conv_forward`` by whatever ``implementation`` names."""
@@ -350,7 +368,7 @@ class TritonEngine(AtenEngine):
             out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
             # h may lie in both layouts, but the kernels read channels_last alone.
             out = reference.in_memory_format(out, torch.channels_last)
-            return out, self.moments(out) if with_moments else None
+            return out, self.moments(out, norm) if with_moments else None
 
         how = implementation("forward", (weight.shape[2], weight.shape[3]), geometry)
         if how == ATEN:
@@ -362,7 +380,8 @@ class TritonEngine(AtenEngine):
         return self._run(
             "conv forward", h, (h.shape, weight.shape, geometry, options["dtype"]),
             lambda smaller: self._conv_forward.conv_forward(
-                h, weight, bias, geometry, with_moments=with_moments, smaller=smaller, **options
+                h, weight, bias, geometry,
+                with_moments=with_moments, norm=norm, smaller=smaller, **options,
             ),
             aten,
         )  # fmt: skip
@@ -435,10 +454,9 @@ class TritonEngine(AtenEngine):
         twice = final and runs_twice(weight)
         dgrad = functools.partial(
             self._dgrad, grad, weight, h, geometry,
-            dtype=dtype, stats=stats, act=act, add=add,
+            dtype=dtype, stats=stats, act=act, add=add, training=training,
         )  # fmt: skip
-        q, sums = dgrad(write=not twice)
-        coef, dgamma, dbeta = self._norm_grad(sums, stats, training)
+        q, (coef, dgamma, dbeta) = dgrad(write=not twice)
         if sync is not None:
             everywhere = ranks.gather_sums(dbeta, dgamma, sync.gather)
             coef, _, _ = self._norm_grad(everywhere, stats, training, sync.total)

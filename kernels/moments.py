@@ -1,4 +1,4 @@
-"""Per-channel mean and variance of an activation: tiles of rows, then one merge.
+"""Per-channel mean and variance of an activation: tiles of rows, merged by the last program.
 
 ``moments`` gives, for each tile of rows, the mean and M2 = sum (x - mean)^2 of every channel.
 Inside a block of BLOCK_M rows, held in registers, they are taken in two passes (never
@@ -7,17 +7,15 @@ Chan et al. 1979:
 
     delta = mean_2 - mean_1,  mean = mean_1 + delta*n_2/n,  M2 = M2_1 + M2_2 + delta^2*n_1*n_2/n
 
-``norm_stats`` merges all tiles at once, exactly and in a fixed order. With o the first tile's mean,
-so that nothing cancels where |mean| >> std,
+and what a tile's mean is off by its own rounding is kept beside it (``merging``). Given a norm, the
+last program merges the tiles in a fixed order and makes the norm's statistics of them:
 
-    mean = o + sum (n_t/n)*(mean_t - o),      M2 = sum M2_t + n_t*(mean_t - mean)^2
     var = M2/n,  rstd = 1/sqrt(var + eps),  a = weight*rstd,  b = bias - mean*a
 
-The tiles may be those of several processes, whose numbers of rows are then on the device
-(``ranks``).
+``norm_stats`` does the same in a launch of its own: where moments come from another part of a
+chain, or from several processes, whose numbers of rows are then on the device (``ranks``).
 
-Bytes: ``moments`` reads x once and writes 8 bytes a tile and channel, ``norm_stats`` reads those
-(the means a second time, from cache).
+Bytes: ``moments`` reads x once, and writes and reads 12 bytes a tile and channel.
 
 ``row_tiling`` is the tiling of every elementwise kernel beside this one: a program owns ``steps``
 blocks of BLOCK_M rows by BLOCK_C channels, and there is a program for each tile and channel block,
@@ -27,17 +25,28 @@ however few channels there are.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_activation, check_partials, check_vector
+from . import recording
+from .activations import sums
+from .checks import check_activation, check_norm, check_partials, check_vector
 from .integers import cdiv, next_power_of_2
 from .launch import Device, device_of, launch
-from .operands import Partials
+from .merging import (
+    block_tiles,
+    finish_moments,
+    group_size,
+    merge_moments,
+    store_moments,
+    store_stats,
+    tile_counts,
+)
+from .operands import Norm, Partials
 
 # Elements of one block: 16 a thread at 4 warps, two 16-byte loads of each 16-bit tensor in flight.
 # With more, the longest activations spill.
@@ -122,22 +131,31 @@ def tile_steps(tile, M, steps, BLOCK_M: tl.constexpr):
     return first, tl.minimum(steps, (M + BLOCK_M - 1) // BLOCK_M - first).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["M", "steps"])
+@triton.jit(do_not_specialize=["M", "steps", "group"])
 def _moments_kernel(
     x_ptr,
     data_ptr,
+    counters_ptr,
+    weight_ptr,
+    bias_ptr,
+    stats_ptr,
+    eps,
     M,
     steps,
+    group,
     C: tl.constexpr,
     EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
 ):
     MASKED: tl.constexpr = not EVEN_M or C % BLOCK_C != 0
+    COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile, columns = program_tile(C, BLOCK_C)
     first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
     mean = tl.zeros((BLOCK_C,), tl.float32)
+    rest = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
     for step in range(blocks):
@@ -145,29 +163,41 @@ def _moments_kernel(
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         block_count = valid.to(tl.float32)
         # Not seen from a value of x: where |mean| << std that costs the mean a rounding of the
-        # value. Where |mean| >> std the mean is off by a rounding of its own, M2 by its square.
+        # value. Where |mean| >> std the mean is off by a rounding of its own: the rest.
         block_mean = tl.sum(x, axis=0) * (1.0 / block_count)
         deviation = x - block_mean[None, :]
         if MASKED:
             deviation = tl.where(mask, deviation, 0.0)
-        block_m2 = tl.sum(deviation * deviation, axis=0)
+        block_sum, block_m2 = sums(deviation, deviation * deviation)
+        block_rest = block_sum * (1.0 / block_count)
+        block_m2 -= block_sum * block_rest
+        # The tile's mean stays that of its first block, and the rest grows.
+        mean = tl.where(step == 0, block_mean, mean)
         total = count + block_count
-        delta = block_mean - mean
-        mean += delta * (block_count / total)
+        delta = (block_mean - mean) + block_rest - rest
+        rest += delta * (block_count / total)
         m2 += block_m2 + delta * (delta * (count * block_count / total))
         count = total
-    data_ptr += tile.to(tl.int64) * (2 * C)
-    tl.store(data_ptr + columns, mean, mask=known)
-    tl.store(data_ptr + C + columns, m2, mask=known)
-
-
-@triton.jit
-def _tile_counts(counts_ptr, tile, tiles, M, tile_rows):
-    """How many rows each tile has: equally many but for the last one, or what ``counts`` says."""
-    if counts_ptr is not None:
-        return tl.load(counts_ptr + tile, mask=tile < tiles, other=0.0)
-    else:
-        return tl.minimum(M - tile.to(M.dtype) * tile_rows, tile_rows).to(tl.float32)
+    store_moments(data_ptr + tile.to(tl.int64) * (3 * C), columns, known, mean, m2, rest, C)
+    if counters_ptr is not None:
+        finish_moments(
+            data_ptr,
+            counters_ptr,
+            weight_ptr,
+            bias_ptr,
+            stats_ptr,
+            eps,
+            M,
+            steps * BLOCK_M,
+            group,
+            tile,
+            tl.program_id(0) % COLUMN_BLOCKS,
+            columns,
+            known,
+            C,
+            BLOCK_TILES,
+            BLOCK_C,
+        )
 
 
 @triton.jit(do_not_specialize=["M", "tile_rows", "tiles"])
@@ -182,62 +212,44 @@ def _norm_stats_kernel(
     tile_rows,
     tiles,
     C: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = columns < C
-    first_mean = tl.load(data_ptr + columns, mask=known, other=0.0).to(tl.float32)
     if counts_ptr is not None:
         total = tl.zeros((BLOCK_TILES,), tl.float32)
         for start in range(0, tiles, BLOCK_TILES):
             tile = start + tl.arange(0, BLOCK_TILES)
-            total += _tile_counts(counts_ptr, tile, tiles, M, tile_rows)
+            total += tile_counts(counts_ptr, tile, tiles, M, tile_rows)
         inverse = 1.0 / tl.sum(total, axis=0)
     else:
         inverse = 1.0 / M.to(tl.float32)
-
-    offset = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
-    for start in range(0, tiles, BLOCK_TILES):
-        tile = start + tl.arange(0, BLOCK_TILES)
-        mask = (tile < tiles)[:, None] & known[None, :]
-        at = tile[:, None] * (2 * C) + columns[None, :]
-        mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        count = _tile_counts(counts_ptr, tile, tiles, M, tile_rows)
-        offset += tl.where(mask, (mean_t - first_mean[None, :]) * (count * inverse)[:, None], 0.0)
-    mean = first_mean + tl.sum(offset, axis=0)
-
-    squares = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
-    for start in range(0, tiles, BLOCK_TILES):
-        tile = start + tl.arange(0, BLOCK_TILES)
-        mask = (tile < tiles)[:, None] & known[None, :]
-        at = tile[:, None] * (2 * C) + columns[None, :]
-        mean_t = tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        m2_t = tl.load(data_ptr + C + at, mask=mask, other=0.0).to(tl.float32)
-        count = _tile_counts(counts_ptr, tile, tiles, M, tile_rows)
-        delta = mean_t - mean[None, :]
-        squares += tl.where(mask, m2_t + delta * (delta * count[:, None]), 0.0)
-    var = tl.sum(squares, axis=0) * inverse
-
-    rstd = tl.rsqrt(var + eps)
-    scale = rstd
-    if weight_ptr is not None:
-        scale = rstd * tl.load(weight_ptr + columns, mask=known, other=0.0).to(tl.float32)
-    shift = -mean * scale
-    if bias_ptr is not None:
-        shift += tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)
-    tl.store(stats_ptr + columns, mean, mask=known)
-    tl.store(stats_ptr + C + columns, var, mask=known)
-    tl.store(stats_ptr + 2 * C + columns, rstd, mask=known)
-    tl.store(stats_ptr + 3 * C + columns, scale, mask=known)
-    tl.store(stats_ptr + 4 * C + columns, shift, mask=known)
+    mean, m2, _ = merge_moments(
+        data_ptr,
+        counts_ptr,
+        inverse,
+        M,
+        tile_rows,
+        tiles,
+        columns,
+        known,
+        C,
+        ROWS,
+        BLOCK_TILES,
+        BLOCK_C,
+    )
+    store_stats(stats_ptr, weight_ptr, bias_ptr, eps, mean, m2 * inverse, columns, known, C)
 
 
-def moments(x: Tensor) -> Partials:
+def moments(x: Tensor, norm: Norm | None = None) -> Partials | Tensor:
     """Per-channel mean and sum of squared deviations of x (N, C, H, W), tile by tile.
 
+    norm: whose statistics the last program makes of them, in the same launch.
+
     Returns:
-        data (P, 2, C) float32 with at most ``MAX_TILES`` tiles.
+        data (P, 3, C) float32 with at most ``MAX_TILES`` tiles, or ``stats`` (5, C).
 
     Raises:
         ValueError: x is not channels_last or has no rows. TypeError: its dtype is no kernel's.
@@ -247,24 +259,72 @@ def moments(x: Tensor) -> Partials:
     rows = x.numel() // max(channels, 1)
     if rows == 0:
         raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
+    check_norm(norm, channels)
     tiling = row_tiling(rows, channels, device_of(x), MAX_TILES)
-    data = torch.empty((tiling.tiles, 2, channels), dtype=torch.float32, device=x.device)
+    place = place_of_moments(x, norm, channels, tiling.tiles, tiling.block_c)
     launch(
         _moments_kernel,
         tiling.grid,
         x,
-        data,
+        *place.arguments,
         rows,
         tiling.steps,
+        place.group,
         C=channels,
         EVEN_M=rows % tiling.block_m == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
+        BLOCK_TILES=block_tiles(place.group, tiling.block_c, 1),
         # A program is one warp: the sums over rows need no other's, and so no shared memory, where
         # eight lanes would store to one bank.
         num_warps=1,
     )
-    return Partials(data, rows, tiling.steps * tiling.block_m)
+    result = place.result(rows, tiling.steps * tiling.block_m)
+    assert result is not None
+    return result
+
+
+class Place(NamedTuple):
+    """Where a launch leaves moments, and what makes statistics of them there.
+
+    data: (P, 3, C), with the groups' behind the tiles' where ``norm`` takes statistics. counters:
+    for tickets. stats: (5, C). group: tiles that are merged first (merging.py).
+    """
+
+    data: Tensor | None
+    counters: Tensor | None
+    norm: Norm | None
+    stats: Tensor | None
+    group: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The kernel's, in order: data, counters, weight, bias, stats, eps."""
+        weight, bias, eps = self.norm or (None, None, 0.0)
+        return self.data, self.counters, weight, bias, self.stats, float(eps)
+
+    def result(self, rows: int, tile_rows: int) -> Partials | Tensor | None:
+        """What the launch gives."""
+        if self.stats is not None or self.data is None:
+            return self.stats
+        return Partials(self.data, rows, tile_rows)
+
+
+def place_of_moments(
+    like: Tensor, norm: Norm | None, channels: int, tiles: int, block_c: int
+) -> Place:
+    """For ``tiles`` tiles of rows and blocks of ``block_c`` channels."""
+    group = group_size(tiles)
+    groups = 0 if norm is None else cdiv(tiles, group)
+    data = torch.empty((tiles + groups, 3, channels), dtype=torch.float32, device=like.device)
+    if norm is None:
+        return Place(data, None, None, None, group)
+    counters = recording.counters(cdiv(channels, block_c) * (groups + 1), like.device)
+    stats = torch.empty((5, channels), dtype=torch.float32, device=like.device)
+    return Place(data, counters, norm, stats, group)
+
+
+NOWHERE = Place(None, None, None, None, group_size(1))
 
 
 def norm_stats(
@@ -284,14 +344,14 @@ def norm_stats(
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
-    check_partials(partials)
+    check_partials(partials, 3)
     data, rows, tile_rows = partials
     tiles, _, channels = data.shape
     check_vector("weight", weight, channels)
     check_vector("bias", bias, channels)
     check_vector("counts", counts, tiles, torch.float32)
     stats = torch.empty((5, channels), dtype=torch.float32, device=data.device)
-    block_tiles, num_warps = merge_tiling(tiles)
+    at_once, num_warps = merge_tiling(tiles)
     launch(
         _norm_stats_kernel,
         (cdiv(channels, MERGE_CHANNELS),),
@@ -305,7 +365,8 @@ def norm_stats(
         tile_rows,
         tiles,
         C=channels,
-        BLOCK_TILES=block_tiles,
+        ROWS=data.shape[1],
+        BLOCK_TILES=at_once,
         BLOCK_C=MERGE_CHANNELS,
         num_warps=num_warps,
     )

@@ -1,25 +1,29 @@
 """The backward of norm -> act around a convolution's dgrad, elementwise.
 
     q = (dz + add) * act'(a*h + b),     S1 = sum q,  S2 = sum q*xhat,  xhat = (h - mean)*rstd
-    A = a,  B = -a*rstd*S2/M,  C = -a*S1/M - B*mean          (B = C = 0 with running statistics)
-    g = A*q + B*h + C (+ identity)
+    A = a,  B = rstd*S2/M,  C = S1/M                     (B = C = 0 with running statistics)
+    g = A*(q - C - B*(h - mean)) (+ identity)
 
-``act_backward`` writes q and each tile's S1 and S2 of q as stored; ``norm_grad`` merges the tiles
-in a fixed order into A, B, C and the norm's own gradients dweight = S2, dbias = S1; ``input_grad``
-writes g.
+``act_backward`` writes q and each tile's S1 and S2 of q as stored; its last program merges them in
+a fixed order into A, B, C and the norm's own gradients dweight = S2, dbias = S1 (merging.py).
+``norm_grad`` does that alone, where the sums are those of several processes. ``input_grad`` writes
+g: in this form nothing cancels where |mean| >> std.
 
 Bytes: ``act_backward`` reads dz, h (and add) and writes q; ``input_grad`` reads q, h (and identity)
-and writes g; ``norm_grad`` reads 8 bytes a tile and channel.
+and writes g; sums take 8 bytes a tile and channel.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activation_grad, cast
+from . import recording
+from .activations import activation_grad, cast, sums
 from .checks import (
     check_activation,
     check_floating,
@@ -30,6 +34,7 @@ from .checks import (
 )
 from .integers import cdiv
 from .launch import device_of, launch
+from .merging import block_tiles, finish_sums, group_size, merge_sums, store_norm_grad
 from .moments import (
     MAX_TILES,
     MERGE_CHANNELS,
@@ -39,10 +44,10 @@ from .moments import (
     row_tiling,
     tile_steps,
 )
-from .operands import Act, Grad, Partials
+from .operands import Act, Grad, NormGrads, Partials
 
 
-@triton.jit(do_not_specialize=["M", "steps"])
+@triton.jit(do_not_specialize=["M", "steps", "group"])
 def _act_backward_kernel(
     dz_ptr,
     add_ptr,
@@ -50,14 +55,22 @@ def _act_backward_kernel(
     stats_ptr,
     q_ptr,
     data_ptr,
+    counters_ptr,
+    coef_ptr,
+    dweight_ptr,
+    dbias_ptr,
     slope,
     M,
     steps,
+    group,
     C: tl.constexpr,
     ACT: tl.constexpr,
+    TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
 ):
+    COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile, columns = program_tile(C, BLOCK_C)
     first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
@@ -80,9 +93,29 @@ def _act_backward_kernel(
         q = q.to(tl.float32)
         s1 += q
         s2 += q * (h - mean[None, :])
-    data_ptr += tile.to(tl.int64) * (2 * C)
-    tl.store(data_ptr + columns, tl.sum(s1, axis=0), mask=known)
-    tl.store(data_ptr + C + columns, tl.sum(s2, axis=0) * rstd, mask=known)
+    at = data_ptr + tile.to(tl.int64) * (2 * C)
+    s1, s2 = sums(s1, s2)
+    tl.store(at + columns, s1, mask=known)
+    tl.store(at + C + columns, s2 * rstd, mask=known)
+    finish_sums(
+        data_ptr,
+        counters_ptr,
+        stats_ptr,
+        coef_ptr,
+        dweight_ptr,
+        dbias_ptr,
+        M,
+        tl.num_programs(0) // COLUMN_BLOCKS,
+        group,
+        tile,
+        tl.program_id(0) % COLUMN_BLOCKS,
+        columns,
+        known,
+        C,
+        TRAINING,
+        BLOCK_TILES,
+        BLOCK_C,
+    )
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
@@ -102,34 +135,14 @@ def _norm_grad_kernel(
 ):
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = columns < C
-    s1_t = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
-    s2_t = tl.zeros((BLOCK_TILES, BLOCK_C), tl.float32)
-    for start in range(0, tiles, BLOCK_TILES):
-        tile = start + tl.arange(0, BLOCK_TILES)
-        mask = (tile < tiles)[:, None] & known[None, :]
-        at = tile[:, None] * (2 * C) + columns[None, :]
-        s1_t += tl.load(data_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        s2_t += tl.load(data_ptr + C + at, mask=mask, other=0.0).to(tl.float32)
-    s1 = tl.sum(s1_t, axis=0)
-    s2 = tl.sum(s2_t, axis=0)
-
-    scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
-    b = tl.zeros((BLOCK_C,), tl.float32)
-    c = tl.zeros((BLOCK_C,), tl.float32)
-    if TRAINING:
-        mean = tl.load(stats_ptr + columns, mask=known, other=0.0)
-        rstd = tl.load(stats_ptr + 2 * C + columns, mask=known, other=0.0)
-        if total_ptr is not None:
-            inverse = -1.0 / tl.load(total_ptr)
-        else:
-            inverse = -1.0 / M.to(tl.float32)
-        b = s2 * inverse * (scale * rstd)
-        c = s1 * inverse * scale - b * mean
-    tl.store(coef_ptr + columns, scale, mask=known)
-    tl.store(coef_ptr + C + columns, b, mask=known)
-    tl.store(coef_ptr + 2 * C + columns, c, mask=known)
-    tl.store(dweight_ptr + columns, s2, mask=known)
-    tl.store(dbias_ptr + columns, s1, mask=known)
+    s1, s2 = merge_sums(data_ptr, tiles, columns, known, C, BLOCK_TILES, BLOCK_C)
+    if total_ptr is not None:
+        inverse = 1.0 / tl.load(total_ptr)
+    else:
+        inverse = 1.0 / M.to(tl.float32)
+    store_norm_grad(
+        coef_ptr, dweight_ptr, dbias_ptr, stats_ptr, inverse, s1, s2, columns, known, C, TRAINING
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -149,22 +162,64 @@ def _input_grad_kernel(
     known = columns < C
     g = tl.load(q_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if coef_ptr is not None:
-        g *= tl.load(coef_ptr + columns, mask=known, other=0.0)[None, :]
         if h_ptr is not None:
             b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)[None, :]
             c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)[None, :]
+            center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)[None, :]
             h = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             # Where B is 0, an Inf in h must not become a NaN.
-            g += tl.where(b == 0.0, 0.0, b * h) + c
+            g = (g - c) - tl.where(b == 0.0, 0.0, b * (h - center))
+        g *= tl.load(coef_ptr + columns, mask=known, other=0.0)[None, :]
     if identity_ptr is not None:
         g += tl.load(identity_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(g_ptr + base + offsets, cast(g, g_ptr.dtype.element_ty), mask=mask)
 
 
+class Sums(NamedTuple):
+    """Where a launch leaves S1 and S2, and what it makes of them there.
+
+    data: (P, 2, C), with the groups' behind the tiles'. counters: for tickets. grads: the result.
+    group: tiles that are merged first (merging.py).
+    """
+
+    data: Tensor | None
+    counters: Tensor | None
+    grads: NormGrads | None
+    group: int
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The kernel's, in order: data, counters, coef, dweight, dbias."""
+        return self.data, self.counters, *(self.grads or (None, None, None))
+
+
+def place_of_sums(like: Tensor, channels: int, tiles: int, block_c: int) -> Sums:
+    """For ``tiles`` tiles of rows and blocks of ``block_c`` channels."""
+    group = group_size(tiles)
+    groups = cdiv(tiles, group)
+    data = torch.empty((tiles + groups, 2, channels), dtype=torch.float32, device=like.device)
+    counters = recording.counters(cdiv(channels, block_c) * (groups + 1), like.device)
+    return Sums(data, counters, _norm_grads(like, channels), group)
+
+
+NO_SUMS = Sums(None, None, None, group_size(1))
+
+
+def _norm_grads(like: Tensor, channels: int) -> NormGrads:
+    coef = torch.empty((4, channels), dtype=torch.float32, device=like.device)
+    dweight = torch.empty(channels, dtype=torch.float32, device=like.device)
+    return NormGrads(coef, dweight, torch.empty_like(dweight))
+
+
 def act_backward(
-    dz: Tensor, h: Tensor, stats: Tensor, act: Act, add: Tensor | None = None
-) -> tuple[Tensor, Partials]:
-    """q = (dz + add) * act'(a*h + b) in dz's dtype, and its sums S1, S2 tile by tile.
+    dz: Tensor,
+    h: Tensor,
+    stats: Tensor,
+    act: Act,
+    add: Tensor | None = None,
+    training: bool = True,
+) -> tuple[Tensor, NormGrads]:
+    """q = (dz + add) * act'(a*h + b) in dz's dtype, and what its sums S1 and S2 give.
 
     Args:
         dz, h, add: (N, C, H, W), channels_last, each with its own dtype. stats: (5, C) float32.
@@ -183,7 +238,7 @@ def act_backward(
         raise ValueError(f"the sums need at least one value per channel, got {tuple(h.shape)}")
     tiling = row_tiling(rows, channels, device_of(h), MAX_TILES)
     q = torch.empty_like(dz, memory_format=torch.channels_last)
-    data = torch.empty((tiling.tiles, 2, channels), dtype=torch.float32, device=h.device)
+    place = place_of_sums(h, channels, tiling.tiles, tiling.block_c)
     launch(
         _act_backward_kernel,
         tiling.grid,
@@ -192,23 +247,27 @@ def act_backward(
         h,
         stats,
         q,
-        data,
+        *place.arguments,
         act.slope,
         rows,
         tiling.steps,
+        place.group,
         C=channels,
         ACT=act.kind,
+        TRAINING=training,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
+        BLOCK_TILES=block_tiles(place.group, tiling.block_c, 4),
         num_warps=4,
     )
-    return q, Partials(data, rows, tiling.steps * tiling.block_m)
+    assert place.grads is not None
+    return q, place.grads
 
 
 def norm_grad(
     partials: Partials, stats: Tensor, training: bool, total: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients (3, C) of g = A*q + B*h + C, and dweight = S2, dbias = S1: (C,), all float32.
+) -> NormGrads:
+    """Coefficients (4, C) of g, and dweight = S2, dbias = S1: (C,), all float32.
 
     One launch that merges the tiles in a fixed order. With running statistics
     (``training=False``) B = C = 0. total: (1,) float32, the number of rows M, where only the
@@ -222,34 +281,30 @@ def norm_grad(
     tiles, _, channels = data.shape
     check_per_channel("stats", stats, 5, channels)
     check_vector("total", total, 1, torch.float32)
-    coef = torch.empty((3, channels), dtype=torch.float32, device=stats.device)
-    dweight = torch.empty(channels, dtype=torch.float32, device=stats.device)
-    dbias = torch.empty_like(dweight)
-    block_tiles, num_warps = merge_tiling(tiles)
+    grads = _norm_grads(stats, channels)
+    at_once, num_warps = merge_tiling(tiles)
     launch(
         _norm_grad_kernel,
         (cdiv(channels, MERGE_CHANNELS),),
         data,
         total,
         stats,
-        coef,
-        dweight,
-        dbias,
+        *grads,
         rows,
         tiles,
         C=channels,
         TRAINING=training,
-        BLOCK_TILES=block_tiles,
+        BLOCK_TILES=at_once,
         BLOCK_C=MERGE_CHANNELS,
         num_warps=num_warps,
     )
-    return coef, dweight, dbias
+    return grads
 
 
 def input_grad(
     grad: Grad, identity: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """g = A*q + B*h + C (+ identity), written: a norm's dx, or a gradient operand read twice.
+    """g = A*(q - C - B*(h - mean)) (+ identity), written: a norm's dx, or an operand.
 
     Args:
         grad: q (N, C, H, W), channels_last, with h and coef or without.

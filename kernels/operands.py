@@ -81,11 +81,11 @@ class Convolution(NamedTuple):
 
 
 class Grad(NamedTuple):
-    """A gradient that may still wait for a norm's backward: g = A*q + B*h + C per channel.
+    """A gradient that may still wait for a norm's backward: g = A*(q - C - B*(h - mean)).
 
     q:    (N, C, H, W), channels_last.
     h:    (N, C, H, W), the norm's input, or None where B = C = 0 (running statistics).
-    coef: (3, C) rows A, B, C, or None where g = q.
+    coef: (4, C) rows A, B, C, mean, or None where g = q.
     """
 
     q: Tensor
@@ -93,11 +93,28 @@ class Grad(NamedTuple):
     coef: Tensor | None = None
 
 
+class Norm(NamedTuple):
+    """A norm that takes a batch's statistics: its weight and bias, (C,) or None, and its eps."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class NormGrads(NamedTuple):
+    """What the sums of a norm's backward give: coef (4, C), dweight = S2 and dbias = S1, (C,)."""
+
+    coef: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
 class Partials(NamedTuple):
     """Per-tile reductions over rows (N*H*W), to be merged in the order of the tiles.
 
-    data:      (P, 2, C): mean and M2 (sum of squared deviations) of a tile for moments;
-               S1 = sum q and S2 = sum q*xhat of a tile for a norm's backward.
+    data:      (P, 3, C): mean, M2 (sum of squared deviations) and what the mean's rounding has
+               left, of a tile; (P, 2, C) without the last. Or S1 = sum q and S2 = sum q*xhat of a
+               tile for a norm's backward, (P, 2, C).
     rows:      number of rows in all.
     tile_rows: rows in each tile; the last one has what remains.
     """

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 _recorder: ContextVar[Any] = ContextVar("recorder", default=None)
@@ -46,6 +48,18 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)``, to be called again by a program: a collective, say."""
     recorder = _recorder.get()
     return function(*args) if recorder is None else recorder.call(function, *args)
+
+
+def counters(number: int, device: torch.device) -> Tensor:
+    """``number`` int32 zeros for the programs of the next launch to count in, and no others.
+
+    A program has all of its launches' in one tensor, which one step fills at its beginning.
+    """
+    recorder = _recorder.get()
+    if recorder is None:
+        return torch.zeros(number, dtype=torch.int32, device=device)
+    found: Tensor = recorder.counters(number)
+    return found
 
 
 def flops(number: int) -> None:

@@ -22,6 +22,8 @@ from .operands import (
     Act,
     Geometry,
     Grad,
+    Norm,
+    NormGrads,
     Partials,
     running_stats,
     stats_dtype,
@@ -85,13 +87,15 @@ def in_memory_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 # --- statistics ---------------------------------------------------------------------------------
 
 
-def moments(x: Tensor) -> Partials:
+def moments(x: Tensor, norm: Norm | None = None) -> Partials | Tensor:
     """Per-channel mean and sum of squared deviations of x (N, C, H, W), as one tile.
 
-    Half-precision inputs are accumulated in float32.
+    Half-precision inputs are accumulated in float32. norm: whose ``stats``, (5, C), are returned.
     """
     rows = _rows(x)
     mean, var = batch_moments(x)
+    if norm is not None:
+        return running_stats(mean, var, *norm)
     return Partials(torch.stack((mean, var.mul_(rows))).unsqueeze(0), rows, rows)
 
 
@@ -164,12 +168,15 @@ def norm_stats(
         counts[-1:].fill_(rows - (data.shape[0] - 1) * tile_rows)
     else:
         total = counts.sum()
-    means, m2 = data.unbind(1)
+    means, m2, *rests = data.unbind(1)
     counts = counts.unsqueeze(1)
     # Seen from the first tile's mean, nothing cancels where |mean| >> std.
-    mean = means[0] + ((means - means[0]) * (counts / total)).sum(0)
-    m2 = (m2 + (means - mean).square_() * counts).sum(0)
-    return running_stats(mean, m2 / total, weight, bias, eps)
+    offsets = means - means[0]
+    for rest in rests:
+        offsets = offsets + rest
+    offset = (offsets * (counts / total)).sum(0)
+    m2 = (m2 + (offsets - offset).square_() * counts).sum(0)
+    return running_stats(means[0] + offset, m2 / total, weight, bias, eps)
 
 
 # --- elementwise --------------------------------------------------------------------------------
@@ -224,15 +231,20 @@ def norm_act(h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype) -> T
 
 
 def act_backward(
-    dz: Tensor, h: Tensor, stats: Tensor, act: Act, add: Tensor | None = None
-) -> tuple[Tensor, Partials]:
-    """q = (dz + add) * act'(a*h + b) with its sums S1, S2; a dgrad's epilogue on its own.
+    dz: Tensor,
+    h: Tensor,
+    stats: Tensor,
+    act: Act,
+    add: Tensor | None = None,
+    training: bool = True,
+) -> tuple[Tensor, NormGrads]:
+    """q = (dz + add) * act'(a*h + b) and what its sums give; a dgrad's epilogue on its own.
 
     dz, add, h: (N, C, H, W). q has dz's dtype.
     """
     u = affine(h, stats)
     q = activation_grad((dz if add is None else dz + add).to(u.dtype), u, act).to(dz.dtype)
-    return q, gradient_sums(q, h, stats)
+    return q, norm_grad(gradient_sums(q, h, stats), stats, training)
 
 
 def _sums(q: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,8 +276,8 @@ def rank_gradient_sums(q: Tensor, h: Tensor, stats: Tensor) -> tuple[Tensor, Ten
 
 def norm_grad(
     partials: Partials, stats: Tensor, training: bool, total: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients (3, C) of g = A*q + B*h + C, and the norm's dweight = S2 and dbias = S1.
+) -> NormGrads:
+    """Coefficients (4, C) of g = A*(q - C - B*(h - mean)), and dweight = S2 and dbias = S1.
 
     With running statistics (``training=False``) B = C = 0. total: (1,), the number of rows where
     only the device knows it.
@@ -273,16 +285,17 @@ def norm_grad(
     data = partials.data
     s1, s2 = (data[0] if data.shape[0] == 1 else data.sum(0)).unbind(0)
     mean, _, rstd, scale, _ = stats.unbind(0)
-    coef = torch.empty((3, s1.numel()), dtype=stats.dtype, device=stats.device)
-    a, b, c = coef.unbind(0)
+    coef = torch.empty((4, s1.numel()), dtype=stats.dtype, device=stats.device)
+    a, b, c, center = coef.unbind(0)
     a.copy_(scale)
+    center.copy_(mean)
     if training:
-        inverse = -1.0 / (partials.rows if total is None else total)
-        torch.mul(scale, rstd, out=b).mul_(s2).mul_(inverse)
-        torch.mul(scale, s1, out=c).mul_(inverse).addcmul_(b, mean, value=-1.0)
+        inverse = 1.0 / (partials.rows if total is None else total)
+        torch.mul(rstd, s2, out=b).mul_(inverse)
+        torch.mul(s1, inverse, out=c)
     else:
-        coef[1:].zero_()
-    return coef, s2, s1
+        coef[1:3].zero_()
+    return NormGrads(coef, s2, s1)
 
 
 def norm_backward(
@@ -339,7 +352,7 @@ def input_grad(
     identity: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """g = A*q + B*h + C (+ identity), written: a norm's dx, or a gradient operand read twice.
+    """g = A*(q - C - B*(h - mean)) (+ identity), written: a norm's dx, or an operand.
 
     identity: the identity path's gradient, (N, C, H, W), added untouched. dtype: of the result,
     q's if None.
@@ -349,11 +362,11 @@ def input_grad(
     if coef is None:
         g = q if identity is None else q + identity
         return cast(g, dtype)
-    a, b, c = (_per_channel(row) for row in coef.unbind(0))
-    if h is None:
-        g = cast(q, coef.dtype) * a
-    else:
-        g = torch.addcmul(c, cast(h, coef.dtype), b).addcmul_(cast(q, coef.dtype), a)
+    a, b, c, center = (_per_channel(row) for row in coef.unbind(0))
+    g = cast(q, coef.dtype)
+    if h is not None:
+        g = (g - c).addcmul_(cast(h, coef.dtype) - center, b, value=-1.0)
+    g = g * a
     if identity is not None:
         g = g.add_(identity)
     return cast(g, dtype)
@@ -376,7 +389,8 @@ def conv_forward(
     subtract: bool = False,
     out_dtype: torch.dtype | None = None,
     with_moments: bool = False,
-) -> tuple[Tensor, Partials | None]:
+    norm: Norm | None = None,
+) -> tuple[Tensor, Partials | Tensor | None]:
     """out = conv(act(a*h + b)) + bias + residual, and the moments of out.
 
     Args:
@@ -387,7 +401,8 @@ def conv_forward(
             instead (an identity that reads the pre-activation).
         subtract: out = residual - (conv + bias): walks the identity path back.
         out_dtype: of out, ``dtype`` if None.
-        with_moments: also return the moments of out as stored, one tile or several.
+        with_moments: also return the moments of out as stored, one tile or several. norm: the norm
+            that reads out, whose ``stats`` (5, K) are returned instead.
     """
     z = norm_act(h, stats, act, dtype)
     bias = None if bias is None else cast(bias, dtype)
@@ -402,7 +417,7 @@ def conv_forward(
             out = cast(out, out_dtype)
         out = torch.sub(residual, out, out=out) if subtract else out.add_(residual)
     out = cast(out, out_dtype)
-    return out, moments(out) if with_moments else None
+    return out, moments(out, norm) if with_moments else None
 
 
 def conv2d(z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -472,18 +487,20 @@ def conv_dgrad(
     write: bool = True,
     coef: Tensor | None = None,
     identity: Tensor | None = None,
+    training: bool = True,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Partials | None]:
-    """q = (dgrad(g, weight) + add) * act'(a*h + b), with its sums S1 and S2.
+) -> tuple[Tensor | None, NormGrads | None]:
+    """q = (dgrad(g, weight) + add) * act'(a*h + b), and what its sums S1 and S2 give.
 
     Args:
         grad: the gradient of the convolution's output, (N, K, P, Q), applied on load.
         weight: (K, C, R, S). h: (N, C, H, W), the convolution's input before its prologue; where
             ``stats`` is None only its shape is used and the result is the plain dgrad + add.
         add: (N, C, H, W), a further gradient of z (a shortcut that reads z), or None.
-        write: False computes the sums alone and returns (None, sums).
-        coef: (3, C): finish instead with dx = A*q + B*h + C + identity, and return (dx, None).
-            Rows B and C may be zero, and h is then not multiplied (running statistics).
+        write: False computes the sums alone and returns (None, what they give).
+        coef: (4, C): finish instead with dx = A*(q - C - B*(h - mean)) + identity, and return
+            (dx, None). Rows B and C may be zero, and h is then not multiplied (running statistics).
+        training: whether ``stats`` depend on h.
         out_dtype: of the result, ``dtype`` if None.
     """
     out_dtype = dtype if out_dtype is None else out_dtype
@@ -493,12 +510,12 @@ def conv_dgrad(
     assert dz is not None
     if stats is None:
         return (dz if add is None else dz + add).to(out_dtype), None
-    q, sums = act_backward(dz, h, stats, act, add)
+    q, grads = act_backward(dz, h, stats, act, add, training)
     if coef is not None:
         # Asking whether B is 0 would have the host wait for the device.
         h = torch.where(_per_channel(coef[1]) == 0, 0.0, h)
         return input_grad(Grad(q, h, coef), identity, out_dtype), None
-    return (cast(q, out_dtype) if write else None), sums
+    return (cast(q, out_dtype) if write else None), grads
 
 
 def conv_wgrad(

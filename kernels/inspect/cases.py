@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, norm_backward, ranks
-from ..operands import Act, Geometry, Grad, stats_dtype
+from ..operands import Act, Geometry, Grad, Norm, stats_dtype
 
 # name: dtype of the multiplication, dtype of the residual stream, TF32.
 DTYPES = {
@@ -141,20 +141,19 @@ def steps(
     def forward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, residual: Tensor | None
     ) -> None:
-        _, partials = engine.conv_forward(
+        affine = torch.empty(weight.shape[0])
+        engine.conv_forward(
             h, weight, None, geometry, dtype=dtype, stats=stats_of(h.shape[1]), act=unit.act,
             residual=residual, out_dtype=out.dtype, with_moments=True,
+            norm=Norm(affine, affine, 1e-5),
         )  # fmt: skip
-        assert partials is not None
-        affine = torch.empty(weight.shape[0])
-        engine.norm_stats(partials, affine, affine, 1e-5)
 
     def backward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool
     ) -> None:
         grad = Grad(out)
         if not last:
-            coef = torch.empty(3, out.shape[1], dtype=stats_dtype(dtype))
+            coef = torch.empty(4, out.shape[1], dtype=stats_dtype(dtype))
             grad = Grad(out, torch.empty_like(out) if unit.training else None, coef)
         other = torch.empty_like(h) if first else None
         engine.norm_conv_backward(
@@ -172,13 +171,16 @@ def steps(
             return torch.empty(8, values.numel())
 
         rows = h.numel() // channels
-        stats, total = engine.synced_stats(engine.moments(h), rows, gather, affine, affine, 1e-5)
+        stats, total = engine.synced_stats(
+            engine.rank_moments(h), rows, gather, affine, affine, 1e-5
+        )
         sums = ranks.gather_sums(affine, affine, gather)
         norm_backward.norm_grad(sums, stats, True, total)
 
     size, last = unit.size, len(unit.convs) - 1
     x = h = activation(unit.convs[0][0], size, stream)
-    yield "moments", lambda: engine.moments(x)
+    affine = torch.empty(x.shape[1])
+    yield "moments", lambda: engine.moments(x, Norm(affine, affine, 1e-5))
     for i, (c, k, kernel, stride) in enumerate(unit.convs):
         geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
         size = geometry.output_size((size, size), (kernel, kernel))[0]

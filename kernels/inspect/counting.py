@@ -21,6 +21,7 @@ import torch
 import triton
 from torch.autograd.profiler import profile, record_function
 from torch.autograd.profiler_util import FunctionEvent
+from triton._C.libtriton.ir import ATOMIC_OP
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 _LAUNCH = "resnetv2::launch"
@@ -109,13 +110,15 @@ def count() -> Iterator[Counted]:
 
     Raises:
         RuntimeError: kernels are not interpreted in this process (TRITON_INTERPRET=1), or one of
-            them uses an atomic operation, whose order, and so whose result, is not fixed.
+            them uses an atomic operation other than a ticket (one integer that is counted up): its
+            order, and so its result, is not fixed.
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1")
     counted = Counted()
     reads, writes = _Addresses(), _Addresses()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    draw = InterpreterBuilder.create_atomic_rmw
     call = GridExecutor.__call__
 
     def counting_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
@@ -144,13 +147,19 @@ def count() -> Iterator[Counted]:
         counted.launches.append(LaunchCount(self.fn.__name__, tuple(self.grid), tensors))
         return result
 
+    def ticket(self: Any, op: Any, ptr: Any, *rest: Any) -> Any:
+        integer = ptr.get_element_ty().is_int()
+        if op != ATOMIC_OP.ADD or ptr.data.size > 1 or not integer:
+            raise RuntimeError("a kernel uses an atomic operation that is no ticket")
+        return draw(self, op, ptr, *rest)
+
     def refuse(*args: Any) -> Any:
         raise RuntimeError("a kernel uses an atomic operation")
 
     patches = {
         "create_masked_load": counting_load,
         "create_masked_store": counting_store,
-        "create_atomic_rmw": refuse,
+        "create_atomic_rmw": ticket,
         "create_atomic_cas": refuse,
     }
     previous = {name: getattr(InterpreterBuilder, name) for name in patches}

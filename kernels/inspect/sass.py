@@ -6,7 +6,8 @@
 Their ratio says before any GPU is seen whether a kernel can be bound by memory (well under 1) or
 drowns in instructions. It bounds time from below and predicts nothing: occupancy, latency and L2
 hits come on top. Straight-line code counts once, with both sides of a branch; a loop counts as
-often as its ``scf.for`` in the kernel's TTGIR says for this launch's arguments and program 0.
+often as its ``scf.for`` in the kernel's TTGIR says for this launch's arguments and program 0. What
+follows a ticket (kernels/merging.py) is left out: one program of a group does it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMM
 _SPILLS = ("LDL", "STL")
 _MEMORY = ("LDG", "STG", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG")
 _WORK = (*_MATRIX, *_MEMORY)
+_ATOMIC = ("ATOM", "ATOMG")
 
 
 class Instruction(NamedTuple):
@@ -162,6 +164,12 @@ def reachable(code: Sequence[Instruction]) -> list[Instruction]:
     return [code[i] for i in sorted(seen)]
 
 
+def before_ticket(code: Sequence[Instruction]) -> list[Instruction]:
+    """What every program executes: the instructions up to the first atomic one."""
+    tickets = (i for i, instruction in enumerate(code) if instruction.name in _ATOMIC)
+    return list(code[: next(tickets, len(code))])
+
+
 def loops(code: Sequence[Instruction]) -> list[Loop]:
     """The loops of ``code`` in the order of their starts, outer ones before those they hold."""
     ends: dict[int, int] = {}
@@ -191,7 +199,7 @@ def count(text: str, trips: Sequence[Trip | int] = (), bodies: Sequence[int] = (
         bodies: accesses and matrix instructions in each loop before the assembler unrolled it
             (``trips.loop_bodies``); what it leaves over for the rest counts once, as always run.
     """
-    code = reachable(parse(text))
+    code = before_ticket(reachable(parse(text)))
     found = loops(code)
     known = [t if isinstance(t, Trip) else Trip(t, 0, False) for t in trips]
     matched, unsure = match(found, known)

@@ -54,7 +54,7 @@ _FOR = re.compile(
 
 
 def loop_trips(ttgir: str, arguments: Sequence[int | None], grid: Sequence[int]) -> list[Trip]:
-    """How often each ``scf.for`` runs in program 0, in the order of the text.
+    """How often each ``scf.for`` before a ticket (sass.py) runs in program 0, in order.
 
     Args:
         ttgir: the kernel in Triton's GPU dialect.
@@ -104,7 +104,7 @@ def loop_trips(ttgir: str, arguments: Sequence[int | None], grid: Sequence[int])
         raise ValueError(f"no rule for {operation} in a loop's bound")
 
     closing: list[int] = []
-    for line in ttgir.splitlines():
+    for line in ttgir.partition("tt.atomic_rmw")[0].splitlines():
         indent = len(line) - len(line.lstrip())
         while closing and indent <= closing[-1] and line.lstrip().startswith("}"):
             closing.pop()
@@ -129,7 +129,7 @@ _PTX_WORK = re.compile(r"\b(ld\.global|st\.global|cp\.async\.c[ag]|wgmma\.mma|mm
 
 def loop_bodies(ptx: str) -> list[int]:
     """Accesses to global memory and matrix instructions in each loop of a kernel's PTX."""
-    lines = ptx.splitlines()
+    lines = re.split(r"\batom\.", ptx, maxsplit=1)[0].splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L\w+):", line))}
     ends: dict[int, int] = {}
     for i, line in enumerate(lines):

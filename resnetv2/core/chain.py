@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import AtenEngine
-from ..kernels.operands import Grad, running_stats
+from ..kernels.dispatch import OF_RANKS, AtenEngine
+from ..kernels.operands import Grad, Norm, running_stats
 from ..kernels.ranks import Ranks
 from .spec import HAND_TO_RANKS, Shortcut, Spec, Unit, UnitParams
 from .sync import gather_over
@@ -68,7 +68,8 @@ class Chain:
                 )
                 self.totals.append(total)
             else:
-                partials = self.engine.moments(h) if partials is None else partials
+                if partials is None:
+                    partials = self.engine.moments(h, Norm(weight, bias, norm.eps))
                 stats = self.engine.norm_stats(partials, weight, bias, norm.eps)
         else:
             mean, var = self.params[at.running_mean[i]], self.params[at.running_var[i]]
@@ -87,6 +88,7 @@ class Chain:
         residual_stats: Tensor | None = None,
         subtract: bool = False,
         with_moments: bool = False,
+        norm: Norm | None = None,
     ) -> tuple[Tensor, Any]:
         """h_{i+1} = conv(act(norm(h_i))) [+ residual] of unit ``number``."""
         unit, at, dtype = self.spec.units[number], self.spec.positions[number], self.spec.dtype
@@ -108,6 +110,7 @@ class Chain:
             subtract=subtract,
             out_dtype=wide,
             with_moments=with_moments,
+            norm=norm,
         )
 
     def _shortcut(self, number: int, x: Tensor, stats: Tensor) -> Tensor:
@@ -164,31 +167,34 @@ class Chain:
                     residual_stats = (
                         first_stats if unit.shortcut == Shortcut.IDENTITY_PREACT else None
                     )
+                with_moments, norm = self._moments_after(number, i)
                 h, partials = self._conv(
-                    number,
-                    i,
-                    h,
-                    stats,
-                    residual,
-                    residual_stats,
-                    with_moments=self._next_needs_moments(number, i),
-                )
+                    number, i, h, stats, residual, residual_stats,
+                    with_moments=with_moments, norm=norm,
+                )  # fmt: skip
             out = x = h
         return out, kept, partials
 
-    def _next_needs_moments(self, number: int, i: int) -> bool:
-        """Whether the norm after convolution i of a unit wants the moments of what is written."""
+    def _moments_after(self, number: int, i: int) -> tuple[bool, Norm | None]:
+        """Whether the norm after convolution i of a unit wants the moments of what is written.
+
+        And that norm, unless it is another part's.
+        """
         if self.known_stats:
-            return False
-        units = self.spec.units
-        if i + 1 < len(units[number].convs):
-            norm = units[number].norms[i + 1]
-        elif number + 1 < len(units):
-            norm = units[number + 1].norms[0]
+            return False, None
+        if i + 1 < len(self.spec.units[number].convs):
+            i += 1
+        elif number + 1 < len(self.spec.units):
+            number, i = number + 1, 0
         else:
             hands_on = self.spec.part.hands_on
-            return self.engine.gives_moments(hands_on > 0, hands_on == HAND_TO_RANKS)
-        return self.engine.gives_moments(norm.training, norm.sync > 0)
+            return self.engine.gives_moments(hands_on > 0, hands_on == HAND_TO_RANKS), None
+        norm, at = self.spec.units[number].norms[i], self.spec.positions[number]
+        known = Norm(self._param(at.norm_weight[i]), self._param(at.norm_bias[i]), norm.eps)
+        return (
+            self.engine.gives_moments(norm.training, norm.sync > 0),
+            OF_RANKS if norm.sync else known,
+        )
 
     def backward(
         self,

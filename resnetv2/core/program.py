@@ -149,6 +149,7 @@ def record(
     recorder = Recorder(inputs)
     with recording.to(recorder), recorder:
         results, static = function(*inputs)
+    recorder.finish()
     outputs = [recorder.register_of(tensor) for tensor in results]
     return Program(recorder, len(inputs), outputs, device), list(results), static
 

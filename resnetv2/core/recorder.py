@@ -26,6 +26,10 @@ _ALLOCATIONS = frozenset(
 )
 
 
+# Counters that are zeroed at once while a program is recorded.
+_COUNTERS = 4096
+
+
 class Recorder(TorchDispatchMode):
     """Writes down what is done to ``inputs`` while it is entered."""
 
@@ -40,6 +44,12 @@ class Recorder(TorchDispatchMode):
         self.storages = [tensor.untyped_storage().nbytes() for tensor in inputs]
         # FLOPs of the next launch.
         self.flops = 0
+        # What kernels count in: while recording, what is left of a tensor of zeros; the register of
+        # the one that a program makes; how many there are in it.
+        self._zeros: Tensor | None = None
+        self._counters = -1
+        self._counted = 0
+        self._device = inputs[0].device
         self._on_meta = any(tensor.is_meta for tensor in inputs)
         self._inputs = {id(tensor): number for number, tensor in enumerate(inputs)}
         # A tensor's register is written on it: it must not be kept alive, and ids come again.
@@ -116,6 +126,36 @@ class Recorder(TorchDispatchMode):
         self.steps.append(
             Call(func, tuple(self._replace(args)), named, results, many, sizes, moved, *about)
         )
+
+    def counters(self, number: int) -> Tensor:
+        """``number`` int32 zeros that no other launch has (``kernels.recording``)."""
+        number += -number % 4  # each launch's begin at a multiple of 16 bytes, wherever they lie
+        with _disable_current_modes():
+            if self._zeros is None or self._zeros.numel() < number:
+                size = max(number, _COUNTERS)
+                self._zeros = torch.zeros(size, dtype=torch.int32, device=self._device)
+            counters, self._zeros = self._zeros[:number], self._zeros[number:]
+        if self._counters < 0:
+            self._counters = len(self.roots)
+            self.roots.append((self._counters, 0))
+            self.storages.append(0)
+        counters.__dict__[self._name] = len(self.roots)
+        # Where the root would begin, seen from here.
+        self.roots.append((self._counters, begin_of(counters) - self.storages[self._counters]))
+        self.storages.append(0)
+        self.storages[self._counters] += number * counters.dtype.itemsize
+        self._counted += number
+        return counters
+
+    def finish(self) -> None:
+        """Have all counters zeroed, at once, before they are first counted in."""
+        if self._counted:
+            kwargs = {"dtype": torch.int32, "device": self._device}
+            size = self.storages[self._counters]
+            zeros = Call(
+                torch.zeros, (self._counted,), kwargs, (self._counters,), False, (0, size)
+            )
+            self.steps.insert(0, zeros)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)`` as one step, whatever it does inside."""

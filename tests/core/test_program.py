@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -284,9 +285,30 @@ def test_arena_holds_what_lives_at_a_time(backend: str, memory: str) -> None:
 
 @pytest.mark.parametrize("backend", [BACKENDS[1]])
 def test_kernels_write_statistics_in_their_places(backend: str) -> None:
-    """No copy joins them: every program is launches alone."""
+    """No copy joins them: every program zeroes its counters, and is launches from there on."""
     for program in recorded(backend):
-        assert {type(each).__name__ for each in program.steps} <= {"Alloc", "Launch"}
+        zeros, *others = program.steps
+        assert zeros.function is torch.zeros
+        assert {type(each).__name__ for each in others} <= {"Alloc", "Launch"}
+
+
+@pytest.mark.parametrize("backend", [BACKENDS[1]])
+def test_no_two_launches_count_in_the_same_place(backend: str) -> None:
+    """Nor beside it: a launch's begin where 16 bytes can be addressed."""
+    for program in recorded(backend):
+        (register,) = program.steps[0].results
+        places = [
+            (a.offset, 4 * math.prod(a.size))
+            for each in program.steps
+            if isinstance(each, Launch)
+            for a in each.args
+            if getattr(a, "register", None) == register
+        ]
+        assert places
+        ends = [begin + size for begin, size in places]
+        assert all(begin % 16 == 0 for begin, _ in places)
+        assert all(end <= begin for end, (begin, _) in zip([0, *ends], places))
+        assert ends[-1] <= 4 * program.steps[0].args[0]
 
 
 def test_equal_parts_share_a_program() -> None:

@@ -32,10 +32,10 @@ BLOCKS = {"bottleneck": (BottleneckPreActBlock, 4 * WIDTH), "basic": (PreActBloc
 # may add 2w and one launch: that kernel writes w, and the convolution reads that instead of h. A
 # gradient made of two tensors (A*q + B*h + C) is read once where it was read twice by then.
 BUDGET = {
-    ("bottleneck", "forward"): (16, 6),
-    ("bottleneck", "backward"): (50, 13),
-    ("basic", "forward"): (5, 4),
-    ("basic", "backward"): (18, 9),
+    ("bottleneck", "forward"): (16, 3),
+    ("bottleneck", "backward"): (43, 7),
+    ("basic", "forward"): (5, 2),
+    ("basic", "backward"): (15, 5),
 }
 # Operands written once: z of each 3x3 in both directions, and in the backward a waiting gradient.
 MOST_WRITTEN = {
@@ -157,10 +157,10 @@ def test_bytes_of_weights_and_channels(counted, case):
     # most five splits of the workspace written and read (the interpreter is one multiprocessor).
     most = 1 if direction == "forward" else 2 + 1 + 2 * 5
     assert two[0] - one[0] <= most * weights * ITEM
-    # Each norm: two values a tile of at least 64 rows and channel, written and read (the means
-    # twice), and at most 40 a channel: statistics, coefficients and affine parameters.
+    # Each norm: three values a tile of at least 64 rows and channel, written and read, as many a
+    # group of tiles, and at most 40 a channel: statistics, coefficients and affine parameters.
     norms = (channels + 2 * WIDTH) if kind == "bottleneck" else 2 * channels
-    assert two[1] - one[1] <= norms * ITEM * (5 * ROWS // 64 + 40)
+    assert two[1] - one[1] <= norms * ITEM * (7 * ROWS // 64 + 40)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -23,7 +23,7 @@ from resnetv2.kernels.conv_wgrad import conv_wgrad
 from resnetv2.kernels.moments import moments, norm_stats
 from resnetv2.kernels.norm_act import norm_act
 from resnetv2.kernels.norm_backward import act_backward, input_grad, norm_grad
-from resnetv2.kernels.operands import Act, Geometry, Grad, Partials
+from resnetv2.kernels.operands import Act, Geometry, Grad, Norm, Partials
 from tests.support.kernel_checks import DEVICE, activation, per_channel
 
 F32 = torch.float32
@@ -41,7 +41,7 @@ def weight(channels: int = C) -> Tensor:
 
 
 def grad(channels: int = K, coefficients: int = K, size: int = SIZE) -> Grad:
-    return Grad(x(channels, size), x(channels, size), per_channel(3, coefficients))
+    return Grad(x(channels, size), x(channels, size), per_channel(4, coefficients))
 
 
 def partials(tiles: int = 3) -> Partials:
@@ -66,14 +66,14 @@ CALLS: dict[Any, Callable[[], dict[str, Any]]] = {
     },
     conv_dgrad: lambda: {
         "grad": grad(), "weight": weight(), "h": x(), "geometry": GEOMETRY, "dtype": F32,
-        "stats": per_channel(5, C), "act": RELU, "add": x(), "coef": per_channel(3, C),
+        "stats": per_channel(5, C), "act": RELU, "add": x(), "coef": per_channel(4, C),
         "identity": x(), "out_dtype": F32,
     },
     conv_wgrad: lambda: {
         "grad": grad(), "h": x(), "weight": weight(), "geometry": GEOMETRY, "dtype": F32,
         "stats": per_channel(5, C), "act": RELU,
     },
-    moments: lambda: {"x": x()},
+    moments: lambda: {"x": x(), "norm": Norm(per_channel(C), per_channel(C), 1e-5)},
     norm_stats: lambda: {
         "partials": partials(), "weight": per_channel(C), "bias": per_channel(C), "eps": 1e-5,
         "counts": per_channel(3).abs(),
@@ -162,7 +162,7 @@ def _grad(shape: str) -> list[Change]:
         Change("grad", lambda: grad()._replace(h=x(K, 5)), ValueError,
                f"grad.h must have shape {SHAPE_24}, got (2, 24, 5, 5)"),
         Change("grad", lambda: grad(coefficients=C), ValueError,
-               "grad.coef must be a contiguous (3, 24) tensor, got (3, 16)"),
+               "grad.coef must be a contiguous (4, 24) tensor, got (4, 16)"),
         Change("grad", lambda: Grad(x(K).contiguous()), ValueError,
                "grad.q must be a 4-D tensor in channels_last memory"),
         Change("grad", lambda: Grad(x(K).double()), TypeError, f"grad.q {NO_FLOAT}"),
@@ -178,18 +178,20 @@ CHANGES: dict[Any, list[Change]] = {
     ],
     conv_dgrad: [
         *_CONVOLUTION, *_layout("h", C), *_grad(SHAPE_24), *_per_channel("stats", 5, C),
-        *_per_channel("coef", 3, C), *_activation("add", C), *_activation("identity", C),
+        *_per_channel("coef", 4, C), *_activation("add", C), *_activation("identity", C),
         _OUT_DTYPE,
     ],
     conv_wgrad: [*_CONVOLUTION, *_layout("h", C), *_grad(SHAPE_24), *_per_channel("stats", 5, C)],
     moments: [
         *_layout("x", C),
         Change("x", lambda: x()[:0], ValueError, "at least one value per channel"),
+        Change("norm", lambda: Norm(per_channel(K), None, 0.0), ValueError,
+               "norm.weight must be a contiguous (16,) tensor, got (24,)"),
     ],
     norm_stats: [
         *_vector("weight", C), *_vector("bias", C), *_vector("counts", 3, "float32"),
         Change("partials", lambda: partials(4), ValueError,
-               "partials.data must be a contiguous (3, 2, C) tensor for 12 rows in tiles of 4"),
+               "partials.data must be a contiguous (3, 3, C) tensor for 12 rows in tiles of 4"),
     ],
     norm_act: [
         *_layout("h", C), *_per_channel("stats", 5, C),

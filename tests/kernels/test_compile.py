@@ -75,6 +75,35 @@ def test_wgmmas_stay_in_flight_in_weight_gradients(rows):
 
 
 @pytest.mark.parametrize("target", matrix.TARGETS)
+def test_a_barrier_on_both_sides_of_each_ticket(rows, target):
+    """Triton's releases the stores of one thread alone, and has its successors read early."""
+    nvidia = target.startswith("sm_")
+    atomic, barrier, store, read = (
+        (r"\batom\.", r"\bbar\.sync", r"\bst\.global", r"\bld\.global")
+        if nvidia
+        else (r"_atomic_", r"\bs_barrier", r"(global|buffer)_store", r"(global|buffer)_load")
+    )
+    kernels = {(r.key, r.kernel) for r in rows if r.target == target}
+    counted = set()
+    for key, kernel in kernels:
+        files = get_cache_manager(key).get_group(f"{kernel}.json")
+        text = Path(files[f"{kernel}.{'ptx' if nvidia else 'amdgcn'}"]).read_text()
+        before, *rest = re.split(atomic, text)
+        for after in rest:
+            counted.add(kernel)
+            last = re.findall(f"{barrier}|{store}", before)[-1]
+            first = re.search(f"{barrier}|{read}", after)
+            assert re.match(barrier, last), f"{kernel} on {target}: a store before a ticket"
+            assert first, kernel
+            assert re.match(barrier, first[0]), f"{kernel} on {target}: a load after a ticket"
+            before = after
+    assert counted == {
+        f"_{name}_kernel"
+        for name in ("moments", "conv_forward", "conv_dgrad", "conv_wgrad", "act_backward")
+    }
+
+
+@pytest.mark.parametrize("target", matrix.TARGETS)
 def test_moments_are_summed_within_a_warp(rows, target):
     """Sums across warps put a float of each warp and channel into shared memory."""
     found = [r for r in rows if r.target == target and r.kernel == "_moments_kernel"]

@@ -34,11 +34,8 @@ CONV_KERNELS = {
 }
 KERNELS = (
     *CONV_KERNELS.values(),
-    "_wgrad_reduce_kernel",
     "_moments_kernel",
-    "_norm_stats_kernel",
     "_norm_act_kernel",
-    "_norm_grad_kernel",
     "_input_grad_kernel",
 )
 

@@ -74,7 +74,7 @@ class Problem:
         self.h = activation(shape, stream)
         q = activation(out, dtype)
         gh = activation(out, stream) if form == "ABC" else None
-        self.grad = Grad(q, gh, None if form == "q" else per_channel(3, k))
+        self.grad = Grad(q, gh, None if form == "q" else per_channel(4, k))
         weight = torch.empty(k, c, *kernel, device=DEVICE, dtype=weight_dtype)
         self.weight = weight.to(memory_format=memory_format)
         self.stats = None if act is None else per_channel(5, c)
@@ -220,23 +220,6 @@ def test_a_row_of_another_split_does_not_leak() -> None:
     assert dweight.isposinf().all()
 
 
-def test_a_zero_coefficient_blanks_what_it_multiplies() -> None:
-    """With running statistics B = C = 0, and an Inf in h' must not become a NaN."""
-    problem = Problem(CASES["1x1-c3-k17"], bias=True)
-    _, gh, coef = problem.grad
-    assert gh is not None
-    assert coef is not None
-    gh[0, 0, 0, 0] = float("inf")
-    coef[1:] = 0
-    dweight, dbias = problem.kernel()
-    problem.grad = problem.grad._replace(h=None)
-    plain, plain_bias = problem.kernel()
-    assert dbias is not None
-    assert plain_bias is not None
-    torch.testing.assert_close(dweight, plain)
-    torch.testing.assert_close(dbias, plain_bias)
-
-
 @pytest.mark.parametrize("case", ["1x1-c64-k16", "3x3-c48-k17"])
 def test_the_same_inputs_give_the_same_bits(case: str) -> None:
     problem = Problem(CASES[case], BF16, BF16, bias=True)
@@ -246,11 +229,11 @@ def test_the_same_inputs_give_the_same_bits(case: str) -> None:
         assert_same_bits(first, second)
 
 
-def test_two_launches_with_bias() -> None:
+def test_one_launch_with_bias() -> None:
     names: list[str] = []
     with launch.record(lambda name, grid, constants: names.append(name)):
         Problem(CASES["3x3-c16-k16"], bias=True).kernel()
-    assert names == ["_conv_wgrad_kernel", "_wgrad_reduce_kernel"]
+    assert names == ["_conv_wgrad_kernel"]
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

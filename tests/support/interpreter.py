@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -34,3 +36,24 @@ def sum_as_a_gpu_does() -> None:
         return self.to_tensor(data, input.dtype)
 
     ReduceOps.sum = halves
+
+
+@contextlib.contextmanager
+def programs_in_order(order: Callable[[int], Sequence[int]]) -> Iterator[None]:
+    """Run a launch's programs as ``order(their number)`` says: on a GPU they arrive in any."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    place = InterpreterBuilder.set_grid_idx
+    orders: dict[int, Sequence[int]] = {}
+
+    def placed(self: Any, x: int, y: int, z: int) -> None:
+        programs = self.grid_dim[0]
+        if programs not in orders:
+            orders[programs] = order(programs)
+        place(self, orders[programs][x], y, z)
+
+    InterpreterBuilder.set_grid_idx = placed
+    try:
+        yield
+    finally:
+        InterpreterBuilder.set_grid_idx = place
