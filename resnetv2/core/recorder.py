@@ -152,9 +152,7 @@ class Recorder(TorchDispatchMode):
         if self._counted:
             kwargs = {"dtype": torch.int32, "device": self._device}
             size = self.storages[self._counters]
-            zeros = Call(
-                torch.zeros, (self._counted,), kwargs, (self._counters,), False, (0, size)
-            )
+            zeros = Call(torch.zeros, (self._counted,), kwargs, (self._counters,), False, (0, size))
             self.steps.insert(0, zeros)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
