@@ -327,6 +327,20 @@ class TritonEngine(AtenEngine):
             tiled=False,
         )  # fmt: skip
 
+    def _operands(
+        self, grad: Grad, h: Tensor, stats: Tensor, act: Act, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Both of a convolution's backward, written: ``_input_grad`` and ``_norm_act_written``."""
+        return self._run(
+            "operands", h, (grad.q.shape, grad.q.dtype, h.shape, h.dtype, dtype),
+            lambda _: self._norm_backward.written_operands(grad, h, stats, act, dtype),
+            lambda: (
+                self._input_grad(grad, None, dtype),
+                self._norm_act_written(h, stats, act, dtype),
+            ),
+            tiled=False,
+        )  # fmt: skip
+
     def _norm_grad(
         self, sums: Partials, stats: Tensor, training: bool, total: Tensor | None = None
     ) -> NormGrads:
@@ -441,14 +455,20 @@ class TritonEngine(AtenEngine):
                 need_input=need_input, need_weight=need_weight, need_bias=need_bias,
                 add=add, identity=identity, final=final, sync=sync,
             )  # fmt: skip
+        z, norm = h, stats
         if how == WRITTEN and (grad.coef is not None or grad.q.dtype != dtype):
-            grad = Grad(self._input_grad(grad, None, dtype))
+            if need_weight or need_bias:
+                g, z = self._operands(grad, h, stats, act, dtype)
+                grad, norm = Grad(g), None
+            else:
+                grad = Grad(self._input_grad(grad, None, dtype))
         dweight = dbias = None
         if need_weight or need_bias:
             dweight, dbias = self._weight_grad(
-                how, grad, h, weight, geometry,
-                dtype=dtype, stats=stats, act=act, with_bias=need_bias,
+                how, grad, z, weight, geometry,
+                dtype=dtype, stats=norm, act=act, with_bias=need_bias,
             )  # fmt: skip
+        del z
         if not need_input:
             return ConvGrads(None, dweight, dbias, None, None)
         twice = final and runs_twice(weight)

@@ -101,10 +101,9 @@ def row_tiling(
 
 
 @triton.jit
-def program_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's tile and channels; neighbouring programs share rows, and so cache lines."""
+def program_tile(program, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program's tile and channels; neighbouring programs share rows, and so cache lines."""
     COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    program = tl.program_id(0)
     columns = program % COLUMN_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     return program // COLUMN_BLOCKS, columns
 
@@ -151,7 +150,7 @@ def _moments_kernel(
 ):
     MASKED: tl.constexpr = not EVEN_M or C % BLOCK_C != 0
     COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tile, columns = program_tile(C, BLOCK_C)
+    tile, columns = program_tile(tl.program_id(0), C, BLOCK_C)
     first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
     mean = tl.zeros((BLOCK_C,), tl.float32)

@@ -19,6 +19,31 @@ from .moments import block_offsets, program_tile, row_tiling
 from .operands import Act
 
 
+@triton.jit
+def write_z(
+    program,
+    h_ptr,
+    stats_ptr,
+    z_ptr,
+    slope,
+    M,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One block of z."""
+    tile, columns = program_tile(program, C, BLOCK_C)
+    base, offsets, mask, _ = block_offsets(tile, M, columns, C, BLOCK_M, BLOCK_C)
+    z = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    if stats_ptr is not None:
+        known = columns < C
+        scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
+        shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
+        z = activate(z * scale[None, :] + shift[None, :], slope, ACT)
+    tl.store(z_ptr + base + offsets, cast(z, z_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _norm_act_kernel(
     h_ptr,
@@ -31,15 +56,7 @@ def _norm_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    tile, columns = program_tile(C, BLOCK_C)
-    base, offsets, mask, _ = block_offsets(tile, M, columns, C, BLOCK_M, BLOCK_C)
-    z = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-    if stats_ptr is not None:
-        known = columns < C
-        scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
-        shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
-        z = activate(z * scale[None, :] + shift[None, :], slope, ACT)
-    tl.store(z_ptr + base + offsets, cast(z, z_ptr.dtype.element_ty), mask=mask)
+    write_z(tl.program_id(0), h_ptr, stats_ptr, z_ptr, slope, M, C, ACT, BLOCK_M, BLOCK_C)
 
 
 def norm_act(h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype) -> Tensor:

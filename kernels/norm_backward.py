@@ -7,7 +7,8 @@
 ``act_backward`` writes q and each tile's S1 and S2 of q as stored; its last program merges them in
 a fixed order into A, B, C and the norm's own gradients dweight = S2, dbias = S1 (merging.py).
 ``norm_grad`` does that alone, where the sums are those of several processes. ``input_grad`` writes
-g: in this form nothing cancels where |mean| >> std.
+g: in this form nothing cancels where |mean| >> std. ``written_operands`` writes g and, of another
+row of blocks, the z that stands beside it in a weight gradient.
 
 Bytes: ``act_backward`` reads dz, h (and add) and writes q; ``input_grad`` reads q, h (and identity)
 and writes g; sums take 8 bytes a tile and channel.
@@ -44,6 +45,7 @@ from .moments import (
     row_tiling,
     tile_steps,
 )
+from .norm_act import write_z
 from .operands import Act, Grad, NormGrads, Partials
 
 
@@ -71,7 +73,7 @@ def _act_backward_kernel(
     BLOCK_TILES: tl.constexpr,
 ):
     COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tile, columns = program_tile(C, BLOCK_C)
+    tile, columns = program_tile(tl.program_id(0), C, BLOCK_C)
     first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
     mean = tl.load(stats_ptr + columns, mask=known, other=0.0)
@@ -145,8 +147,9 @@ def _norm_grad_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
-def _input_grad_kernel(
+@triton.jit
+def _write_g(
+    program,
     q_ptr,
     h_ptr,
     coef_ptr,
@@ -157,7 +160,8 @@ def _input_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    tile, columns = program_tile(C, BLOCK_C)
+    """One block of g."""
+    tile, columns = program_tile(program, C, BLOCK_C)
     base, offsets, mask, _ = block_offsets(tile, M, columns, C, BLOCK_M, BLOCK_C)
     known = columns < C
     g = tl.load(q_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -173,6 +177,51 @@ def _input_grad_kernel(
     if identity_ptr is not None:
         g += tl.load(identity_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(g_ptr + base + offsets, cast(g, g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _input_grad_kernel(
+    q_ptr,
+    h_ptr,
+    coef_ptr,
+    identity_ptr,
+    g_ptr,
+    M,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    _write_g(tl.program_id(0), q_ptr, h_ptr, coef_ptr, identity_ptr, g_ptr, M, C, BLOCK_M, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=["g_rows", "z_rows", "g_programs"])
+def _operands_kernel(
+    q_ptr,
+    gh_ptr,
+    coef_ptr,
+    g_ptr,
+    h_ptr,
+    stats_ptr,
+    z_ptr,
+    slope,
+    g_rows,
+    z_rows,
+    g_programs,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if program < g_programs:
+        _write_g(program, q_ptr, gh_ptr, coef_ptr, None, g_ptr, g_rows, K, BLOCK_G, BLOCK_K)
+    else:
+        write_z(
+            program - g_programs, h_ptr, stats_ptr, z_ptr, slope, z_rows, C, ACT, BLOCK_Z, BLOCK_C
+        )
 
 
 class Sums(NamedTuple):
@@ -344,3 +393,50 @@ def input_grad(
         num_warps=4,
     )
     return g
+
+
+def written_operands(
+    grad: Grad, h: Tensor, stats: Tensor, act: Act, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``input_grad(grad, None, dtype)`` and ``norm_act(h, stats, act, dtype)`` in one launch.
+
+    What a convolution's backward reads where it has no prologues: g of its output, z of its input.
+
+    Raises:
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
+    """
+    check_grad(grad)
+    check_activation("h", h)
+    check_floating(dtype=dtype)
+    q, gh, coef = grad
+    k, c = q.shape[1], h.shape[1]
+    check_per_channel("stats", stats, 5, c)
+    if q.numel() == 0 or h.numel() == 0:
+        raise ValueError(f"expected rows to write, got {tuple(q.shape)} and {tuple(h.shape)}")
+    g, z = (torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last) for x in (q, h))
+    g_rows, z_rows = q.numel() // k, h.numel() // c
+    of_g, of_z = (row_tiling(m, n, device_of(q)) for m, n in ((g_rows, k), (z_rows, c)))
+    launch(
+        _operands_kernel,
+        (of_g.grid[0] + of_z.grid[0],),
+        q,
+        None if coef is None else gh,
+        coef,
+        g,
+        h,
+        stats,
+        z,
+        act.slope,
+        g_rows,
+        z_rows,
+        of_g.grid[0],
+        K=k,
+        C=c,
+        ACT=act.kind,
+        BLOCK_G=of_g.block_m,
+        BLOCK_K=of_g.block_c,
+        BLOCK_Z=of_z.block_m,
+        BLOCK_C=of_z.block_c,
+        num_warps=4,
+    )
+    return g, z

@@ -194,6 +194,9 @@ def steps(
     # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
     yield "act backward", lambda: norm_backward.act_backward(h, h, stats_of(h.shape[1]), unit.act)
     if unit.reach >= 2:
+        # Where a 3x3's weight is frozen, its gradient is written alone.
+        coef = torch.empty(4, h.shape[1], dtype=stats_dtype(dtype))
+        yield "norm gradient", lambda: norm_backward.input_grad(Grad(h, h, coef), None, dtype)
         yield "merged over ranks", lambda: between_ranks(h)
     if unit.projection:
         geometry = Geometry((unit.projection, unit.projection))

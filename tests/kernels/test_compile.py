@@ -83,7 +83,10 @@ def test_a_barrier_on_both_sides_of_each_ticket(rows, target):
         if nvidia
         else (r"_atomic_", r"\bs_barrier", r"(global|buffer)_store", r"(global|buffer)_load")
     )
-    kernels = {(r.key, r.kernel) for r in rows if r.target == target}
+    # One wave alone needs no barrier, and on AMD has none.
+    kernels = {
+        (r.key, r.kernel) for r in rows if r.target == target and (nvidia or r.num_warps > 1)
+    }
     counted = set()
     for key, kernel in kernels:
         files = get_cache_manager(key).get_group(f"{kernel}.json")
@@ -97,10 +100,8 @@ def test_a_barrier_on_both_sides_of_each_ticket(rows, target):
             assert first, kernel
             assert re.match(barrier, first[0]), f"{kernel} on {target}: a load after a ticket"
             before = after
-    assert counted == {
-        f"_{name}_kernel"
-        for name in ("moments", "conv_forward", "conv_dgrad", "conv_wgrad", "act_backward")
-    }
+    names = ["conv_forward", "conv_dgrad", "conv_wgrad", "act_backward", *["moments"] * nvidia]
+    assert counted == {f"_{name}_kernel" for name in names}
 
 
 @pytest.mark.parametrize("target", matrix.TARGETS)

@@ -273,6 +273,15 @@ def test_input_grad_of_any_form(form: tuple[str, bool], stream: Stream) -> None:
     check_input_grad((2, 17, 5, 3), *stream, identity=form[1], form=form[0])
 
 
+def test_both_operands_of_a_convolution_at_once() -> None:
+    """The bits of the two launches that write them one by one."""
+    h, stats = activation((2, 17, 9, 7), F32), norm(17)
+    grad = Grad(activation((2, 48, 5, 4), BF16), activation((2, 48, 5, 4), F32), per_channel(4, 48))
+    g, z = norm_backward.written_operands(grad, h, stats, Act("silu"), BF16)
+    assert_same_bits(g, norm_backward.input_grad(grad, None, BF16))
+    assert_same_bits(z, norm_act.norm_act(h, stats, Act("silu"), BF16))
+
+
 def test_input_grad_has_the_dtype_of_q_unless_told() -> None:
     grad = Grad(activation((1, 3, 2, 2), BF16))
     assert norm_backward.input_grad(grad).dtype == BF16
