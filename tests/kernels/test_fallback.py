@@ -36,7 +36,7 @@ KERNELS = (
     *CONV_KERNELS.values(),
     "_moments_kernel",
     "_norm_act_kernel",
-    "_input_grad_kernel",
+    "_operands_kernel",
 )
 
 
