@@ -40,7 +40,7 @@ def _norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Mo
 
 
 class PreActUnit(ChainUnit, nn.Module):
-    """What the two blocks share: reading the children, running fused or child by child.
+    """The part that both blocks share: reading the children, running fused or child by child.
 
     Subclasses create ``bn1``, ``conv1``, ... , ``act`` and ``shortcut`` and name the repetitions
     in ``depth`` (k).

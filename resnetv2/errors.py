@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """What the user asked for cannot be had: a wrong name, path or value, in one line."""
+    """A wrong name, path or value, told in one line: the user can put it right."""

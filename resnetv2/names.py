@@ -9,11 +9,11 @@ from .kernels.dispatch import BACKENDS as _ENGINES
 AUTO = "auto"
 EAGER = "eager"
 
-# What computes a block: kernels, ATen, whichever fits the device, or the children one by one.
+# Implementations of a block: kernels, ATen, whichever fits the device, the children one by one.
 BACKENDS = (*_ENGINES, EAGER)
 
-# What is kept from forward to backward, as a rule the fastest first.
+# The memory modes, as a rule the fastest first.
 MEMORY_MODES = ("recompute", "invert_h1", "invert", "segment")
 
-# In what convolutions multiply.
+# The dtypes in which convolutions multiply.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -23,6 +23,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# The files that take longest, before all others: with --dist loadfile a file has one process, and
+# one that comes last leaves the other processes idle.
+LONGEST = (
+    "kernels/test_compile.py",
+    "training/test_resume.py",
+    "planning/test_memory.py",
+    "training/test_torchrun.py",
+    "test_blocks.py",
+    "core/test_operators.py",
+    "core/test_sync_norm.py",
+    "core/test_program.py",
+    "cli/test_bad_commands.py",
+    "kernels/test_budgets.py",
+    "cli/test_cli.py",
+)
+
+
+def pytest_configure(config):
+    # pytest-xdist would begin with the files of most tests.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        file = item.nodeid.partition("::")[0].removeprefix("tests/")
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """ATen on one thread: on tensors of a few kilobytes, threads only wait for each other."""

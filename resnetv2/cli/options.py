@@ -47,10 +47,8 @@ def options_of(
     def decorate(command: F) -> F:
         # Decorators take effect from the last line to the first.
         for field in reversed(chosen):
-            kind = (types or {}).get(field.name)
-            command = _option(field, field.default_words if default is None else default, kind)(
-                command
-            )
+            words = field.default_words if default is None else default
+            command = _option(field, words, (types or {}).get(field.name))(command)
         return command
 
     return decorate

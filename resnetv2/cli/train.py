@@ -88,7 +88,7 @@ def _options_of(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
     if not (folder / "config.yaml").exists():
         return {}
-    # Of epochs and steps the one that is given counts, and is held against the checkpoint.
+    # Only the one of epochs and steps that is given is held against the checkpoint.
     other = {"epochs": "steps", "steps": "epochs"}
     left_out = {other[name] for name in given if name in other}
     options = checked_options(read_config(folder), folder / "config.yaml").items()

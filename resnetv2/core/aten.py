@@ -1,4 +1,4 @@
-"""What ATen's operators multiply and allocate, and what they give for tensors without memory.
+"""FLOPs and allocations of ATen's operators, and their results for tensors without memory.
 
 Programs are read for their cost without being run (``meta``): FLOPs and scratch memory of an
 operator that the library calls are said here, once.
@@ -118,7 +118,7 @@ def _update_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _elementwise(*args: Any) -> Tensor:
-    """Of dtypes that are the same, or promoted as the library's chains have them."""
+    """The result of tensors of one dtype, or of several that are promoted as in a chain."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     largest = max(tensors, key=Tensor.numel)
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
@@ -138,7 +138,7 @@ def _norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *_update_stats(x)
 
 
-# What operators give on the device "meta", in the layout in which other devices give it. PyTorch
+# Results of operators on the device "meta", in the layout in which other devices give it. PyTorch
 # has no such function for some; its own for elementwise ones take a hundred microseconds.
 ON_META: dict[Any, Callable[..., Any]] = {
     _CONVOLUTION: _convolution,

@@ -1,4 +1,4 @@
-"""What the operators accept: which children, and which inputs."""
+"""The children and inputs that the operators accept."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ PROGRAMS = Programs(limit=512)
 
 
 class Forward(NamedTuple):
-    """What a part's forward gives.
+    """The results of a part's forward.
 
     out: in eager's dtype, where the part is the chain's last. end: the same in the stream's dtype;
     ``out`` itself where that is eager's. stats: flat; norm after norm, (5, C) each, then the number

@@ -112,7 +112,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _saved(part: MetaPart) -> list[Tensor]:
-    """What a part keeps for its backward (``parts.PartFunction``)."""
+    """The bytes that a part keeps for its backward (``parts.PartFunction``)."""
     spec, result = part.spec, part.result
     saved = [result.stats, *result.kept]
     if not spec.walks_to_x:
@@ -226,7 +226,7 @@ def _unit_of(block: nn.Module) -> UnitModules:
 
 
 def _stem(model: nn.Module, image: Shape, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """What enters the first stage, on "meta", and the bytes that the layers before it keep."""
+    """The input of the first stage, on "meta", and the bytes that the layers before it keep."""
     conv = model.conv1
     assert isinstance(conv, nn.Conv2d)
     size = Geometry(conv.stride, conv.padding).output_size(image.size[2:], conv.kernel_size)  # type: ignore[arg-type]
@@ -268,7 +268,7 @@ def choose_mode(
     *,
     optimizer_states: float = 1.0,
 ) -> tuple[tuple[ModeCost, ...], int, str | None]:
-    """What each mode needs, the fastest first; what eager keeps; the fastest mode within ``limit``.
+    """Bytes of each mode, the fastest first; of eager; and the fastest mode within ``limit``.
 
     Args:
         model: a ``PreActResNet``. dtype: in which convolutions multiply.

@@ -45,7 +45,7 @@ class UnitModules(NamedTuple):
     pads: tuple[Pad, ...] = ()
 
     def record(self) -> Unit:
-        """What the unit is at this moment, besides its tensors."""
+        """The unit's present state, besides its tensors."""
         act = act_of(self.act)
         assert act is not None  # checks.why_not refuses the others
         norms = tuple(
@@ -68,7 +68,7 @@ class UnitModules(NamedTuple):
         return [getattr(owners[kind][i], name) for kind, i, name in slots(record)]
 
     def geometry(self, i: int) -> Geometry:
-        """Of convolution i, or of the projection where i = -1."""
+        """The geometry of convolution i, or of the projection where i = -1."""
         conv = self.projection if i < 0 else self.convs[i]
         assert conv is not None
         padding = padding_of(conv)

@@ -93,7 +93,7 @@ def _chain_backward_fake(
 
 
 def saved_params(spec: Spec, params: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What a backward saves of ``params``.
+    """The part of ``params`` that a backward saves.
 
     What it does not read may be changed meanwhile, as in eager: running statistics, which ``stats``
     holds.

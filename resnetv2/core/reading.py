@@ -67,7 +67,7 @@ class KeptReading(Reading):
 
 
 def _held(modules: list[nn.Module]) -> list[Any]:
-    """What the dictionaries of modules hold: children, parameters, buffers, and hooks."""
+    """The content of modules' dictionaries: children, parameters, buffers, and hooks."""
     return [
         value
         for m in modules
@@ -113,7 +113,7 @@ def read(block: ChainUnit, way: str = "by itself") -> Reading | str:
     if isinstance(unit, str):
         return unit
     if compiling or any(isinstance(n, (SyncBatchNorm, nn.SyncBatchNorm)) for n in unit.norms):
-        # What norms synchronise over is the process groups' of the moment.
+        # The ranks that norms synchronise over depend on the process groups of the moment.
         return Reading(unit)
     reading = KeptReading(block, unit)
     _readings[way][block] = reading

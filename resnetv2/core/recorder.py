@@ -36,11 +36,11 @@ class Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Step] = []
-        # Of each register the one whose memory it shares, and where that begins in its storage.
+        # For each register: the one whose memory it shares, and where that begins in its storage.
         self.roots: list[tuple[int, int]] = [(n, begin_of(t)) for n, t in enumerate(inputs)]
-        # Of each register that shares its root's memory and dtype: where it lies there.
+        # For each register with its root's memory and dtype: where it lies there.
         self.views: dict[int, View] = {}
-        # Of each register the bytes of its storage.
+        # For each register: the bytes of its storage.
         self.storages = [tensor.untyped_storage().nbytes() for tensor in inputs]
         # FLOPs of the next launch.
         self.flops = 0

@@ -57,7 +57,7 @@ class Code:
         self._arena = arena
         self._start_of = start_of
         self._lines: list[str] = []
-        # What the source names besides its own variables.
+        # The values that the source names besides its own variables.
         self._names: dict[str, Any] = {
             "device": device,
             "empty": torch.empty_strided,
@@ -188,7 +188,7 @@ class Code:
 
 
 def _binding(step: Call) -> Callable[..., Any]:
-    """What code calls in place of an operator."""
+    """The function that code calls for an operator."""
     if step.function is _aten._to_copy.default and step.kwargs.keys() == {"dtype"}:
         # Only recorded where the dtype was another one, which the program's key fixes.
         return Tensor.to

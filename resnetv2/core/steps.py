@@ -92,7 +92,7 @@ class Launch(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one launch or operator moves and multiplies. nbytes: read plus written."""
+    """Bytes that a launch or operator reads and writes, and its FLOPs."""
 
     name: str
     nbytes: int

@@ -211,7 +211,7 @@ class Batches:
 
     @property
     def augmentation(self) -> str:
-        """What happens to training images, in words."""
+        """The augmentation of training images, in words."""
         if isinstance(self.data, ImageData):
             crop = f"crops of images padded by {self.crop_padding}" if self.crop_padding else ""
         else:

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import InputError
 
-# Of mallopt(3).
+# Parameters of mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
@@ -33,7 +33,7 @@ def available_memory() -> int | None:
             limit = int(file.read())
         with open(f"{_GROUP}/memory.stat") as file:
             taken = dict(line.split() for line in file)
-        # What files left in the cache is given back when it is needed.
+        # The cache of files is given back when its memory is needed.
         values.append(limit - int(taken["anon"]) - int(taken["shmem"]))
     if not values:
         with contextlib.suppress(AttributeError, OSError, ValueError):

@@ -97,7 +97,7 @@ def _check_folder(path: str, expected: str) -> None:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, but for hidden files."""
+    """The entries of a folder, but for hidden files."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]

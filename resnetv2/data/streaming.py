@@ -84,7 +84,7 @@ class FolderData:
             return np.stack([pixels.sum(0), np.square(pixels).sum(0)])
 
         with ThreadPoolExecutor(decoding_threads()) as pool:
-            # Of integers: exact, and so the same in any order.
+            # Sums of integers are exact, and so the same in any order.
             both = np.sum(list(pool.map(sums, chosen.tolist())), axis=0)
         mean, square = both / (count * self.size**2)
         std = np.sqrt(np.maximum(square - mean**2, 0))

@@ -1,4 +1,4 @@
-"""What a training step needs before it is run: bytes, time, and the choice of a memory mode."""
+"""The bytes and time of a training step before it is run, and the choice of a memory mode."""
 
 from ..core.memory import BudgetError, parse_bytes
 from .memory import Plan, plan

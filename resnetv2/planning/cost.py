@@ -32,7 +32,7 @@ from ..names import MEMORY_MODES
 
 
 class Rates(NamedTuple):
-    """What a device can do. copy: bytes/s, read plus written. multiply: FLOP/s of a matrix product
+    """The rates of a device. copy: bytes/s, read plus written. multiply: FLOP/s of a matrix product
     in ``dtype``. source: where the figures come from, for people to read."""
 
     copy: float
@@ -184,7 +184,7 @@ def floor_seconds(costs: Sequence[Cost], rates: Rates) -> float:
 
 
 def call_costs(step: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cost]:
-    """What ``function(*args, **kwargs)`` launches; tensors anywhere among the arguments."""
+    """The launches of ``function(*args, **kwargs)``; its arguments may hold tensors anywhere."""
     flat, tree = tree_flatten((args, kwargs))
     places = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
 

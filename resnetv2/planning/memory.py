@@ -1,4 +1,4 @@
-"""What a training step needs in each memory mode, said before anything is run."""
+"""The bytes of a training step in each memory mode, before anything is run."""
 
 from __future__ import annotations
 

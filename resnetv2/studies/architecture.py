@@ -48,7 +48,7 @@ def architecture(options: StudyOptions) -> Result:
 
 
 def _conclusions(case: str, diagrams: Mapping[str, Diagram]) -> list[str]:
-    """What the graphs say about the way from input to output over the shortcut."""
+    """Sentences about the way from input to output over the shortcut, from the graphs."""
     sentences = []
     for name, diagram in diagrams.items():
         way = [node.label for node in diagram.shortest_path()[1:] if node.kind != "add"]

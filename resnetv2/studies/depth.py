@@ -62,7 +62,7 @@ def _net(layers: list[int], width: int | None, data: ImageData, memory: str) -> 
 
 
 class Step(NamedTuple):
-    """What one forward and backward of a net gives, and what it takes."""
+    """The results and the cost of one forward and backward of a net."""
 
     blocks: int
     parameters: int

@@ -1,4 +1,4 @@
-"""What all studies share: options, seeds, training, capture by hooks, comparisons.
+"""The parts that all studies share: options, seeds, training, capture by hooks, comparisons.
 
 A study is a file of this package with one function:
 

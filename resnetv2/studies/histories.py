@@ -1,4 +1,4 @@
-"""What training runs leave: a history a run, a comparison of variants, their spread over seeds."""
+"""Records of training runs: one history each, comparisons of variants, spreads over seeds."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def train(options: StudyOptions, data: ImageData) -> Comparison:
 
 
 def effects(comparison: Comparison, names: tuple[str, ...] = (PLAIN, V1, V2)) -> list[str]:
-    """What all three ingredients give each architecture, and what V2 gives with and without."""
+    """The gain of all three ingredients in each architecture, and of V2 with and without them."""
 
     def gain(better: str, worse: str) -> tuple[Spread, str]:
         difference = comparison.difference(better, worse)

@@ -63,7 +63,7 @@ def show(value: Any) -> str:
 
 @dataclass
 class Result:
-    """What one run of a study found.
+    """The result of one run of a study.
 
     Args:
         tables: what is printed and shown.

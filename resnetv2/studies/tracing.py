@@ -1,4 +1,4 @@
-"""What a block does, as records: its operations as a graph, and its values step by step.
+"""A block as records: its operations as a graph, and its values step by step.
 
 A block is traced symbolically child by child (torch.fx), so that a block whose code changes has
 another graph.
@@ -62,7 +62,7 @@ class Diagram:
         return paths[self.nodes[-1].name]
 
     def after_addition(self) -> list[Node]:
-        """What the sum of shortcut and residual still passes: f in equation (2)."""
+        """The operations after the sum of shortcut and residual: f in equation (2)."""
         last = max(i for i, node in enumerate(self.nodes) if node.kind == "add")
         return list(self.nodes[last + 1 :])
 

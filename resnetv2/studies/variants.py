@@ -64,7 +64,7 @@ RELU_ONLY_PREACTIVATION = Ordering(
     "ReLU-only pre-activation", "act conv1 bn1 act conv2 bn2", stem="bn", head="act"
 )
 FULL_PREACTIVATION = Ordering("full pre-activation", "bn1 act conv1 bn2 act conv2", head="bn act")
-# What remains when the order inside the pre-activation changes.
+# Orders of norm, activation and convolution in a pre-activation unit.
 RELU_BN_CONV = Ordering("ReLU-BN-conv", "act bn1 conv1 act bn2 conv2", head="bn act")
 BN_CONV = Ordering("BN-conv, no ReLU", "bn1 conv1 bn2 conv2", head="bn act")
 # One identity path, one ReLU before every convolution: only the norm's place differs.

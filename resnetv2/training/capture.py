@@ -20,7 +20,7 @@ from ..core.checks import globally_hooked
 
 
 class Recorder(Protocol):
-    """What runs, captures and replays work for ``Step``; ``CudaRecorder`` in earnest."""
+    """Runs, captures and replays work for ``Step``: ``CudaRecorder``, or a test's stand-in."""
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the work as capturing needs it to have been done before; its result."""
@@ -96,7 +96,7 @@ class CudaRecorder:
 
 
 class StaticBatch:
-    """What a captured step reads and leaves behind, at fixed addresses."""
+    """The inputs and results of a captured step, at fixed addresses."""
 
     loss: Tensor
     gradients: list[tuple[nn.Parameter, Tensor]]
@@ -131,7 +131,7 @@ class StaticBatch:
 
 
 class HostState:
-    """What capturing a step changes in Python, where the device carries nothing out."""
+    """The Python state that capturing a step changes although the device carries nothing out."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
@@ -143,8 +143,8 @@ class HostState:
         self.random = torch.get_rng_state()
 
     def beyond_replay(self) -> str | None:
-        """What replays could not follow: a tensor that is not changed in place, random numbers
-        that come from the host; or None."""
+        """Why replays could not follow, or None: a tensor that is not changed in place, or random
+        numbers that come from the host."""
         if not torch.equal(self.random, torch.get_rng_state()):
             return "random numbers are drawn on the host, where a replay draws none"
         for module, buffers in self.buffers:

@@ -185,7 +185,7 @@ class Checkpoints:
         ) from errors[0]
 
     def _left(self, error: InputError) -> str:
-        """What a user has after a failed save, and can do."""
+        """The checkpoints that are left after a failed save, and how to go on from them."""
         reason = error.__cause__
         number = reason.errno if isinstance(reason, OSError) else None
         advice = _ADVICE.get(number or 0, "mend that")
@@ -239,7 +239,7 @@ def read(path: Path | str) -> dict[str, Any]:
     return state
 
 
-# What a run puts into its checkpoints.
+# The parts of a checkpoint.
 _PARTS: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "run": dict,

@@ -26,7 +26,7 @@ from .step import compute_logits
 
 
 def memory_format_of(config: TrainConfig) -> torch.memory_format:
-    """Of weights and images."""
+    """The memory format of weights and images."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
@@ -124,7 +124,7 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``evaluate_run`` found.
+    """The result of ``evaluate_run``.
 
     Args:
         checkpoint: the file; step, epoch: of the run when it was written.

@@ -62,7 +62,7 @@ Rule = Between | Choice | Bytes
 
 @dataclass(frozen=True)
 class Option:
-    """What a field means to the user of a command or of a class.
+    """The meaning of a field to the user of a command or of a class.
 
     Args:
         text: sentences; other options are named as fields are. Empty where the name says it all.

@@ -180,5 +180,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says about ``error``, in a line without the path."""
+    """The system's words for ``error``, in a line without the path."""
     return (error.strerror or str(error)).partition("\n")[0]

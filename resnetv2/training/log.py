@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: config.yaml, metrics.jsonl, TensorBoard's events.
+"""The files of a run beside its checkpoints: config.yaml, metrics.jsonl, TensorBoard's events.
 
 metrics.jsonl has one JSON object a line, readable while the run goes on. A run that was killed and
 goes on leaves the same lines as one that was not, and a ``resume`` line for each time.
@@ -240,7 +240,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 
 
 def holds_a_run(folder: Path | str) -> str | None:
-    """What a run has left in ``folder``, such as "metrics.jsonl, 3 checkpoints"; None if nothing.
+    """The files of a run in ``folder``, such as "metrics.jsonl, 3 checkpoints"; None if none.
 
     Raises:
         InputError: ``folder`` is a file, or may not be looked into.

@@ -217,7 +217,7 @@ class Loop:
         return rate
 
     def _training_figures(self) -> tuple[float, float, float, float]:
-        """Of the epoch in hand: loss times images, correct predictions, images and seconds."""
+        """The epoch's sums so far: loss times images, correct predictions, images and seconds."""
         loss_sum, correct, seen = self.world.sum(self.step.sums).tolist()
         self.state.seconds = time.perf_counter() - self._started
         self._flush()

@@ -1,4 +1,4 @@
-"""What a run is measured by, and what it returns."""
+"""The measurements of a run, and its result."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class EpochMetrics:
 
 @dataclass
 class TrainingResult:
-    """What ``train`` returns.
+    """The result of ``train``.
 
     ``step_losses`` holds the loss of every training step of this call, ``config`` the options and
     facts of the run, as in the first line of metrics.jsonl. ``averaged`` is the moving average of

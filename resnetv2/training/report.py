@@ -9,7 +9,7 @@ from .state import RunState
 
 
 def description(run: RunState) -> str:
-    """What is trained, in a few lines."""
+    """The model, its data and its steps in a few lines."""
     facts, config = run.result.config, run.config
     channels, height, width = facts["image"]
     lines = [

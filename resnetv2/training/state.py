@@ -190,7 +190,7 @@ class RunState:
         return [state[name].isfinite().all() for name in names]
 
     def saved(self, sums: list[Tensor], random_states: list[dict[str, Any]]) -> dict[str, Any]:
-        """What a checkpoint holds; sums and random states of all processes, by rank."""
+        """The content of a checkpoint; sums and random states of all processes, by rank."""
         epoch = len(self.result.history)
         ends = min(epoch * self.epoch_steps, self.total)
         return {
@@ -284,7 +284,7 @@ def _reason(error: Exception) -> str:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """Of every generator that a model or its data might draw from."""
+    """The state of every generator that a model or its data might draw from."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),

@@ -531,7 +531,7 @@ add(
         ),
     },
 )
-for part in ("config", "run", "processes", "model", "optimizer", "sums", "random", "history"):
+for part in ("config", "history"):
     add(
         "resume",
         {

@@ -28,7 +28,7 @@ from resnetv2.names import MEMORY_MODES
 from tests.support.fuse_models import PlainNet
 from tests.support.yardstick import images, randomise
 
-BATCH, STEPS, RATE = 8, 20, 0.05
+BATCH, STEPS, RATE = 8, 10, 0.05
 Record = dict[str, Any]
 
 

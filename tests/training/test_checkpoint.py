@@ -23,7 +23,7 @@ from torch import nn
 
 from resnetv2.errors import InputError
 from resnetv2.training import files
-from resnetv2.training.checkpoint import FORMAT, Checkpoints, read
+from resnetv2.training.checkpoint import FORMAT, Checkpoints, check_parts, read
 from resnetv2.training.files import write_atomically
 
 # Children start from a server that has imported torch once, and has no threads to fork.
@@ -625,3 +625,20 @@ def test_where_load_looks(tmp_path: Path) -> None:
         elsewhere.load(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"no checkpoint at .*best\.pt"):
         elsewhere.load("best")
+
+
+PARTS: dict[str, Any] = {
+    "config": {}, "run": {}, "processes": 1, "model": {}, "optimizer": {}, "scaler": {},
+    "ema": None, "history": [], "seconds": 0.0, "best": 0.0, "sums": [], "random": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_is_missing_or_of_another_kind(part: str) -> None:
+    path = Path("step-00000001.pt")
+    whole = {"step": 1, **PARTS}
+    check_parts(whole, path)
+    with pytest.raises(InputError, match=f"it has no {part}"):
+        check_parts({name: value for name, value in whole.items() if name != part}, path)
+    with pytest.raises(InputError, match=f"its {part} is of another kind"):
+        check_parts({**whole, part: "text"}, path)
