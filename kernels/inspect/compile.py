@@ -7,7 +7,7 @@
 
 The steps out of which a chain is made run on CPU tensors through the project's own launch path, in
 a dry run (dryrun.py): what is listed is what that GPU would launch for these shapes. sm_90 in bf16
-compiles every unit of cases.py, the rest a selection (--all: everything everywhere). Columns:
+compiles nearly all units of cases.py, the rest a selection (--all: everything everywhere). Columns:
 
     regs, spill, smem   registers and spilled bytes a thread, bytes of shared memory a program
     s                   seconds of processor time that compiling it took

@@ -1,10 +1,12 @@
 """Every kernel compiles for GPUs that are not here, without spills and with their matrix units.
 
 What an H100 would launch for the shapes of ResNet-1001, ResNet-110 and others, in all dtypes, and a
-selection for the other targets (kernels/inspect/cases.py); compiled in processes of their own,
-since this one may interpret kernels.
+selection for the other targets (kernels/inspect/cases.py); then a training step of real models,
+ResNet-1001's and ResNet-110's stages at batch 128 (dryrun_models.py). Both in processes of their
+own, since this one may interpret kernels.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -17,6 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.runtime.cache import get_cache_manager  # noqa: E402
 
 from resnetv2.kernels.inspect import compile as matrix  # noqa: E402
+from resnetv2.kernels.inspect import dryrun  # noqa: E402
 from resnetv2.kernels.inspect.cases import DTYPES, UNITS, selected  # noqa: E402
 from tests.support.compile_checks import (  # noqa: E402
     MULTIPROCESSORS,
@@ -25,6 +28,7 @@ from tests.support.compile_checks import (  # noqa: E402
     over_the_ratio,
     told,
 )
+from tests.support.compiled import compiled  # noqa: E402
 
 _BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_J")
 LOW = ("fp16", "bf16", "bf16+fp32")
@@ -207,6 +211,56 @@ def result_rows(row):
 def test_two_programs_for_each_multiprocessor(rated):
     few = [r for r in rated if r.programs < 2 * MULTIPROCESSORS]
     assert not few, told(few)
+
+
+# --- a training step of real models ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def step(rows):
+    """Model to its launches, (kernel, bytes) in order, and its distinct kernels as rows.
+
+    After ``rows``, which leaves most of these kernels in Triton's cache.
+    """
+    result = json.loads(compiled("-m", "tests.support.dryrun_models"))
+    return {
+        name: (found["launches"], [matrix.Row(**row) for row in found["rows"]])
+        for name, found in result.items()
+    }
+
+
+MODELS = pytest.mark.parametrize("model", ["resnet1001", "resnet110"])
+
+
+@MODELS
+def test_models_kernels_have_no_spills_and_wgmma(step, model):
+    faults = [r for r in step[model][1] if r.fault]
+    assert not faults, told(faults)
+
+
+@MODELS
+def test_shared_memory_of_models_fits_twice(step, model):
+    """Two programs have to stand on one multiprocessor beside each other."""
+    large = [r for r in step[model][1] if r.shared > dryrun.DEVICES["sm_90"].shared_memory // 2]
+    assert not large, told(large)
+
+
+@MODELS
+def test_two_programs_of_models_for_each_multiprocessor(step, model):
+    few = [r for r in step[model][1] if r.convolution and r.programs < 2 * MULTIPROCESSORS]
+    assert not few, told(few)
+
+
+@MODELS
+def test_ratio_of_models_issue_to_memory_cycles(step, model):
+    slow = over_the_ratio(step[model][1])
+    assert not slow, told(slow)
+
+
+@MODELS
+def test_a_models_step_launches_every_part(step, model):
+    names = {name for name, _ in step[model][0]}
+    assert {"_conv_forward_kernel", "_conv_dgrad_kernel", "_conv_wgrad_kernel"} <= names
 
 
 def test_command_line_prints_the_table(capsys, tmp_path):

@@ -2,7 +2,7 @@
 
     python -m tests.support.dryrun_models [--target sm_90]
 
-Run by test_dryrun.py in a process of its own: kernels cannot be compiled where they are
+Run by test_compile.py in a process of its own: kernels cannot be compiled where they are
 interpreted. A stage has its first unit (which projects) and two identical ones; the others of its
 18 or 111 launch the same kernels as the second.
 """
