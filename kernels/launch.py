@@ -239,7 +239,8 @@ def _first(
 ) -> Any:
     """Triton's own launch, which compiles and loads what is needed; its ``CompiledKernel``."""
     try:
-        return kernel[grid](*args, **constants)
+        # Said, and not left to a default that differs between versions of Triton.
+        return kernel[grid](*args, **constants, enable_fp_fusion=True)
     except (TritonError, RuntimeError) as error:
         if not _of_the_kernel(error):
             raise

@@ -150,10 +150,11 @@ class Recorder(TorchDispatchMode):
     def finish(self) -> None:
         """Have all counters zeroed, at once, before they are first counted in."""
         if self._counted:
-            kwargs = {"dtype": torch.int32, "device": self._device}
-            size = self.storages[self._counters]
-            zeros = Call(torch.zeros, (self._counted,), kwargs, (self._counters,), False, (0, size))
-            self.steps.insert(0, zeros)
+            register, size = self._counters, self.storages[self._counters]
+            zero = Call(
+                _aten.zero_.default, (Register(register),), {}, (register,), False, (0, size)
+            )
+            self.steps[:0] = [Alloc(register, (self._counted,), (1,), torch.int32), zero]
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)`` as one step, whatever it does inside."""

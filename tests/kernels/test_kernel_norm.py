@@ -142,6 +142,28 @@ def test_normalising_far_from_zero() -> None:
     assert_accurate(z, eager, exact)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 600])
+def test_gradients_far_from_zero(rows: int) -> None:
+    """A*q + B*h + C would cancel: with two rows a channel dx is a hundred thousandth of its terms.
+
+    Held to eager's own backward.
+    """
+    x, dz = activation((rows, 64, 1, 1), F32, 1e3), activation((rows, 64, 1, 1), F32)
+    weight, bias = per_channel(2, 64)
+    results = []
+    for dtype in (F32, torch.float64):
+        leaves = [each.to(dtype).requires_grad_() for each in (x, weight, bias)]
+        out = F.batch_norm(leaves[0], None, None, *leaves[1:], training=True, eps=EPS)
+        results.append(torch.autograd.grad(out, leaves, dz.to(dtype)))
+    stats = moments.moments(x, Norm(weight, bias, EPS))
+    q, (coef, dweight, dbias) = norm_backward.act_backward(dz, x, stats, Act("identity"))
+    found = norm_backward.input_grad(Grad(q, x, coef)), dweight, dbias
+    xhat = (x.double() - stats[MEAN].view(1, -1, 1, 1)) * stats[RSTD].view(1, -1, 1, 1)
+    terms = 0.0, float((dz * xhat).norm()), float(dz.norm())
+    for name, *of, added in zip(("dx", "dweight", "dbias"), found, *results, terms, strict=True):
+        assert_accurate(*of, added, name)
+
+
 @pytest.mark.parametrize(
     ("rows", "tile_rows"), [(7, 64), (1234, 5), (4500, 2), (2048, 1024)], ids=str
 )

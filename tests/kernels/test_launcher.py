@@ -29,6 +29,13 @@ def found() -> Any:
     return checked("launcher_checks")
 
 
+def test_contraction_is_asked_for() -> None:
+    """Versions of Triton have other defaults, and so would results have other roundings."""
+    asked: dict[str, Any] = {}
+    launch._first({(1,): lambda *args, **options: asked.update(options)}, (1,), (), {"BLOCK": 16})
+    assert asked == {"BLOCK": 16, "enable_fp_fusion": True}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_driver_gets_what_triton_gives_it(found: Any, case: str) -> None:
     """Function, stream, grid, block, shared memory and every parameter's value."""

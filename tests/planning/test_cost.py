@@ -42,7 +42,7 @@ def test_cost_is_what_the_interpreter_counts(block):
         )
         assert sum(cost.nbytes for cost in costs) == moved
         # Counters are zeroed once a program, by ATen.
-        assert ["zeros", *(launch.name for launch in counted.launches)] == [
+        assert ["zero_", *(launch.name for launch in counted.launches)] == [
             cost.kernel for cost in costs
         ]
 
