@@ -13,15 +13,18 @@ from .modules import UnitModules, act_of, batch_statistics, padding_of
 from .spec import DTYPES
 from .sync import SyncBatchNorm, check_rows, group_number
 
+# Methods that run in a module's call: put on the instance, they take the place of its class's.
+SHADOWS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_forward")
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether anything is hooked on a module's call, so that it must really be called.
 
-    A ``forward`` put on the instance counts too: how adapters and offloading libraries hook. So
-    does ``module.compile()``.
+    A ``forward`` or another of ``SHADOWS`` put on the instance counts too: how adapters and
+    offloading libraries hook. So does ``module.compile()``.
     """
     return bool(
-        "forward" in module.__dict__
+        any(name in module.__dict__ for name in SHADOWS)
         or module._compiled_call_impl is not None
         or module._forward_hooks
         or module._forward_pre_hooks

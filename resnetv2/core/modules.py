@@ -23,6 +23,11 @@ class ChainUnit:
         """The module's children as a unit, or why the module must be called."""
         raise NotImplementedError
 
+    def standing(self) -> Callable[[], bool] | None:
+        """What says whether that which ``chain_unit`` has just found still holds, where modules,
+        tensors and attributes are equal to those of then; None where nothing else counts."""
+        return None
+
 
 Pad = tuple[int, int, int, int]  # left, right, top, bottom
 NO_PAD: Pad = (0, 0, 0, 0)

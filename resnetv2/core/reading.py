@@ -19,6 +19,18 @@ from .modules import ChainUnit, UnitModules
 from .spec import Unit
 from .sync import SyncBatchNorm
 
+_epoch = [1]
+
+
+def current_epoch() -> int:
+    """The number of the stretch of time in which no code but this library's has run."""
+    return _epoch[0]
+
+
+def begin_epoch() -> None:
+    """Whatever readings depend on besides their blocks may have changed."""
+    _epoch[0] += 1
+
 
 class Reading:
     """A unit's modules at one moment.
@@ -45,6 +57,7 @@ class KeptReading(Reading):
         # The block does not keep itself alive.
         modules = list(block.modules())
         self._block = weakref.ref(block)
+        self._stands = block.standing() if isinstance(block, ChainUnit) else None
         self._inner = modules[1:]
         self._types = list(map(type, modules))
         self._attributes = [dict(vars(module)) for module in modules]
@@ -63,7 +76,9 @@ class KeptReading(Reading):
         if not same or list(map(type, modules)) != self._types:
             return False
         held = _held(modules)
-        return len(held) == len(self._held) and all(map(is_, held, self._held))
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
+            return False
+        return self._stands is None or self._stands()
 
 
 def _held(modules: list[nn.Module]) -> list[Any]:

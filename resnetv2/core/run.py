@@ -18,7 +18,7 @@ from .checks import accepts, check_input, rows_of
 from .execution import chain_format
 from .modules import ChainUnit, UnitModules
 from .operators import chain_forward
-from .reading import KeptReading, Reading, read
+from .reading import KeptReading, Reading, begin_epoch, read
 from .spec import HAND, HAND_TO_RANKS, WHOLE, Part, Spec, decode, encode_header, encode_unit
 from .statistics import BufferUpdate
 from .sync import group_number
@@ -217,6 +217,7 @@ def run_blocks(
     (``accepts``).
     """
     readings: list[Reading] = []
+    begin_epoch()
     for block in blocks:
         if isinstance(block, ChainUnit) and backend != EAGER:
             reading = read(block, "in a chain")
@@ -227,6 +228,7 @@ def run_blocks(
             x = run_chain(readings, x, backend=backend, memory=memory, segment=segment)
             readings = []
         x = block(x)
+        begin_epoch()
     if readings:
         x = run_chain(readings, x, backend=backend, memory=memory, segment=segment)
     return x

@@ -25,27 +25,24 @@ from ..core.run import run_chain
 from ..core.spec import Shortcut
 from ..core.sync import NORMS, SyncBatchNorm
 from ..kernels.operands import Act
+from .frozen import Freezer, Frozen, difference, is_same
+from .reasons import NotAUnitError
+from .surroundings import Guard, Reads, Watch, lookup
 from .trace import (
     ACT_FUNCTIONS,
     ADDITIONS,
     UNTRACEABLE,
-    guards_of,
     keep_groups,
     make_local,
     meta_copy,
+    no_modes,
+    random_states,
+    restore,
+    same_states,
     trace,
     unhook,
 )
-from .unit_plan import (
-    Container,
-    NotAUnitError,
-    Path,
-    UnitPlan,
-    child_at,
-    dotted,
-    is_leaf,
-    modules_of,
-)
+from .unit_plan import Container, Path, UnitPlan, child_at, dotted, is_leaf, modules_of
 
 # More norms than any unit has: a whole stage or model, whose children are looked at instead.
 MOST_NORMS = 16
@@ -64,24 +61,36 @@ def read_unit(module: nn.Module) -> tuple[UnitPlan, ...]:
     Raises:
         NotAUnitError: it is not, or that cannot be told; says why.
     """
-    plans: list[UnitPlan] = []
+    plans: dict[bool, UnitPlan] = {}
     reason: NotAUnitError | None = None
     for training in (True, False):
         try:
             plan = _plan(module, training)
             _try(module, plan, training)
-            plans.append(plan)
+            plans[training] = plan
         except NotAUnitError as error:
             reason = reason or error
     if not plans:
         assert reason is not None
         raise reason
-    plain = [p._replace(guards=tuple(g for g in p.guards if g[1] != "training")) for p in plans]
-    if len(plans) == 2 and plain[0] == plain[1]:
-        return (plain[0],)
-    if reason is not None:
-        return (plans[0]._replace(otherwise=str(reason)),)
-    return tuple(plans)
+    watch = Watch([entry for plan in plans.values() for entry in plan.watch.entries])
+    of_both = [plan._replace(guards=_without_mode(plan), watch=watch) for plan in plans.values()]
+    modes = {path for plan in plans.values() for path, name, _ in plan.guards if name == "training"}
+    if len(plans) == 2 and of_both[0] == of_both[1] and len(modes) < 2:
+        return (of_both[0],)
+    otherwise = "" if reason is None else str(reason)
+    return tuple(
+        plan._replace(
+            guards=(*plan.guards, ((), "training", Frozen(training, "equal"))),
+            watch=watch,
+            otherwise=otherwise,
+        )
+        for training, plan in plans.items()
+    )
+
+
+def _without_mode(plan: UnitPlan) -> tuple[Guard, ...]:
+    return tuple(guard for guard in plan.guards if guard[1] != "training")
 
 
 def _adds(node: fx.Node) -> bool:
@@ -117,7 +126,7 @@ def _plan_for(module: nn.Module, training: bool, channels: int | None) -> UnitPl
         raise NotAUnitError(f"cannot be copied: {error}") from error
     resembles = True
     try:
-        fx_graph, log = trace(traced, training, channels)
+        fx_graph, reads = trace(traced, training, channels)
         resembles = any(_adds(node) for node in fx_graph.nodes)
         graph = Graph(fx_graph, traced)
         match = match_unit(graph)
@@ -128,11 +137,21 @@ def _plan_for(module: nn.Module, training: bool, channels: int | None) -> UnitPl
     first = child_at(module, norms[0].path).num_features
     if first != channels:
         raise NotAUnitError(f"{dotted(norms[0].path)} takes {first} channels, not {channels}", True)
-    guards = [*guards_of(module, log), *graph.guards]
-    reads = {path for path, name, _ in guards if name == "training"}
+    entries = reads.entries(module)
+    guards = reads.guards(module)
+    for path, its in graph.reads:
+        norm = child_at(module, path)
+        entries += its.entries(norm)
+        guards += [((*path, *p), name, frozen) for p, name, frozen in its.guards(norm)
+                   if p or name != "training"]  # fmt: skip
+        guards += [(path, name, Frozen(getattr(norm, name), "equal")) for name in _PASSED_ON]
+    guards += [
+        (path, name, Frozen(value, "equal", tuple([Frozen(v, "equal") for v in value])))
+        for path, name, value in graph.guards
+    ]
     guards = [
-        (path, name, training if name == "training" and path in reads else value)
-        for path, name, value in guards
+        (path, name, Frozen(training, "equal") if name == "training" else frozen)
+        for path, name, frozen in guards
     ]
     identity = Act("identity")
     acts = [identity if act is None or act.act is None else act.act for _, act, _ in match.links]
@@ -151,7 +170,10 @@ def _plan_for(module: nn.Module, training: bool, channels: int | None) -> UnitPl
         inert=tuple(dict.fromkeys(graph.inert)),
         containers=(),
         others=(),
-        guards=tuple(guards),
+        guards=tuple(
+            {(path, name): (path, name, frozen) for path, name, frozen in guards}.values()
+        ),
+        watch=Watch(entries),
     )
     return plan._replace(**_structure(module, plan))
 
@@ -177,60 +199,150 @@ def _structure(module: nn.Module, plan: UnitPlan) -> dict[str, Any]:
     return {"containers": tuple(containers), "others": tuple(others)}
 
 
-def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
-    """Run a copy's own forward and its plan on a trial input; raise unless they are the same.
+class _Trial:
+    """Copies of a module with random parameters, and steps of them.
 
-    A trace cannot see what Python decided on the type of its input (``isinstance(x, Tensor)``).
-    In float64, on a CPU, with random parameters, so that no zero hides a difference.
+    In float64, so that rounding hides no difference, and in float32 under autocast, which leaves
+    float64 alone. Random parameters, so that no zero hides one. On a CPU.
     """
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[int, Tensor] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        values = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        if tensor.is_floating_point():
-            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
-        tensors[id(tensor)] = values
 
-    def trial_copy() -> nn.Module:
+    def __init__(self, module: nn.Module, plan: UnitPlan, training: bool) -> None:
+        self.module, self.plan, self.training = module, plan, training
+        self.generator = torch.Generator().manual_seed(0)
+        self.values: dict[int, Tensor] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            value = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+            if tensor.is_floating_point():
+                value = self._random(torch.rand, tensor.shape) + 0.5
+            if tensor.dim() > 1:
+                value = value - 1.0  # signs in weights, so that activations see both
+            self.values[id(tensor)] = value
+
+    def _random(self, draw: Any, shape: Any) -> Tensor:
+        drawn: Tensor = draw(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        return drawn
+
+    def copy(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """A twin in ``dtype``."""
         memo: dict[int, Any] = {}
-        for parameter in module.parameters():
-            # Signs in weights, so that activations see both.
-            value = tensors[id(parameter)]
-            value = value - (value.dim() > 1) * 1.0
-            memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
-        for buffer in module.buffers():
-            memo[id(buffer)] = tensors[id(buffer)].clone()
-        keep_groups(module, memo)
-        twin = copy.deepcopy(module, memo)
+        for parameter in self.module.parameters():
+            value = self.values[id(parameter)].to(dtype, copy=True)
+            memo[id(parameter)] = nn.Parameter(value)
+        for buffer in self.module.buffers():
+            value = self.values[id(buffer)]
+            memo[id(buffer)] = value.to(
+                dtype if value.is_floating_point() else value.dtype, copy=True
+            )
+        keep_groups(self.module, memo)
+        twin = copy.deepcopy(self.module, memo)
         for child in twin.modules():
-            child.training = training
+            child.training = self.training
             unhook(child)
         make_local(twin)
         return twin
 
-    if isinstance(modules_of(trial_copy(), plan), str):
-        return  # nothing would run fused now: there is nothing to compare
-    failure: Exception | None = None
-    for height, width in _TRIAL_SIZES:
-        mine, theirs = trial_copy(), trial_copy()
-        unit = modules_of(mine, plan)
+    def images(self, channels: int, height: int, width: int) -> Tensor:
+        return self._random(torch.randn, (2, channels, height, width))
+
+    def own(self, twin: nn.Module, x: Tensor) -> list[Any]:
+        """Output, buffers and gradients of a twin's own forward."""
+        x = x.clone().requires_grad_()
+        return _step(twin, twin(x), x)
+
+    def fused(self, twin: nn.Module, x: Tensor) -> list[Any]:
+        """The same of the chain that its plan gives."""
+        unit = modules_of(twin, self.plan, guarded=False)
         assert isinstance(unit, UnitModules)
-        size = (2, unit.norms[0].num_features, height, width)
-        x = torch.randn(size, generator=generator, dtype=torch.float64)
-        try:
-            with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-                expected = theirs(x.clone())
-                found = run_chain([Reading(unit)], x, backend="aten")
-            break
-        except Exception as error:
-            failure = failure or error
-    else:
-        line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        raise NotAUnitError(f"its forward fails on a trial input: {line}", True) from failure
-    pairs = [(found, expected), *zip(mine.buffers(), theirs.buffers())]
-    for a, b in pairs:
-        same = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
-        if not same or not torch.allclose(a, b, rtol=1e-6, atol=1e-9 * float(b.abs().max())):
+        x = x.clone().requires_grad_()
+        return _step(twin, run_chain([Reading(unit)], x, backend="aten"), x)
+
+
+def _step(twin: nn.Module, out: Any, x: Tensor) -> list[Any]:
+    if not isinstance(out, Tensor):
+        raise NotAUnitError(f"returns a {type(out).__name__}, not one tensor", True)
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
+    wanted = [x, *twin.parameters()]
+    found = torch.autograd.grad(out, wanted, g.to(out.dtype), allow_unused=True)
+    return [out.detach(), *twin.buffers(), *found]
+
+
+def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
+    """Run a copy's own forward and its plan on trial inputs; raise unless they are the same.
+
+    A trace cannot see what Python decided on the type of its input, nor what its code changed.
+    """
+    trial = _Trial(module, plan, training)
+    unit = modules_of(trial.copy(), plan, guarded=False)
+    if isinstance(unit, str):
+        return  # nothing would run fused now: there is nothing to compare
+    channels = unit.norms[0].num_features
+    states = random_states()
+    failure: Exception | None = None
+    try:
+        with no_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            for size in _TRIAL_SIZES:
+                twin, x = trial.copy(), trial.images(channels, *size)
+                before = _read_in(twin, plan)
+                try:
+                    expected = trial.own(twin, x)
+                except NotAUnitError:
+                    raise
+                except Exception as error:
+                    failure = failure or error
+                    continue
+                for (path, name, now), frozen in zip(_values_in(twin, plan), before):
+                    if not is_same(frozen, now):
+                        what = difference(frozen, now, dotted((*path, name))).split(",")[0]
+                        raise NotAUnitError(f"its forward changes what it reads: {what}", True)
+                reason = plan.watch.changed()
+                if reason:
+                    raise NotAUnitError(f"its forward changes what it reads: {reason}", True)
+                _compare(trial.fused(trial.copy(), x), expected, 1e-6)
+                break
+            else:
+                line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+                raise NotAUnitError(f"its forward fails on a trial input: {line}", True)
+            half = x.float()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                theirs = trial.own(trial.copy(torch.float32), half)
+                mine = trial.fused(trial.copy(torch.float32), half)
+            # Some gradients are sums that come to nothing but rounding.
+            _compare(mine, theirs, 0.1, max(_norm(each) for each in theirs[1:]))
+        if not same_states(states, random_states()):
+            raise NotAUnitError("draws random numbers", True)
+    finally:
+        restore(states)
+
+
+def _values_in(twin: nn.Module, plan: UnitPlan) -> list[tuple[Path, str, Any]]:
+    return [(path, name, lookup(child_at(twin, path), name)) for path, name, _ in plan.guards]
+
+
+def _read_in(twin: nn.Module, plan: UnitPlan) -> list[Frozen]:
+    """What the guards of a plan read, in a copy."""
+    inside = {id(child) for child in twin.modules()}
+    freezer = Freezer(inside, lambda _: None, lambda _: None)
+    frozen = []
+    for (path, name, value), (_, _, guard) in zip(_values_in(twin, plan), plan.guards):
+        kept = guard.same == "tensor"
+        frozen.append(guard if kept else freezer.freeze(value, dotted((*path, name))))
+    return frozen
+
+
+def _norm(value: Tensor | None) -> float:
+    return 0.0 if value is None else float(value.double().norm())
+
+
+def _compare(found: list[Any], expected: list[Any], tolerance: float, scale: float = 1e-3) -> None:
+    """By the norm of the difference; gradients that are missing must be so in both."""
+    for a, b in zip(found, expected):
+        if a is None or b is None:
+            same = a is b
+        else:
+            same = a.shape == b.shape and a.dtype == b.dtype
+            same = same and _norm(a.double() - b.double()) <= tolerance * max(_norm(b), scale)
+        if not same:
             raise NotAUnitError("its forward computes something else than its trace", True)
 
 
@@ -255,7 +367,8 @@ class Graph:
         self.root = root
         self.ops: list[Op] = []
         self.inert: list[Path] = []
-        self.guards: list[tuple[Path, str, Any]] = []
+        self.guards: list[tuple[Path, str, tuple[Any, ...]]] = []
+        self.reads: list[tuple[Path, Reads]] = []  # of norms with a forward of their own
         self._number: dict[fx.Node, int] = {}
         self.result: int = -1
         for node in reversed(list(graph.nodes)):
@@ -328,10 +441,10 @@ class Graph:
         elif isinstance(module, NORMS) and is_norm(module):
             self._add(node, "norm", inputs, path=path)
         elif isinstance(module, nn.BatchNorm2d) and not isinstance(module, SyncBatchNorm):
-            act, inert, guards = _read_norm(module)
+            act, inert, reads = _read_norm(module)
             number = self._add(None, "norm", inputs, path=path, norm_type=type(module))
             self.inert += [(*path, *p) for p in inert]
-            self.guards += [((*path, *p), name, value) for p, name, value in guards]
+            self.reads += [(path, each) for each in reads]
             if act is None:
                 self._number[node] = number
             else:
@@ -511,10 +624,14 @@ def _shortcut(
     return shortcut, projection
 
 
+# Of a norm, what the chain reads at every call: its own forward must pass on just that.
+_PASSED_ON = ("momentum", "eps")
+
+
 def _read_norm(
     module: nn.BatchNorm2d,
-) -> tuple[Path | Act | None, tuple[Path, ...], tuple[tuple[Path, str, Any], ...]]:
-    """The activation in a norm whose class has a forward of its own, what is inert, and guards.
+) -> tuple[Path | Act | None, tuple[Path, ...], tuple[Reads, ...]]:
+    """The activation in a norm whose class has a forward of its own, what is inert, and its reads.
 
     Raises:
         NotAUnitError: the forward is not F.batch_norm as BatchNorm2d calls it, then an activation.
@@ -522,25 +639,15 @@ def _read_norm(
     name = type(module).__name__
     if module.running_mean is None or module.num_batches_tracked is None:
         raise NotAUnitError(f"{name} has a forward of its own and no running statistics")
-    found = []
-    # Values that nothing else has: where they turn up in the call, these attributes were read.
-    constants = {"momentum": 0.1257, "eps": 3.75e-4}
+    found, all_reads = [], []
     for training in (True, False):
         trial = copy.deepcopy(module)
-        for key, value in constants.items():
-            setattr(trial, key, value)
-        graph, log = trace(trial, training, module.num_features)
-        ignored = {"training", "momentum", "eps", "track_running_stats", "affine", "num_features"}
-        guards = tuple(
-            (path, key, value)
-            for path, key, value in guards_of(module, log)
-            if path or key not in ignored
-        )
-        found.append((_norm_activation(graph, trial, training), guards))
+        graph, reads = trace(trial, training, module.num_features)
+        found.append(_norm_activation(graph, trial, training))
+        all_reads.append(reads)
     if found[0] != found[1]:
         raise NotAUnitError(f"{name} computes something else in training than in evaluation")
-    (act, inert), guards = found[0]
-    return act, inert, guards
+    return *found[0], tuple(all_reads)
 
 
 def _norm_activation(

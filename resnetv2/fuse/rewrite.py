@@ -20,13 +20,14 @@ from torch import nn
 from ..blocks import PreActUnit
 from ..core.checks import accepts, globally_hooked, hooked
 from ..core.modules import ChainUnit, UnitModules
-from ..core.reading import Reading, read
+from ..core.reading import Reading, begin_epoch, read
 from ..core.run import run_blocks, run_chain
 from ..core.sync import NORMS
 from ..core.table import text_table
 from ..names import AUTO, BACKENDS, EAGER, MEMORY_MODES
 from .dataflow import MOST_NORMS, read_unit
-from .unit_plan import NotAUnitError, UnitPlan, describe_unit, modules_of, signature
+from .reasons import NotAUnitError
+from .unit_plan import Standing, UnitPlan, describe_unit, modules_of, signature
 
 _FUSION = "_resnetv2_fusion"
 # Larger modules are stages or models, whose children are looked at instead.
@@ -54,9 +55,13 @@ def _fusion(module: nn.Module) -> Fusion:
 class _Fused:
     """What the fused classes share: pickling by the original class."""
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        """What a block's class does with its subclasses is not for the fused one."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time and cannot be imported, but can be made again.
-        made = super().__reduce_ex__(protocol)
+        # Older protocols than 2 name the class in another way, and can store this one.
+        made = super().__reduce_ex__(max(int(protocol), 2))
         if made[0] is copyreg.__newobj__ and made[1][0] is type(self):  # type: ignore[attr-defined]
             mixin, original = type(self).__bases__
             return (_rebuild, (mixin, original, *made[1][1:]), *made[2:])
@@ -72,6 +77,8 @@ class FusedUnit(_Fused, ChainUnit):
         fusion = _fusion(self)
         if fusion.backend == EAGER:
             return 'backend is "eager"'
+        if not torch.compiler.is_compiling():
+            _recognise_anew(self, fusion)
         reasons = []
         for plan in fusion.plans:
             unit = modules_of(self, plan)
@@ -82,9 +89,19 @@ class FusedUnit(_Fused, ChainUnit):
         # the one for the present mode is the reason.
         return next((r for r in reasons if not r.startswith("training is")), reasons[0])
 
+    def standing(self) -> Standing | None:
+        """What else the block's own forward reads."""
+        assert isinstance(self, nn.Module)
+        plans = _fusion(self).plans
+        for plan in plans:
+            if len(plans) == 1 or isinstance(modules_of(self, plan), UnitModules):
+                return Standing(self, plan)
+        return None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's function, fused where its children and the input allow."""
         if len(args) == 1 and not kwargs:
+            begin_epoch()
             reading = read(self)
             if isinstance(reading, Reading) and accepts(reading.unit, args[0]):
                 fusion = _fusion(self)  # type: ignore[arg-type]
@@ -116,6 +133,31 @@ def _flat(sequence: nn.Module) -> Iterator[nn.Module]:
             yield from _flat(child)
         else:
             yield child
+
+
+def _recognise_anew(block: nn.Module, fusion: Fusion) -> None:
+    """Let a block that was loaded from a file find the code and the state that it reads here."""
+    unknown = [plan for plan in fusion.plans if not plan.watch.known and not plan.watch.lost]
+    if not unknown:
+        return
+    kind = type(block)
+    try:
+        block.__class__ = fusion.original
+        del block.__dict__[_FUSION]
+        plans = read_unit(block)
+        watch = unknown[0].watch
+        same = [plan._replace(watch=watch) for plan in plans] == [*fusion.plans]
+        reason = "" if same else "its forward is another than when it was saved: fuse it anew"
+    except NotAUnitError as error:
+        reason = str(error)
+    finally:
+        block.__dict__[_FUSION] = fusion
+        block.__class__ = kind
+    for plan in unknown:
+        if reason:
+            plan.watch.lost = reason
+        elif not plan.watch.known:
+            plan.watch.fill(plans[0].watch.entries)
 
 
 def _fused_class(mixin: type, original: type[nn.Module]) -> type[nn.Module]:

@@ -1,8 +1,7 @@
 """A module's forward as a torch.fx graph of its own steps, without side effects on the module.
 
 Modules of torch.nn are leaves, and norms of any class. Values answer what a forward may ask of any
-batch of images (rank, channels); everything else that it decides by, it must read from plain
-attributes, which are logged.
+batch of images (rank, channels); what else it decides by, ``surroundings`` observes.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import contextlib
 import copy
 import operator
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,15 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.checks import is_norm
+from ..core.checks import SHADOWS, is_norm
 from ..core.modules import act_of
 from ..core.sync import NORMS
 from ..kernels.operands import Act
-from .unit_plan import INTERNAL, NotAUnitError, Path, child_at, is_leaf
+from .reasons import NotAUnitError
+from .surroundings import Observer, Reads
+from .unit_plan import is_leaf
 
 UNTRACEABLE = "cannot be traced"
-
-Log = dict[tuple[Path, str], None]
+BY_ITS_INPUT = "its course depends on values, size, dtype or requires_grad of a tensor"
 
 
 # Called as the functions are, so that slopes and flags are found wherever they were passed.
@@ -84,13 +85,13 @@ class _Size:
     def __eq__(self, other: object) -> bool:
         mine = self.value.layout
         if not isinstance(other, _Size) or mine.channels is None:
-            raise NotAUnitError("its course depends on the size of the input")
+            raise NotAUnitError("its course depends on the size of its input")
         theirs = other.value.layout
         if theirs.channels is not None and theirs.channels != mine.channels:
             return False
         if theirs == mine:
             return True
-        raise NotAUnitError("its course depends on the size of the input")
+        raise NotAUnitError("its course depends on the size of its input")
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -107,6 +108,16 @@ class _Value(fx.Proxy):
 
     layout = _Layout(None, ("unknown",))
     is_image = False
+
+    @property
+    def __class__(self) -> Any:
+        # A forward that asks finds a tensor; fx finds what it has made.
+        user = self.tracer.observer.is_user(sys._getframe(1))  # type: ignore[attr-defined]
+        return Tensor if user else _Value
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None:  # mypy wants both
+        raise TypeError("a traced value has no other class")
 
     def dim(self) -> Any:
         return 4 if self.is_image else fx.Proxy.__getattr__(self, "dim")()
@@ -135,10 +146,17 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, channels: int | None) -> None:
+    def __init__(self, module: nn.Module, channels: int | None) -> None:
         super().__init__()
         self.channels = channels
-        self.switches = _switches()
+        self.switches: Any = None
+        paths = {id(m): tuple(n.split(".")) if n else () for n, m in module.named_modules()}
+        self.observer = Observer(paths, lambda: self.graph.nodes)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """One tensor, whatever else the forward takes keeps its default."""
+        x = self.create_proxy("placeholder", "input", (), {})
+        return (lambda root, x: type(root).forward(root, x)), [self.root, x]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # The root too can be of a leaf's class (a norm's own forward is traced like a block's).
@@ -146,7 +164,8 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _switches() != self.switches:
-            raise NotAUnitError("its forward switches gradients or autocast")
+            switching = "its forward switches gradients or autocast"
+            raise NotAUnitError((*self.observer.reasons, switching)[0])
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -181,69 +200,62 @@ class _Tracer(fx.Tracer):
         return before if known or node.target in ("relu", "relu_", "add", "add_") else None
 
 
-def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.Graph, Log]:
-    """The graph of a copy's forward on one tensor, and the plain attributes read.
+def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.Graph, Reads]:
+    """The graph of a copy's forward on one tensor, and what it read besides.
 
     ``module`` is used up: a forward may leave proxies in it.
     """
-    log: Log = {}
-    for name, child in list(module.named_modules()):
+    for child in module.modules():
         child.training = training
         unhook(child)
-        path = tuple(name.split(".")) if name else ()
-        if child is module or not is_leaf(child):
-            child.__class__ = _recording(type(child), path, log)
-    root = type(module)
-    inner = root.forward
-
-    def forward(self: nn.Module, input: Any) -> Any:
-        return inner(self, input)
-
-    root.forward = forward  # type: ignore[method-assign]  # one argument, the others' defaults
-
     before = _contents(module)
     as_tensor = torch.as_tensor
-    states = _random_states()
+    states = random_states()
+    tracer = _Tracer(module, channels)
     try:
         # No torch function to a tracer, but of no effect on a tensor.
         torch.as_tensor = lambda data, *a, **k: (  # type: ignore[assignment]
             data if type(data) is _Value and not a and not k else as_tensor(data, *a, **k)
         )
-        with torch.enable_grad(), _autocast_on():
-            graph = _Tracer(channels).trace(module)
-        if _random_states() != states:
-            raise NotAUnitError("draws random numbers")
-        if _contents(module) != before:
-            raise NotAUnitError("its forward changes attributes")
+        with no_modes(), torch.enable_grad(), _autocast_on(), tracer.observer:
+            tracer.switches = _switches()
+            graph = tracer.trace(module)
+        if not same_states(states, random_states()):
+            raise NotAUnitError("draws random numbers", True)
+        after = _contents(module)
+        changed = [name for name in (*before, *after) if before.get(name) != after.get(name)]
+        if changed:
+            raise NotAUnitError(f"its forward changes {changed[0]}", True)
     except NotAUnitError:
         raise
+    except fx.proxy.TraceError as error:
+        raise NotAUnitError(BY_ITS_INPUT) from error
     except Exception as error:  # a forward may raise anything when it is given a proxy
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NotAUnitError(f"{UNTRACEABLE}: {line}") from error
+        raise NotAUnitError(f"{UNTRACEABLE}: {_line_of(error)}") from error
     finally:
         torch.as_tensor = as_tensor
-        torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
-    return graph, log
+        restore(states)
+    return graph, Reads(tracer.observer)
 
 
-def _recording(kind: type[nn.Module], path: Path, log: Log) -> type[nn.Module]:
-    """A subclass that notes in ``log`` which plain attributes are read."""
+def _line_of(error: Exception) -> str:
+    """An error in one line, without names that only the trace knows."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    inner = any(name in line for name in ("_Value", "_Size", "Proxy", "_Tracer", "Attribute", "fx"))
+    return "its forward does with a tensor what takes its values" if inner else line
 
-    class Recording(kind):  # type: ignore[misc, valid-type]
-        def __getattribute__(self, name: str) -> Any:
-            value = super().__getattribute__(name)
-            if name in INTERNAL or name.startswith("__"):
-                return value
-            own = name in super().__getattribute__("__dict__")
-            if own or not (callable(value) or isinstance(getattr(kind, name, None), property)):
-                log[path, name] = None
-            return value
 
-    Recording.__name__ = Recording.__qualname__ = kind.__name__
-    Recording.__module__ = kind.__module__
-    return Recording
+@contextlib.contextmanager
+def no_modes() -> Iterator[None]:
+    """Without default devices and other modes, which would also see what a trial creates."""
+    modes = []
+    try:
+        while torch._C._len_torch_function_stack():
+            modes.append(torch._C._pop_torch_function_stack())
+        yield
+    finally:
+        while modes:
+            torch._C._push_on_torch_function_stack(modes.pop())
 
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -264,21 +276,32 @@ def _autocast_on() -> Iterator[None]:
             torch.set_autocast_enabled(device, enabled)
 
 
-def _switches() -> tuple[bool, ...]:
+def _switches() -> tuple[Any, ...]:
     """What a graph does not show and a forward may change: gradients and autocast."""
-    autocast = (torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    enabled = (torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES)
+    dtypes = (torch.get_autocast_dtype(device) for device in AUTOCAST_DEVICES)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *enabled, *dtypes
 
 
-def _random_states() -> tuple[Any, Any, Any]:
-    """Of torch, Python and NumPy, comparable."""
-    legacy: Any = np.random.get_state()  # noqa: NPY002
-    name, keys, *rest = legacy
-    state = (name, tuple(keys.tolist()), *rest)
-    return tuple(torch.get_rng_state().tolist()), random.getstate(), state
+def random_states() -> tuple[Any, Any, Any]:
+    """Of torch on a CPU, Python and NumPy."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
-def _contents(module: nn.Module) -> list[Any]:
+def same_states(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> bool:
+    """Whether nothing was drawn between two."""
+    numpys = all(np.array_equal(x, y) for x, y in zip(a[2], b[2]))
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and numpys
+
+
+def restore(states: tuple[Any, Any, Any]) -> None:
+    """Make random numbers go on from there."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])  # noqa: NPY002
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
     """By identity, what all modules' attributes and the containers among them hold."""
 
     def items(value: Any) -> Any:
@@ -288,19 +311,11 @@ def _contents(module: nn.Module) -> list[Any]:
             return [(key, id(item)) for key, item in value.items()]
         return None
 
-    return [
-        [(key, id(value), items(value)) for key, value in vars(child).items()]
-        for child in module.modules()
-    ]
-
-
-def guards_of(module: nn.Module, log: Log) -> Iterator[tuple[Path, str, Any]]:
-    """What the attributes in ``log`` are in ``module`` itself."""
-    for path, name in log:
-        value = getattr(child_at(module, path), name, None)
-        # Children are read afresh and checked themselves; a list of them is held by identity.
-        if not isinstance(value, (nn.Module, Tensor)):
-            yield path, name, value
+    return {
+        f"{path}.{key}" if path else key: (id(value), items(value))
+        for path, child in module.named_modules()
+        for key, value in vars(child).items()
+    }
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
@@ -333,7 +348,8 @@ def make_local(module: nn.Module) -> None:
 
 def unhook(module: nn.Module) -> None:
     """Take away what is hooked on a copy: it must not run for a trace or trial."""
-    module.__dict__.pop("forward", None)
+    for name in SHADOWS:
+        module.__dict__.pop(name, None)
     for hooks in (
         module._forward_hooks,
         module._forward_pre_hooks,

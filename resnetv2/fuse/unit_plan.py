@@ -1,8 +1,8 @@
 """Where a recognised block's children are, and whether they still are what was recognised.
 
-A trace fixes what Python decided on the way. Whatever plain attribute a forward read is therefore
-written down as a guard, and ``modules_of`` looks at the guards, the hooks and the children again at
-every call.
+A trace fixes what Python decided on the way. Whatever attribute of its modules a forward read is
+therefore written down as a guard, what else it read in a ``Watch``, and ``modules_of`` looks at
+both, the hooks and the children again at every call.
 """
 
 from __future__ import annotations
@@ -15,28 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.checks import hooked, why_not
+from ..core.checks import SHADOWS, hooked, why_not
 from ..core.modules import Pad, UnitModules, act_of
 from ..core.spec import Shortcut
 from ..kernels.operands import Act
+from .frozen import SIMPLE, Frozen, difference, is_same
+from .surroundings import INTERNAL, Watch, changed_when_compiled, lookup
 
 Path = tuple[str, ...]
-
-SIMPLE = (bool, int, float, str, type(None), torch.dtype)
-
-# What every nn.Module has, besides ``training``, is no choice of a forward.
-INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-
-
-class NotAUnitError(Exception):
-    """Why a module is not exactly a pre-activation unit.
-
-    resembles: whether its own forward adds two tensors, or cannot be traced.
-    """
-
-    def __init__(self, reason: str, resembles: bool = False) -> None:
-        super().__init__(reason)
-        self.resembles = resembles
 
 
 class Container(NamedTuple):
@@ -58,8 +44,8 @@ class UnitPlan(NamedTuple):
     dropout that is off).
     containers: the block and the modules between it and these, whose calls are bypassed. others:
     all other descendants (path, type; NoneType for a child that is None). guards: (path,
-    attribute, value) of the plain attributes that the forward read. otherwise: why the block is
-    no unit in the other mode (training, evaluation), or empty.
+    attribute, value) of the attributes that the forward read. watch: what else it read.
+    otherwise: why the block is no unit in the other mode (training, evaluation), or empty.
     """
 
     norms: tuple[Path, ...]
@@ -73,7 +59,8 @@ class UnitPlan(NamedTuple):
     inert: tuple[Path, ...]
     containers: tuple[Container, ...]
     others: tuple[tuple[Path, type], ...]
-    guards: tuple[tuple[Path, str, Any], ...]
+    guards: tuple[tuple[Path, str, Frozen], ...]
+    watch: Watch
     otherwise: str = ""
 
 
@@ -95,8 +82,11 @@ def _has_parameters(module: nn.Module, names: tuple[str, ...]) -> bool:
     return former is not None and {*former, *module._parameters} == set(names)
 
 
-def modules_of(block: nn.Module, plan: UnitPlan) -> UnitModules | str:
-    """The block's children as they are now, or why they must run one by one."""
+def modules_of(block: nn.Module, plan: UnitPlan, guarded: bool = True) -> UnitModules | str:
+    """The block's children as they are now, or why they must run one by one.
+
+    guarded: whether what its forward read must be as it was too.
+    """
     # Every child once, container by container: a call of ``child_at`` for each costs as much again.
     at: dict[Path, Any] = {(): block}
     for path, kind, children, parameters in plan.containers:
@@ -112,13 +102,10 @@ def modules_of(block: nn.Module, plan: UnitPlan) -> UnitModules | str:
             if child[-1] not in inner:
                 return f"{dotted(child)} is gone"
             at[child] = inner[child[-1]]
-    for path, name, value in plan.guards:
-        module = at[path] if path in at else child_at(block, path)
-        now = getattr(module, name, NotAUnitError)
-        if now is not value and not (isinstance(value, SIMPLE) and now == value):
-            if name == "training" and plan.otherwise:
-                return plan.otherwise
-            return f"{dotted((*path, name))} is {now!r}, was {value!r} when the block was fused"
+    if guarded:
+        moved = _moved(block, plan, at)
+        if moved:
+            return moved
     for path, kind in plan.others:
         if type(at[path]) is not kind:
             return f"{dotted(path)} was replaced by {type(at[path]).__name__}"
@@ -158,6 +145,59 @@ def modules_of(block: nn.Module, plan: UnitPlan) -> UnitModules | str:
     return why_not(unit, plan.norm_types) or unit
 
 
+def _moved(block: nn.Module, plan: UnitPlan, at: dict[Path, Any]) -> str:
+    """What of that which the block's forward read is not as it was; empty for nothing."""
+    for path, name, frozen in plan.guards:
+        module = at[path] if path in at else child_at(block, path)
+        now = lookup(module, name)
+        if not is_same(frozen, now):
+            if name == "training" and plan.otherwise:
+                return plan.otherwise
+            return difference(frozen, now, dotted((*path, name)))
+    if torch.compiler.is_compiling():
+        return changed_when_compiled(plan.watch.number)
+    return plan.watch.changed()
+
+
+# Types of which another has equal values.
+_CONFUSABLE = (bool, int, float, complex)
+
+
+class Standing:
+    """Whether what a block's forward read is as it was, where its attributes are equal to it.
+
+    What is left to see: other contents of the same objects, equal values of another type, and all
+    that is not the block's own.
+    """
+
+    def __init__(self, block: nn.Module, plan: UnitPlan) -> None:
+        self.watch = plan.watch
+        self.gets: list[Any] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        self.deep: list[Frozen] = []
+        for path, name, frozen in plan.guards:
+            value = frozen.value
+            if frozen.parts is not None:
+                self.deep.append(frozen)
+            elif type(value) in _CONFUSABLE:
+                attributes = vars(child_at(block, path))
+                if name in attributes:
+                    self.gets.append(attributes.get)
+                    self.names.append(name)
+                    self.values.append(attributes[name])
+
+    def __call__(self) -> bool:
+        """See above."""
+        for get, name, value in zip(self.gets, self.names, self.values):
+            if get(name) is not value:
+                return False
+        for frozen in self.deep:
+            if not is_same(frozen, frozen.value):
+                return False
+        return self.watch.holds()
+
+
 def _why_active(module: Any) -> str | None:
     """Why a module that was the identity when it was traced is not now, or None."""
     if not isinstance(module, nn.Module):
@@ -192,16 +232,15 @@ def signature(module: nn.Module) -> Any:
         for key, value in vars(child).items():
             if key in INTERNAL:
                 continue
-            simple = isinstance(value, (*SIMPLE, tuple)) and _hashable(value)
-            values.append((key, type(value), value if simple else id(value)))
+            values.append((key, _exactly(value)))
         tensors = [
             (key, None if tensor is None else tensor.dim())
             for group in (child._parameters, child._buffers)
             for key, tensor in group.items()
         ]
         none = tuple(key for key, value in child._modules.items() if value is None)
-        hooks = "forward" in vars(child)
-        parts.append((name, type(child), tuple(values), tuple(tensors), none, hooks))
+        shadows = tuple([name for name in SHADOWS if name in vars(child)])
+        parts.append((name, type(child), tuple(values), tuple(tensors), none, shadows))
     # A module that is called in two places is not two modules that are alike.
     numbers: dict[int, int] = {}
     for _, child in module.named_modules(remove_duplicate=False):
@@ -210,12 +249,12 @@ def signature(module: nn.Module) -> Any:
     return tuple(parts), same
 
 
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+def _exactly(value: Any) -> Any:
+    """Equal for values that no forward tells apart; whatever is not simple, by its identity."""
+    kind = type(value)
+    if kind in SIMPLE:
+        return kind, repr(value)
+    return (kind, *map(_exactly, value)) if kind is tuple else (kind, id(value))
 
 
 def is_leaf(module: nn.Module) -> bool:
