@@ -412,7 +412,8 @@ def conv_forward(
     out_dtype = dtype if out_dtype is None else out_dtype
     if residual is not None:
         if residual_stats is not None:
-            residual = norm_act(residual, residual_stats, act, dtype)
+            # Added as it is: only what a convolution reads is rounded to ``dtype``.
+            residual = norm_act(residual, residual_stats, act, residual.dtype)
         if out.dtype != out_dtype:
             out = cast(out, out_dtype)
         out = torch.sub(residual, out, out=out) if subtract else out.add_(residual)

@@ -29,7 +29,8 @@ def current_epoch() -> int:
 
 def begin_epoch() -> None:
     """Whatever readings depend on besides their blocks may have changed."""
-    _epoch[0] += 1
+    if not torch.compiler.is_compiling():  # a graph is guarded by what it has read
+        _epoch[0] += 1
 
 
 class Reading:

@@ -128,7 +128,9 @@ class FusedSequential(_Fused):
 def _flat(sequence: nn.Module) -> Iterator[nn.Module]:
     """A Sequential's children, and in place of a fused Sequential among them its own."""
     called = not torch.compiler.is_compiling() and globally_hooked()
-    for child in sequence.children():
+    # Not ``children()``, which names a module once that is called in two places.
+    for child in sequence._modules.values():
+        assert child is not None
         if isinstance(child, FusedSequential) and not called and not hooked(child):
             yield from _flat(child)
         else:
@@ -363,8 +365,9 @@ def _sequences(model: nn.Module) -> list[nn.Module]:
         return isinstance(module, FusedSequential) or (isinstance(module, nn.Sequential) and plain)
 
     def flat(module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
-            yield from flat(child) if is_sequence(child) else [child]
+        for child in module._modules.values():
+            if child is not None:
+                yield from flat(child) if is_sequence(child) else [child]
 
     found: dict[int, nn.Module] = {}
     for module in model.modules():
