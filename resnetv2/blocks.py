@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .core.checks import (
+    UnfitError,
     check_input,
     hooked,
     must_run_eagerly,
@@ -138,7 +139,10 @@ class PreActUnit(ChainUnit, nn.Module):
         if self.backend == EAGER or must_run_eagerly(x):
             check_input(x, reading.unit.convs[0])
             return self.forward_children(x)
-        return run_chain([reading], x, backend=self.backend, memory=self.memory)
+        try:
+            return run_chain([reading], x, backend=self.backend, memory=self.memory)
+        except UnfitError:
+            return self.forward_children(x)
 
     def forward_children(self, x: Tensor) -> Tensor:
         """The same function, child by child: He et al. 2016, Figure 4(e)."""

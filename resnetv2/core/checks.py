@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.operands import ACTS
+from .execution import layout_of
 from .modules import UnitModules, act_of, batch_statistics, padding_of
 from .spec import DTYPES
 from .sync import SyncBatchNorm, check_rows, group_number
@@ -95,6 +96,10 @@ def why_not(unit: UnitModules, norm_types: Sequence[type | None] = ()) -> str | 
     return None
 
 
+class UnfitError(Exception):
+    """Why a chain cannot take an input that its units' own forwards may take, or refuse better."""
+
+
 def must_run_eagerly(x: Tensor) -> bool:
     """Whether x, or what is being done with it, is beyond the operators: children then run."""
     compiling = torch.compiler.is_compiling()
@@ -108,6 +113,7 @@ def must_run_eagerly(x: Tensor) -> bool:
         return False
     return (
         type(x) not in (Tensor, nn.Parameter)
+        or x.is_meta
         or x.layout != torch.strided
         or globally_hooked()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -124,6 +130,8 @@ def accepts(unit: UnitModules, x: Any) -> bool:
         and not must_run_eagerly(x)
         and x.dim() == 4
         and x.shape[1] == unit.norms[0].num_features
+        and x.device == unit.convs[0].weight.device
+        and layout_of(x) is not None
     )
 
 
@@ -165,13 +173,18 @@ def check_input(x: Tensor, conv: nn.Conv2d) -> None:
 def rows_of(units: Sequence[UnitModules], x: Tensor) -> list[int]:
     """N*H*W at each norm of the chain; raises as eager does where one has nothing to average.
 
-    Also where the channels of neighbours differ, which kernels would not notice.
+    Also where the channels of neighbours differ, which kernels would not notice, and with
+    ``UnfitError`` where a shortcut is of another shape than what it is added to.
     """
     rows = []
     size = (x.shape[2], x.shape[3])
     channels = x.shape[1]
     for unit in units:
         projection = unit.projection
+        beside = (channels, size)
+        if projection is not None:
+            its_size = unit.geometry(-1).output_size(size, projection.kernel_size)  # type: ignore[arg-type]
+            beside = (projection.out_channels, its_size)
         if projection is not None and projection.in_channels != channels:
             raise ValueError(
                 f"expected a projection of {channels} channels, got {projection.in_channels}"
@@ -191,4 +204,25 @@ def rows_of(units: Sequence[UnitModules], x: Tensor) -> list[int]:
                 )
             geometry = unit.geometry(i)
             size = geometry.output_size(size, conv.kernel_size)  # type: ignore[arg-type]
+        if beside != (channels, size):
+            raise UnfitError("a shortcut of another shape than what it is added to")
     return rows
+
+
+def check_dtypes(units: Sequence[UnitModules], x: Tensor) -> None:
+    """Raise ``UnfitError`` for parameters of a dtype that eager would refuse beside x's, or compute
+    with in another one."""
+    mixes = torch.is_autocast_enabled(x.device.type)
+    for unit in units:
+        for conv in (*unit.convs, *([] if unit.projection is None else [unit.projection])):
+            for tensor in (conv.weight, conv.bias):
+                if tensor is None:
+                    continue
+                if tensor.dtype == torch.float64 if mixes else tensor.dtype != x.dtype:
+                    raise UnfitError(f"a convolution of {tensor.dtype} beside {x.dtype}")
+        for norm in unit.norms:
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                if tensor is None or tensor.dtype == (torch.float32 if mixes else x.dtype):
+                    continue
+                if x.dtype == torch.float64 or tensor.dtype != torch.float32:
+                    raise UnfitError(f"a norm of {tensor.dtype} beside {x.dtype}")

@@ -68,9 +68,11 @@ def _batch_norm(h: Tensor, norm: Norm, tensors: list[Tensor | None]) -> Tensor:
 def differentiable_backward(
     spec: Spec, g: Tensor, x: Tensor, params: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The gradients as differentiable functions of g, x and params (create_graph=True)."""
+    """The gradients as differentiable functions of g, x and params, for create_graph=True and for
+    a g that stands for many."""
     wanted = [x] if spec.need_x else []
     wanted += [p for p, need in zip(params, spec.needs) if need]
+    again = torch.is_grad_enabled()
     with torch.enable_grad(), no_autocast(x.device.type):
         out = differentiable_forward(spec, x, params)
-        return torch.autograd.grad(out, wanted, g, create_graph=True)
+        return torch.autograd.grad(out, wanted, g, create_graph=again)

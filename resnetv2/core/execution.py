@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +84,23 @@ def weights_of(spec: Spec, params: Sequence[Tensor]) -> Iterator[Tensor]:
             yield params[at.projection_weight]
 
 
+def layout_of(x: Tensor) -> torch.memory_format | None:
+    """The layout of eager's results for an input x, (N, C, H, W): that of the order of its strides,
+    whether or not x is dense; None for another order."""
+    if x.is_contiguous():
+        return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    for axes, layout in (
+        ((0, 2, 3, 1), torch.channels_last),
+        ((0, 1, 2, 3), torch.contiguous_format),
+    ):
+        strides = [x.stride(axis) for axis in axes if x.shape[axis] > 1]
+        if all(a >= b > 0 for a, b in itertools.pairwise([*strides, 1])):
+            return layout
+    return None
+
+
 def chain_format(x: Tensor, weights: Iterable[Tensor], backend: str) -> torch.memory_format:
     """The layout of a chain's activations for an input x, (N, C, H, W), and its convolutions.
 
@@ -90,8 +108,7 @@ def chain_format(x: Tensor, weights: Iterable[Tensor], backend: str) -> torch.me
     other roundings: eager's, where nothing is converted.
     """
     if (
-        x.is_contiguous()
-        and not is_channels_last(x)
+        layout_of(x) == torch.contiguous_format
         and resolve_backend(backend, x.device) == "aten"
         and all(w.is_contiguous() and not is_channels_last(w) for w in weights)
     ):

@@ -72,7 +72,7 @@ class PartFunction(torch.autograd.Function):
         if g is None:
             return (None,) * (5 + len(params))
         x = None if spec.walks_to_x else saved[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(g):
             check_differentiable(spec)
             flat: Sequence[Tensor] = differentiable_backward(spec, g, _input_of(ctx), params)
         else:
@@ -89,6 +89,12 @@ class PartFunction(torch.autograd.Function):
         values = iter(flat)
         dx = next(values) if spec.need_x else None
         return None, None, None, None, dx, *(next(values) if need else None for need in spec.needs)
+
+
+def _is_batched(g: Tensor) -> bool:
+    """Whether a gradient stands for many (``is_grads_batched``, vectorised jacobians, vmap)."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g))
 
 
 def _input_of(ctx: Any) -> Tensor:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference import is_channels_last
 from ..names import AUTO, EAGER
 from . import parts
 from .chain import stream_dtype
-from .checks import accepts, check_input, rows_of
-from .execution import chain_format
+from .checks import UnfitError, accepts, check_dtypes, check_input, rows_of
+from .execution import chain_format, layout_of
 from .modules import ChainUnit, UnitModules
 from .operators import chain_forward
 from .reading import KeptReading, Reading, begin_epoch, read
@@ -115,6 +115,9 @@ def _parts(
 # of ``recompute``. A copy every 16 units takes a quarter of the bytes of their h_{k-1}.
 ANCHORS = 16
 
+# Of a parameter, besides its shape: what a plan depends on.
+_of_tensor = operator.attrgetter("requires_grad", "dtype")
+
 # Plans that are kept for chains that begin with the same unit: shapes, training and evaluation.
 _PLANS = 16
 
@@ -134,10 +137,11 @@ def run_chain(
 
     Raises:
         ValueError: what ``check_input`` refuses, or one value per channel in training.
+        UnfitError: the children must run one by one; nothing has run yet.
     """
     check_input(x, readings[0].unit.convs[0])
     dtype = compute_dtype(readings[0].unit, x.device.type)
-    like_nchw = x.is_contiguous() and not is_channels_last(x)
+    like_nchw = layout_of(x) == torch.contiguous_format
     # Here rather than in the operator, so that it is kept for the backward as it is read there.
     memory_format = chain_format(x, _weights(readings), backend)
     x = x.contiguous(memory_format=memory_format)
@@ -150,7 +154,8 @@ def run_chain(
         assert isinstance(first, KeptReading)
         key = (
             tuple(map(id, readings)),
-            tuple([t.requires_grad for reading in readings for t in reading.tensors]),
+            tuple([_of_tensor(t) for reading in readings for t in reading.tensors]),
+            torch.is_autocast_enabled(x.device.type),
             x.shape,
             x.dtype,
             x.requires_grad,
@@ -164,6 +169,7 @@ def run_chain(
         )
         plan = first.plans.get(key)
     if plan is None:
+        check_dtypes([reading.unit for reading in readings], x)
         plan = Plan(readings, x, dtype, backend, memory, segment)
         if isinstance(first, KeptReading) and all(isinstance(r, KeptReading) for r in readings):
             if len(first.plans) >= _PLANS:
@@ -184,6 +190,7 @@ def _run_operator(
     """The chain as one operator: what torch.compile sees, and whoever looks at operators."""
     units = [reading.unit for reading in readings]
     rows = rows_of(units, x)
+    check_dtypes(units, x)
     if memory == "segment" and segment < 1:
         segment = segment_length(units)
     params, layout, constants = describe(
@@ -217,21 +224,30 @@ def run_blocks(
     (``accepts``).
     """
     readings: list[Reading] = []
+    units: list[nn.Module] = []
+
+    def run_units(x: Any) -> Any:
+        try:
+            return run_chain(readings, x, backend=backend, memory=memory, segment=segment)
+        except UnfitError:
+            for unit in units:
+                x = unit(x)
+            return x
+
     begin_epoch()
     for block in blocks:
         if isinstance(block, ChainUnit) and backend != EAGER:
             reading = read(block, "in a chain")
             if isinstance(reading, Reading) and (readings or accepts(reading.unit, x)):
                 readings.append(reading)
+                units.append(block)
                 continue
         if readings:
-            x = run_chain(readings, x, backend=backend, memory=memory, segment=segment)
-            readings = []
+            x = run_units(x)
+            readings, units = [], []
         x = block(x)
         begin_epoch()
-    if readings:
-        x = run_chain(readings, x, backend=backend, memory=memory, segment=segment)
-    return x
+    return run_units(x) if readings else x
 
 
 def compute_dtype(unit: UnitModules, device: str) -> torch.dtype:

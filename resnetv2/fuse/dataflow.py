@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.checks import is_norm, is_plain
+from ..core.checks import UnfitError, is_norm, is_plain
 from ..core.modules import NO_PAD, Pad, UnitModules, act_of
 from ..core.reading import Reading
 from ..core.run import run_chain
@@ -286,6 +286,7 @@ def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
                 before = _read_in(twin, plan)
                 try:
                     expected = trial.own(twin, x)
+                    found = trial.fused(trial.copy(), x)
                 except NotAUnitError:
                     raise
                 except Exception as error:
@@ -298,11 +299,12 @@ def _try(module: nn.Module, plan: UnitPlan, training: bool) -> None:
                 reason = plan.watch.changed()
                 if reason:
                     raise NotAUnitError(f"its forward changes what it reads: {reason}", True)
-                _compare(trial.fused(trial.copy(), x), expected, 1e-6)
+                _compare(found, expected, 1e-6)
                 break
             else:
                 line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-                raise NotAUnitError(f"its forward fails on a trial input: {line}", True)
+                fails = "" if isinstance(failure, UnfitError) else "its forward fails on a trial: "
+                raise NotAUnitError(f"{fails}{line}", True)
             half = x.float()
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 theirs = trial.own(trial.copy(torch.float32), half)

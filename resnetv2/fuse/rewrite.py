@@ -8,6 +8,7 @@ was recognised any more (a hook, another child, another attribute) the block's o
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import itertools
 import warnings
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..blocks import PreActUnit
-from ..core.checks import accepts, globally_hooked, hooked
+from ..core.checks import UnfitError, accepts, globally_hooked, hooked
 from ..core.modules import ChainUnit, UnitModules
 from ..core.reading import Reading, begin_epoch, read
 from ..core.run import run_blocks, run_chain
@@ -105,7 +107,10 @@ class FusedUnit(_Fused, ChainUnit):
             reading = read(self)
             if isinstance(reading, Reading) and accepts(reading.unit, args[0]):
                 fusion = _fusion(self)  # type: ignore[arg-type]
-                return run_chain([reading], args[0], backend=fusion.backend, memory=fusion.memory)
+                with contextlib.suppress(UnfitError):
+                    return run_chain(
+                        [reading], args[0], backend=fusion.backend, memory=fusion.memory
+                    )
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -269,6 +274,9 @@ def _survey(model: nn.Module) -> list[_Finding]:
         ]
         if any(inside) or not _plausible(module):
             return any(inside)
+        if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+            findings.append(_Finding(path, module, (), "its parameters are not initialised yet"))
+            return False
         key = signature(module)
         if key not in known:
             try:
