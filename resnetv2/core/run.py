@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import operator
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 

@@ -145,7 +145,7 @@ def _flat(sequence: nn.Module) -> Iterator[nn.Module]:
 def _recognise_anew(block: nn.Module, fusion: Fusion) -> None:
     """Let a block that was loaded from a file find the code and the state that it reads here."""
     unknown = [plan for plan in fusion.plans if not plan.watch.known and not plan.watch.lost]
-    if not unknown:
+    if not unknown or torch._C._functorch.peek_interpreter_stack() is not None:
         return
     kind = type(block)
     try:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.checks import SHADOWS, is_norm
 from ..core.modules import act_of
@@ -247,12 +248,13 @@ def _line_of(error: Exception) -> str:
 
 @contextlib.contextmanager
 def no_modes() -> Iterator[None]:
-    """Without default devices and other modes, which would also see what a trial creates."""
+    """Without default devices and other modes, which would also see what a trial computes."""
     modes = []
     try:
         while torch._C._len_torch_function_stack():
             modes.append(torch._C._pop_torch_function_stack())
-        yield
+        with _disable_current_modes(), torch.inference_mode(False):
+            yield
     finally:
         while modes:
             torch._C._push_on_torch_function_stack(modes.pop())
