@@ -285,6 +285,27 @@ class Chain:
         i = len(self.spec.units[number].convs) - 1
         return self._conv(number, i, h_last, self._at(number, i), residual=out, subtract=True)[0]
 
+    def walk_back(self, x: Tensor, out: Tensor, kept: Kept) -> Tensor | None:
+        """The chain's input x as a backward would walk to it from its output ``out``, or, in
+        segments, from the end of the first; None where its first unit is not walked."""
+        spec = self.spec
+        stop = len(spec.units)
+        if spec.memory == "segment":
+            stop = min(spec.segment, stop)
+            out = kept.get((stop, 0), out)
+            keys = spec.kept_of(0, stop, "invert")
+            _, kept, _ = self.forward(x, 0, stop, keys, need_out=False)
+        walked: Tensor | None = out
+        for number in reversed(range(stop)):
+            h_last = kept.get((number, len(spec.units[number].convs) - 1))
+            if number and (number, 0) in kept:
+                walked = kept[number, 0]
+            elif walked is None or h_last is None or not spec.units[number].walkable:
+                return None
+            else:
+                walked = self._previous(number, h_last, walked)
+        return walked
+
     def _unit_backward(
         self, number: int, g: Tensor, hs: list[Tensor], grads: list[Tensor | None]
     ) -> Tensor | None:

@@ -219,6 +219,26 @@ def backward(
     return results, x
 
 
+def walking_error(
+    spec: Spec,
+    x: Tensor,
+    end: Tensor,
+    stats: Tensor,
+    kept: Sequence[Tensor],
+    params: Sequence[Tensor],
+    memory_format: torch.memory_format,
+) -> float:
+    """How far a part's input x is from what a backward walks back to, relative to x; 0 where none
+    does. By norms. Arguments as of ``backward``."""
+    with torch.no_grad(), no_autocast(x.device.type):
+        chain = Chain(spec, params, _engine(spec, x, params), *split_stats(spec, stats, params))
+        stream = in_memory_format(x.float() if spec.wide else x, memory_format)
+        walked = chain.walk_back(stream, end, dict(zip(spec.kept(), kept)))
+        if walked is None:
+            return 0.0
+        return float(torch.dist(walked, stream) / stream.norm().clamp_min(1e-30))
+
+
 def norm_channels(spec: Spec, params: Sequence[Tensor]) -> list[int]:
     """Channels of each norm of a chain, in the order of its flat statistics."""
     return [

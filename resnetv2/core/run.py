@@ -48,6 +48,7 @@ class Plan:
         rows = rows_of(units, x)
         if memory == "segment" and segment < 1:
             segment = segment_length(units)
+        self._compared = memory == "recompute"
         self.specs: list[Spec] = []
         self.params: list[list[Tensor]] = []
         self.updates: list[BufferUpdate] = []
@@ -73,7 +74,8 @@ class Plan:
 
     def __call__(self, x: Tensor, memory_format: torch.memory_format) -> Tensor:
         """The chain's output for x; buffers move."""
-        out, all_stats = parts.run_parts(self.specs, x, self.params, memory_format)
+        out, all_stats = parts.run_parts(self.specs, x, self.params, memory_format, self._compared)
+        self._compared = True
         for update, stats in zip(self.updates, all_stats):
             update.apply(stats)
         return out

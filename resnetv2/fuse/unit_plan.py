@@ -142,7 +142,12 @@ def modules_of(block: nn.Module, plan: UnitPlan, guarded: bool = True) -> UnitMo
         plan.add_in_place,
         plan.pads,
     )
-    return why_not(unit, plan.norm_types) or unit
+    convs = unit.convs if unit.projection is None else (*unit.convs, unit.projection)
+    reason = why_not(unit, plan.norm_types)
+    if reason is None and any(1 in (conv.in_channels, conv.out_channels) for conv in convs):
+        # Eager's layout and roundings then follow from strides that say nothing.
+        return "a convolution of one channel, whose tensors lie in either layout"
+    return reason or unit
 
 
 def _moved(block: nn.Module, plan: UnitPlan, at: dict[Path, Any]) -> str:
