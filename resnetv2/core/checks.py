@@ -18,6 +18,17 @@ from .sync import SyncBatchNorm, check_rows, group_number
 SHADOWS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_forward")
 
 
+# What a chain reads of a norm or convolution; a subclass that computes one is no plain one.
+CHILD_ATTRIBUTES = frozenset(
+    (
+        "training", "momentum", "eps", "affine", "track_running_stats", "num_features", "weight",
+        "bias", "running_mean", "running_var", "num_batches_tracked", "in_channels", "out_channels",
+        "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+        "_reversed_padding_repeated_twice", "__getattr__", "__getattribute__",
+    )
+)  # fmt: skip
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether anything is hooked on a module's call, so that it must really be called.
 
@@ -47,13 +58,18 @@ def globally_hooked() -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what ``kind`` does: of that class, or a subclass without a forward
-    of its own. A parametrized child does not: it computes its parameters."""
+    or attributes of its own. A parametrized child does not: it computes its parameters."""
     own = type(module)
     if own is kind:
         return True
     inner = "_conv_forward" if kind is nn.Conv2d else "_check_input_dim"
     return (
         isinstance(module, kind)
+        and all(
+            CHILD_ATTRIBUTES.isdisjoint(vars(base))
+            for base in own.__mro__
+            if base not in kind.__mro__
+        )
         and own.forward is kind.forward
         and own.__call__ is kind.__call__
         and getattr(own, inner) is getattr(kind, inner)

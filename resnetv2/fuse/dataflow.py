@@ -139,6 +139,8 @@ def _plan_for(module: nn.Module, training: bool, channels: int | None) -> UnitPl
         raise NotAUnitError(f"{dotted(norms[0].path)} takes {first} channels, not {channels}", True)
     entries = reads.entries(module)
     guards = reads.guards(module)
+    # Which the forward may have asked its input for.
+    guards.append((norms[0].path, "num_features", Frozen(channels, "equal")))
     for path, its in graph.reads:
         norm = child_at(module, path)
         entries += its.entries(norm)
@@ -499,6 +501,8 @@ class Graph:
                 self._number[node] = inputs[0]
                 return
             name = f"dropout with p = {p} in training"
+        if node.target is getattr:
+            name = f"a tensor's {node.args[1]}"
         self._add(node, "other", inputs, what=name)
 
     def _read_method(self, node: fx.Node, inputs: tuple[int, ...]) -> None:
@@ -506,7 +510,7 @@ class Graph:
         if node.target in ("relu", "relu_") and plain:
             in_place = node.target == "relu_"
             self._add(node, "act", inputs, act=Act("relu"), in_place=in_place)
-        elif node.target in ("clone", "contiguous") and plain:
+        elif node.target == "clone" and plain:
             # A copy of what nobody writes to: ``match_unit`` refuses what writes into its input.
             self._number[node] = inputs[0]
         elif node.target in ("add", "add_") and self._is_addition(node):
@@ -639,6 +643,9 @@ def _read_norm(
         NotAUnitError: the forward is not F.batch_norm as BatchNorm2d calls it, then an activation.
     """
     name = type(module).__name__
+    computed = [key for key in _PASSED_ON if key not in vars(module)]
+    if computed:
+        raise NotAUnitError(f"{name} computes its {computed[0]}")
     if module.running_mean is None or module.num_batches_tracked is None:
         raise NotAUnitError(f"{name} has a forward of its own and no running statistics")
     found, all_reads = [], []

@@ -120,6 +120,8 @@ class FusedSequential(_Fused):
     def forward(self, input: Any) -> Any:
         """input through every child; see ``run_blocks``."""
         fusion = _fusion(self)  # type: ignore[arg-type]
+        if not _is_plain_sequence(fusion.original):
+            return super().forward(input)  # type: ignore[misc]
         return run_blocks(_flat(self), input, backend=fusion.backend, memory=fusion.memory)  # type: ignore[arg-type]
 
     def __getitem__(self, idx: Any) -> Any:
@@ -130,13 +132,24 @@ class FusedSequential(_Fused):
         return part
 
 
+def _is_plain_sequence(kind: type[nn.Module]) -> bool:
+    """Whether a class runs its children one after the other, as ``nn.Sequential``."""
+    return (
+        issubclass(kind, nn.Sequential)
+        and kind.forward is nn.Sequential.forward
+        and kind.__iter__ is nn.Sequential.__iter__
+        and kind.__call__ is nn.Module.__call__
+    )
+
+
 def _flat(sequence: nn.Module) -> Iterator[nn.Module]:
     """A Sequential's children, and in place of a fused Sequential among them its own."""
     called = not torch.compiler.is_compiling() and globally_hooked()
     # Not ``children()``, which names a module once that is called in two places.
     for child in sequence._modules.values():
         assert child is not None
-        if isinstance(child, FusedSequential) and not called and not hooked(child):
+        fused = isinstance(child, FusedSequential) and _is_plain_sequence(_fusion(child).original)
+        if fused and not called and not hooked(child):
             yield from _flat(child)
         else:
             yield child
@@ -367,10 +380,7 @@ def _sequences(model: nn.Module) -> list[nn.Module]:
     """The Sequentials that hold two consecutive units or more, and those inside of these."""
 
     def is_sequence(module: nn.Module) -> bool:
-        plain = type(module).forward is nn.Sequential.forward and type(module).__call__ is (
-            nn.Module.__call__
-        )
-        return isinstance(module, FusedSequential) or (isinstance(module, nn.Sequential) and plain)
+        return isinstance(module, FusedSequential) or _is_plain_sequence(type(module))
 
     def flat(module: nn.Module) -> Iterator[nn.Module]:
         for child in module._modules.values():

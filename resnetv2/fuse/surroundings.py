@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import CHILD_ATTRIBUTES
 from ..core.reading import current_epoch
 from .frozen import A_TENSOR, ABSENT, Absent, Freezer, Frozen, difference, is_same
 from .reasons import NotAUnitError
@@ -47,7 +48,7 @@ _PROTOCOL = frozenset(
     (
         "forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward",
         "_check_input_dim", "__getattr__", "__getattribute__", "__iter__", "__len__", "__getitem__",
-        "__contains__", "__bool__", "__eq__", "__get__", "__instancecheck__",
+        "__contains__", "__bool__", "__eq__", "__get__", "__instancecheck__", *CHILD_ATTRIBUTES,
     )
 )  # fmt: skip
 
@@ -329,10 +330,10 @@ class _Cells:
 
 
 class _Attributes:
-    """A function's defaults and code."""
+    """A function's defaults and code, a class's bases."""
 
-    def __init__(self, function: types.FunctionType) -> None:
-        self.__self__ = function
+    def __init__(self, owner: types.FunctionType | type) -> None:
+        self.__self__ = owner
 
     def __call__(self, name: str, default: Any = Absent) -> Any:
         return getattr(self.__self__, name, default)
@@ -426,7 +427,7 @@ class Watch:
                 staticmethod, classmethod)  # fmt: skip
         for _, _, frozen, words in self.entries:
             value = frozen.value
-            if not isinstance(value, (*code, types.CodeType, type(None))) and value != ():
+            if not isinstance(value, (*code, types.CodeType, type(None), tuple)):
                 return words
         return ""
 
@@ -460,14 +461,17 @@ def changed_when_compiled(number: int) -> str:
     return watch.changed() or reason
 
 
+_GEOMETRY = ("out_channels", "kernel_size", "stride", "padding", "dilation")
+
 Guard = tuple[tuple[str, ...], str, Frozen]
 
 
 class Reads:
     """What a trace's code read, to be looked up in the module that was traced a copy of."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, asked: bool) -> None:
         self.observer = observer
+        self.asked = asked  # for the shape of a tensor
         self.names: set[str] = set()  # of attributes
         self.dynamic = False
         self._instructions = {
@@ -518,6 +522,13 @@ class Reads:
             else:
                 frozen = _with_words(freezer, value, words)
             found.append((path, name, frozen))
+        if self.asked:
+            # Channels and sizes were answered from these.
+            for full, child in module.named_modules():
+                for name in _GEOMETRY if isinstance(child, nn.Conv2d) else ():
+                    words = f"{full}.{name}"
+                    value = freezer.freeze(getattr(child, name), words)
+                    found.append((tuple(full.split(".")), name, value))
         return found
 
     def entries(self, module: nn.Module) -> list[_Entry]:
@@ -615,11 +626,12 @@ class Reads:
     def _enter_module(
         self, module: types.ModuleType, freezer: Freezer, found: list[_Entry]
     ) -> None:
-        if _is_torchs(module.__name__):
-            return
         attributes = vars(module)
+        torchs = _is_torchs(module.__name__)
         for name in self.names:
             value = attributes.get(name, Absent)
+            if torchs and not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+                continue  # PyTorch's own state is not read by name
             words = f"{module.__name__}.{name}"
             _refuse_class(value, f"its forward uses {words}")
             found.append(_Entry(attributes.get, name, _with_words(freezer, value, words), words))
@@ -630,6 +642,8 @@ class Reads:
         # The dictionary itself: its proxy takes ten times as long.
         attributes = next((d for d in gc.get_referents(vars(base)) if isinstance(d, dict)), None)
         assert attributes is not None
+        bases = Frozen(base.__mro__, "is")
+        found.append(_Entry(_Attributes(base), "__mro__", bases, f"the bases of {base.__name__}"))
         names = self.names | _PROTOCOL
         if self.dynamic and not issubclass(base, nn.Module):
             names = names | {name for name in attributes if not name.startswith("_")}

@@ -113,12 +113,18 @@ class _Value(fx.Proxy):
     @property
     def __class__(self) -> Any:
         # A forward that asks finds a tensor; fx finds what it has made.
-        user = self.tracer.observer.is_user(sys._getframe(1))  # type: ignore[attr-defined]
-        return Tensor if user else _Value
+        caller = sys._getframe(1)
+        user = self.tracer.observer.is_user(caller)  # type: ignore[attr-defined]
+        return Tensor if user or caller.f_code.co_name == "is_tensor" else _Value
 
     @__class__.setter
     def __class__(self, kind: Any) -> None:  # mypy wants both
         raise TypeError("a traced value has no other class")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer", "is_image", "layout"):
+            raise NotAUnitError(f"its forward sets {name} of a tensor", True)
+        super().__setattr__(name, value)
 
     def dim(self) -> Any:
         return 4 if self.is_image else fx.Proxy.__getattr__(self, "dim")()
@@ -129,9 +135,11 @@ class _Value(fx.Proxy):
 
     @property
     def shape(self) -> Any:
+        self.tracer.asked = True  # type: ignore[attr-defined]
         return _Size(self) if self.is_image else fx.Proxy.__getattr__(self, "shape")
 
     def size(self, *args: Any) -> Any:
+        self.tracer.asked = True  # type: ignore[attr-defined]
         if self.is_image and not args:
             return _Size(self)
         if self.is_image and args[0] in (1, -3) and self.layout.channels is not None:
@@ -151,6 +159,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.channels = channels
         self.switches: Any = None
+        self.asked = False
         paths = {id(m): tuple(n.split(".")) if n else () for n, m in module.named_modules()}
         self.observer = Observer(paths, lambda: self.graph.nodes)
 
@@ -236,7 +245,7 @@ def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.G
     finally:
         torch.as_tensor = as_tensor
         restore(states)
-    return graph, Reads(tracer.observer)
+    return graph, Reads(tracer.observer, tracer.asked)
 
 
 def _line_of(error: Exception) -> str:

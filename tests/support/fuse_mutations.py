@@ -1006,6 +1006,102 @@ class Squeezed(B):
         return x + h * self.gate(h.mean((2, 3), keepdim=True)).sigmoid()
 
 
+class MarksItsOutput(B):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x + self.outer(self.inner(x))
+        out.scale = 2
+        return out
+
+
+class ReadsAMark(B):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.outer(self.inner(x))
+        return x + h if getattr(x, "scale", None) is None else x + 2 * h
+
+
+class ShrinksSometimes(B):
+    """Whether the branch keeps the size decides, and that is the convolution's stride."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        if h.shape != x.shape:
+            h = F.interpolate(h, x.shape[2:])
+        return x + self.outer(h)
+
+
+class AsksForChannels(B):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.outer(self.inner(x))
+        return x + h if x.shape[1] == CHANNELS else 2 * h
+
+
+class ScheduledNorm(nn.BatchNorm2d):
+    steps = 0
+
+    @property
+    def momentum(self) -> float:
+        return 0.1 if self.steps < 2 else 0.9
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        pass
+
+
+class MomentumBySchedule(B):
+    def setup(self) -> None:
+        self.bn1 = ScheduledNorm(CHANNELS)
+
+
+class OtherBase(nn.Module):
+    def outer(self, h: Tensor) -> Tensor:
+        return 2 * self.conv2(F.relu(self.bn2(h)))
+
+
+class OneBase(nn.Module):
+    def outer(self, h: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.bn2(h)))
+
+
+class BasesChange(OneBase):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.bn1, self.conv1 = nn.BatchNorm2d(CHANNELS), conv3(CHANNELS, CHANNELS)
+        self.bn2, self.conv2 = nn.BatchNorm2d(CHANNELS), conv3(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.conv1(F.relu(self.bn1(x))))
+
+
+class Swish:
+    """An object that is called, with a factor of its own."""
+
+    def __init__(self) -> None:
+        self.slope = 0.1
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return F.leaky_relu(h, self.slope)
+
+
+class CallsAnObject(B):
+    def setup(self) -> None:
+        self.act = Swish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.act(self.bn2(self.conv1(self.act(self.bn1(x))))))
+
+
+class Backwards(nn.Sequential):
+    """Its children in the other order."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(list(self._modules.values()))
+
+
+class Contiguous(B):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.outer(self.inner(x))).contiguous()
+
+
 Later = Callable[[nn.Module, pytest.MonkeyPatch], None]
 
 
@@ -1086,6 +1182,11 @@ def _change_code(block: Any, patch: pytest.MonkeyPatch) -> None:
 
 def _change_closure(block: Any, patch: pytest.MonkeyPatch) -> None:
     change_closure(2)
+
+
+def _change_bases(block: Any, _: Any) -> None:
+    kind = next(c for c in type(block).__mro__ if c.__name__ == "Changing")
+    kind.__bases__ = (OtherBase, BasesChange)
 
 
 def _environment(block: Any, patch: pytest.MonkeyPatch) -> None:
@@ -1292,5 +1393,25 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "call-of-its-own": Mutation(BranchThatDoubles, None, False),
     "module-list-grows": Mutation(LengthOfAList, _append_layer, True, "extra"),
+    "marks-its-output": Mutation(MarksItsOutput, None, False, "scale"),
+    "reads-a-mark": Mutation(ReadsAMark, None, False, "scale|mul"),
+    "shrinks-sometimes": Mutation(ShrinksSometimes, assign("conv1.stride", (2, 2)), True, "stride"),
+    "asks-for-channels": Mutation(AsksForChannels, None, True),
+    "momentum-by-schedule": Mutation(
+        MomentumBySchedule, lambda b, _: setattr(b.bn1, "steps", 5), False, "momentum"
+    ),
+    "momentum-of-a-norms-class": Mutation(
+        B, lambda b, _: setattr(b.bn1, "momentum", 0.9), True, "momentum"
+    ),
+    "bases-change": Mutation(
+        lambda: type("Changing", (BasesChange,), {})(), _change_bases, True, "bases"
+    ),
+    "object-that-is-called": Mutation(CallsAnObject, assign("act.slope", 0.5), True, "slope"),
+    "object-whose-class-changes": Mutation(
+        CallsAnObject, on(Swish, "__call__", lambda self, h: torch.tanh(h)), True, "__call__"
+    ),
+    "sequence-backwards": Mutation(lambda: Backwards(B(), B(), B())),
+    "contiguous": Mutation(Contiguous, None, False, "contiguous"),
+    "relu-patched": Mutation(B, on(F, "relu", F.silu), True, "relu"),
     "kind-of-a-child": Mutation(KindOfAChild, assign("act", nn.SiLU()), True, "act"),
 }  # fmt: skip
