@@ -42,8 +42,9 @@ from tests.support.fuse_mutations import MUTATIONS, B
 from tests.support.yardstick import DEVICE, images, randomise, step
 
 MODES = ("recompute", "invert_h1", "invert", "segment")
-# Relative to the norm of float64's result, beside four times eager's own error.
-FLOOR = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Relative to the norm of float64's result, beside four times eager's own error: of outputs and
+# buffers, of gradients. In bf16 a ReLU's sign that flips near 0 outweighs all rounding.
+FLOOR = {torch.float64: (1e-8, 1e-8), torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.1, 0.5)}
 
 # Made for so many channels, as many come out; and to others.
 Same = Callable[[int], nn.Module]
@@ -182,8 +183,9 @@ def check(seed: int) -> str:
         exactly = truth[name].double()
         mine_off = float((value.double() - exactly).norm())
         eager_off = float((eager[name].double() - exactly).norm())
-        scale = largest if name.startswith(("grad", "dx")) else float(exactly.norm())
-        if not mine_off <= 4 * eager_off + FLOOR[case.dtype] * scale + 1e-12:
+        is_grad = name.startswith(("grad", "dx"))
+        scale = largest if is_grad else float(exactly.norm())
+        if not mine_off <= 4 * eager_off + FLOOR[case.dtype][is_grad] * scale + 1e-12:
             return f"{name} is off by {mine_off:.1e}, eager by {eager_off:.1e}, of {scale:.1e}"
     return ""
 
