@@ -14,6 +14,7 @@ from __future__ import annotations
 import dis
 import gc
 import itertools
+import os
 import sys
 import types
 import weakref
@@ -30,14 +31,13 @@ from ..core.reading import current_epoch
 from .frozen import A_TENSOR, ABSENT, Absent, Freezer, Frozen, difference, is_same
 from .reasons import NotAUnitError
 
-_TORCH = str(File(torch.__file__).parent)
-_OURS = str(File(__file__).parents[1])
-_TRUSTED = (_TORCH, _OURS)
+_TORCH = str(File(torch.__file__).parent) + os.sep  # not torchvision's
+_OURS = str(File(__file__).parents[1]) + os.sep
 # What PyTorch calls itself: where a model calls it, it is looked at like the model's code.
-_PACKAGES = str(File(_TORCH).parent)
-_STANDARD = str(File(dis.__file__).parent)
+_PACKAGES = str(File(_TORCH).parent) + os.sep
+_STANDARD = str(File(dis.__file__).parent) + os.sep
 _DEPENDENCIES = tuple(
-    str(File(_PACKAGES) / name) for name in ("numpy", "sympy", "mpmath", "typing_extensions")
+    _PACKAGES + name for name in ("numpy/", "sympy/", "mpmath/", "typing_extensions.py")
 )
 
 # Of a module, besides its children: read by PyTorch and the chain, not by a forward.
@@ -222,11 +222,9 @@ class Observer:
 
 def _kind_of(frame: types.FrameType) -> str:
     name = frame.f_code.co_filename
-    if name.startswith(_TRUSTED):
-        return "trusted"
     module = str(frame.f_globals.get("__name__"))
-    if name.startswith("<") and _is_torchs(module):
-        return "trusted"  # what dataclasses generate
+    if _is_torchs(module):
+        return "trusted"
     if name.startswith("<frozen") or (name.startswith("<") and module.startswith("namedtuple_")):
         return "library"
     if name.startswith(_PACKAGES) and not name.startswith(_DEPENDENCIES):
@@ -240,7 +238,7 @@ def _listed(code: types.CodeType, table: dict[str, frozenset[str] | None]) -> bo
         return True
     if not name.startswith(_TORCH):
         return False
-    relative = name[len(_TORCH) + 1 :].replace("\\", "/")
+    relative = name[len(_TORCH) :].replace("\\", "/")
     if relative not in table:
         return False
     names = table[relative]

@@ -142,11 +142,10 @@ def modules_of(block: nn.Module, plan: UnitPlan, guarded: bool = True) -> UnitMo
         plan.add_in_place,
         plan.pads,
     )
-    convs = unit.convs if unit.projection is None else (*unit.convs, unit.projection)
     reason = why_not(unit, plan.norm_types)
-    if reason is None and any(1 in (conv.in_channels, conv.out_channels) for conv in convs):
-        # Eager's layout and roundings then follow from strides that say nothing.
-        return "a convolution of one channel, whose tensors lie in either layout"
+    if reason is None and 1 in (unit.convs[0].in_channels, unit.convs[-1].out_channels):
+        # The layout of eager's result then follows from strides that say nothing.
+        return "its input or output has one channel, which lies in either layout"
     return reason or unit
 
 

@@ -59,8 +59,8 @@ SAME: tuple[Same, ...] = (
     FunctionalLeaky,
     IdentityFromPreact,
     lambda c: IdentityFromPreact(c, True),
-    lambda c: OfNormActs(NormAct, c, random.randint(1, 5), c),
-    lambda c: OfNormActs(NormThenAct, c, random.randint(1, 5), c),
+    lambda c: OfNormActs(NormAct, c, random.randint(2, 5), c),
+    lambda c: OfNormActs(NormThenAct, c, random.randint(2, 5), c),
     lambda c: OfTuples(c, c),
     OneSidedConvs,
     lambda c: PaddedBoth(c, random.random() < 0.5),
@@ -117,7 +117,7 @@ def draw(seed: int) -> Case:
             blocks.append(random.choice(OTHER)(channels, out, stride))
             channels = out
         else:
-            width = random.choice((1, 2))
+            width = random.choice((2, 3))  # an inner width of 1 lies in either layout
             blocks.append(random.choice(QUARTERS)(channels, width, stride))
             channels = 4 * width
         changed = blocks and blocks[-1]
