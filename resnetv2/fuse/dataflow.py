@@ -547,7 +547,7 @@ class Match(NamedTuple):
 
 def match_unit(graph: Graph) -> Match:
     """The unit that a graph is; raises ``NotAUnitError`` with the difference."""
-    ops, users = graph.ops, graph.users
+    ops = graph.ops
     for op in ops:
         if op.kind == "other":
             raise NotAUnitError(f"{op.what} is no part of a pre-activation unit")
@@ -558,22 +558,22 @@ def match_unit(graph: Graph) -> Match:
         raise NotAUnitError("no shortcut is added at its end")
     if len(set(add.inputs)) != 2:
         raise NotAUnitError("a tensor is added to itself")
-    reasons = []
+    reasons: list[tuple[int, NotAUnitError]] = []
     for branch, other in (add.inputs, add.inputs[::-1]):
+        links: list[tuple[Op, Op | None, Op]] = []
         try:
-            links = _branch(graph, ops[branch], add)
+            _branch(graph, ops[branch], add, links)
             return Match(links, *_shortcut(graph, links, ops[other], add), add)
         except NotAUnitError as reason:
-            reasons.append(reason)
-    assert users
-    # The first side that has convolutions says more than one that is the bare input.
-    bare = ops[add.inputs[0]].kind == "input"
-    raise reasons[1] if bare else reasons[0]
+            steps = 2 * len(links) + (ops[branch].kind != "input")
+            reasons.append((steps, reason))
+    # The side that is most like a branch says more than the one that is most like a shortcut.
+    raise max(reasons, key=lambda reason: reason[0])[1]
 
 
-def _branch(graph: Graph, last: Op, add: Op) -> list[tuple[Op, Op | None, Op]]:
+def _branch(graph: Graph, last: Op, add: Op, links: list[tuple[Op, Op | None, Op]]) -> None:
+    """Fills ``links``, from the last convolution to the input."""
     ops, users = graph.ops, graph.users
-    links: list[tuple[Op, Op | None, Op]] = []
     conv, reader = last, add.number
     while True:
         if conv.kind != "conv":
@@ -595,7 +595,6 @@ def _branch(graph: Graph, last: Op, add: Op) -> list[tuple[Op, Op | None, Op]]:
         if users[z.number] != {conv.number}:
             raise NotAUnitError(f"the input of {dotted(conv.path)} is read elsewhere too")
         conv, reader = source, norm.number
-    return links
 
 
 def _shortcut(

@@ -250,6 +250,9 @@ def _name_of(frame: types.FrameType) -> str:
     if frame.f_code.co_name == "decorate_context":
         return "a decorator like torch.no_grad()"
     local = frame.f_locals
+    wrapped = local.get("fn")
+    if isinstance(wrapped, types.FunctionType):  # what torch.compile must not trace
+        return f"{wrapped.__module__}.{wrapped.__name__}"
     owner = local.get("self", local.get("cls"))
     if owner is not None and frame.f_code.co_name.startswith("__"):
         kind = owner if isinstance(owner, type) else type(owner)
