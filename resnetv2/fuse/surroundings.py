@@ -12,6 +12,7 @@ alone, is a reason to leave the block as it is.
 from __future__ import annotations
 
 import dis
+import functools
 import gc
 import itertools
 import os
@@ -330,14 +331,9 @@ class _Cells:
             return default
 
 
-class _Attributes:
-    """A function's defaults and code, a class's bases."""
-
-    def __init__(self, owner: types.FunctionType | type) -> None:
-        self.__self__ = owner
-
-    def __call__(self, name: str, default: Any = Absent) -> Any:
-        return getattr(self.__self__, name, default)
+def _attributes(owner: types.FunctionType | type) -> Callable[[Any, Any], Any]:
+    """A getter of a function's defaults and code, or of a class's bases."""
+    return functools.partial(getattr, owner)
 
 
 _watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
@@ -447,7 +443,7 @@ _ABSENTS = itertools.repeat(Absent)
 
 def _owner(get: Any) -> Any:
     """What a ``get`` looks into."""
-    return get.__self__
+    return get.args[0] if isinstance(get, functools.partial) else get.__self__
 
 
 @torch.compiler.assume_constant_result
@@ -604,13 +600,13 @@ class Reads:
         found: list[_Entry],
     ) -> None:
         name = function.__qualname__.replace(".<locals>", "")
-        get = _Attributes(function)
+        get = _attributes(function)
         found.append(
             _Entry(get, "__code__", Frozen(function.__code__, "is"), f"the code of {name}")
         )
         for key in ("__defaults__", "__kwdefaults__"):
             words = f"the defaults of {name}"
-            found.append(_Entry(get, key, _with_words(freezer, get(key), words), words))
+            found.append(_Entry(get, key, _with_words(freezer, get(key, Absent), words), words))
         cells = _Cells(function)
         read = {
             str(i.argval)
@@ -644,7 +640,7 @@ class Reads:
         attributes = next((d for d in gc.get_referents(vars(base)) if isinstance(d, dict)), None)
         assert attributes is not None
         bases = Frozen(base.__mro__, "is")
-        found.append(_Entry(_Attributes(base), "__mro__", bases, f"the bases of {base.__name__}"))
+        found.append(_Entry(_attributes(base), "__mro__", bases, f"the bases of {base.__name__}"))
         names = self.names | _PROTOCOL
         if self.dynamic and not issubclass(base, nn.Module):
             names = names | {name for name in attributes if not name.startswith("_")}
