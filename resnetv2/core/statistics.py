@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+
+def _as_versions_were(running: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Move running statistics as ATen's batch norm does, which counts no version of them: a norm
+    may run fused and by itself in one graph, which has saved them."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return _unsafe_preserve_version_counter(tuple(running))
 
 
 class BufferUpdate:
@@ -92,11 +102,13 @@ class BufferUpdate:
                     batch = [b.to(r.dtype) for b, r in zip(batch, running)]
                 # running + momentum*(batch - running) rounds once at the size of the result, the
                 # form (1 - momentum)*running + momentum*batch twice.
-                torch._foreach_lerp_(running, batch, momentum)
+                with _as_versions_were(running):
+                    torch._foreach_lerp_(running, batch, momentum)
             for norm, number, rows in self._cumulative:
                 mean, var = parts[3 * number], parts[3 * number + 1]
                 norm.num_batches_tracked.add_(1)
                 weight = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
                 var = var if rows is None else var * (rows / (rows - 1))
-                norm.running_var.lerp_(var.to(norm.running_var.dtype), weight)
+                with _as_versions_were([norm.running_mean, norm.running_var]):
+                    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+                    norm.running_var.lerp_(var.to(norm.running_var.dtype), weight)

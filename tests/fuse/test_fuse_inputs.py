@@ -35,6 +35,15 @@ def test_a_module_in_several_places_is_called_as_often():
         assert_close_steps(step(fused, images(SHAPE)), step(model, images(SHAPE)))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_block_that_runs_both_ways_in_one_graph(momentum):
+    """By its own forward for an input in an odd layout, and fused for its own output."""
+    block = Basic(4, 4, norm=lambda channels: nn.BatchNorm2d(channels, momentum=momentum))
+    fused, model = pair(nn.Sequential(block, block))
+    x = images(SHAPE).transpose(2, 3)
+    assert_close_steps(step(fused, x), step(model, x))
+
+
 def test_a_block_that_is_put_in_anothers_place():
     fused, model = pair(nn.Sequential(Basic(4, 4), Basic(4, 4), Basic(4, 4)))
     for each in (fused, model):
