@@ -1,16 +1,18 @@
 """A training step of ResNet-1001 and ResNet-110 at batch 128 in a dry run, as JSON on stdout.
 
-    python -m tests.support.dryrun_models [--target sm_90]
+    python -m tests.support.dryrun_models [--target sm_90] [--known FILE]
 
 Run by test_compile.py in a process of its own: kernels cannot be compiled where they are
 interpreted. A stage has its first unit (which projects) and two identical ones; the others of its
-18 or 111 launch the same kernels as the second.
+18 or 111 launch the same kernels as the second. Kernels that the file names, a list of (key, grid),
+are not described again: counting the instructions of one takes half a second.
 """
 
 import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +42,22 @@ def training_step(block: str, target: str) -> list[Launch]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90")
-    target = parser.parse_args().target
+    parser.add_argument("--known", type=Path)
+    options = parser.parse_args()
+    target = options.target
+    listed = json.loads(options.known.read_text()) if options.known else []
+    known = {(key, tuple(grid)) for key, grid in listed}
     result = {}
     for name, block in MODELS.items():
         launches = training_step(block, target)
         distinct = {(x.kernel.key, x.grid): x for x in launches}
-        rows = [matrix.row(target, "bf16", name, x) for x in distinct.values()]
         result[name] = {
-            "launches": [(x.kernel.name, x.nbytes) for x in launches],
-            "rows": [asdict(r) for r in rows],
+            "kernels": list(distinct),
+            "rows": [
+                asdict(matrix.row(target, "bf16", name, x))
+                for at, x in distinct.items()
+                if at not in known
+            ],
         }
     print(json.dumps(result))
     return 0
