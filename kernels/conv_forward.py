@@ -266,7 +266,7 @@ def conv_forward(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         UNROLL=config.unroll,
-        BLOCK_TILES=block_tiles(place.group, config.block_n, config.num_warps),
+        BLOCK_TILES=block_tiles(place.group, config.block_n, config.num_warps // 4),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

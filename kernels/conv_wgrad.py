@@ -365,7 +365,7 @@ def conv_wgrad(
         BLOCK_J=config.block_j,
         J_TILES=config.j_tiles,
         SWAP=config.block_j < 64 <= config.block_k,
-        AT_ONCE=max(1, min(8, 2048 * config.num_warps // (config.block_k * config.block_j))),
+        AT_ONCE=max(1, min(8, 1024 * config.num_warps // (config.block_k * config.block_j))),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -306,7 +306,7 @@ def act_backward(
         TRAINING=training,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
-        BLOCK_TILES=block_tiles(place.group, tiling.block_c, 4),
+        BLOCK_TILES=block_tiles(place.group, tiling.block_c, 1),
         num_warps=4,
     )
     assert place.grads is not None

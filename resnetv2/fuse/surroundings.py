@@ -446,7 +446,6 @@ def _owner(get: Any) -> Any:
     return get.args[0] if isinstance(get, functools.partial) else get.__self__
 
 
-@torch.compiler.assume_constant_result
 def changed_when_compiled(number: int) -> str:
     """``Watch.changed`` of the watch of that number, as it is when a graph is compiled.
 
@@ -456,6 +455,10 @@ def changed_when_compiled(number: int) -> str:
     states = watch.states
     reason = f"torch.compile would not see {states} change" if states else ""
     return watch.changed() or reason
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler, and that Triton.
+changed_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _GEOMETRY = ("out_channels", "kernel_size", "stride", "padding", "dilation")

@@ -85,7 +85,7 @@ def test_a_barrier_on_both_sides_of_each_ticket(rows, target):
     atomic, barrier, store, read = (
         (r"\batom\.", r"\bbar\.sync", r"\bst\.global", r"\bld\.global")
         if nvidia
-        else (r"_atomic_", r"\bs_barrier", r"(global|buffer)_store", r"(global|buffer)_load")
+        else (r"_atomic_", r"\bs_barrier", r"(?:global|buffer)_store", r"(?:global|buffer)_load")
     )
     # One wave alone needs no barrier, and on AMD has none.
     kernels = {
