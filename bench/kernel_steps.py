@@ -87,8 +87,8 @@ class _Capture:
 
         return call
 
-    def _norm_conv(self, norm: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
-        return self.real.conv_forward(*args, **{**kwargs, "stats": self.real.norm_stats(*norm)})
+    def _norm_conv(self, taken: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        return self.real.conv_forward(*args, **{**kwargs, "stats": self.real.norm_stats(*taken)})
 
 
 def device_rates(dtype: str) -> dict[str, float]:

@@ -242,12 +242,12 @@ class Spec(NamedTuple):
                 continue
             k = len(unit.convs)
             if memory == "recompute" or not unit.walkable:
-                keys.extend((number, i) for i in range(k) if i or number > start)
+                keys += [(number, i) for i in range(k) if i or number > start]
                 continue
             if number > start and self._is_anchor(age):
                 keys.append((number, 0))
             if memory == "invert_h1":
-                keys.extend((number, i) for i in range(1, k))
+                keys += [(number, i) for i in range(1, k)]
             else:
                 keys.append((number, k - 1))
         return tuple(keys)
