@@ -60,6 +60,16 @@ def tile_counts(counts_ptr, tile, tiles, M, tile_rows):
 
 
 @triton.jit
+def _offset(mean_ptr, mask, first, C: tl.constexpr, ROWS: tl.constexpr):
+    """Tiles' means, with what their own roundings lost, seen from the first tile's."""
+    mean = tl.load(mean_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+    offset = mean.to(tl.float32) - first[None, :]
+    if ROWS == 3:
+        offset += tl.load(mean_ptr + 2 * C, mask=mask, other=0.0, cache_modifier=".cg")
+    return offset
+
+
+@triton.jit
 def merge_moments(
     data_ptr,
     counts_ptr,
@@ -84,11 +94,7 @@ def merge_moments(
         tile = start + tl.arange(0, BLOCK_TILES)
         mask = (tile < tiles)[:, None] & known[None, :]
         at = tile[:, None] * (ROWS * C) + columns[None, :]
-        offset_t = tl.load(data_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-        offset_t = offset_t.to(tl.float32) - first[None, :]
-        if ROWS == 3:
-            rest = tl.load(data_ptr + 2 * C + at, mask=mask, other=0.0, cache_modifier=".cg")
-            offset_t += rest
+        offset_t = _offset(data_ptr + at, mask, first, C, ROWS)
         count = tile_counts(counts_ptr, tile, tiles, M, tile_rows)
         offset += tl.where(mask, offset_t * (count * inverse)[:, None], 0.0)
     offset = tl.sum(offset, axis=0)
@@ -98,11 +104,7 @@ def merge_moments(
         tile = start + tl.arange(0, BLOCK_TILES)
         mask = (tile < tiles)[:, None] & known[None, :]
         at = tile[:, None] * (ROWS * C) + columns[None, :]
-        offset_t = tl.load(data_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-        offset_t = offset_t.to(tl.float32) - first[None, :]
-        if ROWS == 3:
-            rest = tl.load(data_ptr + 2 * C + at, mask=mask, other=0.0, cache_modifier=".cg")
-            offset_t += rest
+        offset_t = _offset(data_ptr + at, mask, first, C, ROWS)
         m2 = tl.load(data_ptr + C + at, mask=mask, other=0.0, cache_modifier=".cg")
         count = tile_counts(counts_ptr, tile, tiles, M, tile_rows)
         delta = offset_t - offset[None, :]

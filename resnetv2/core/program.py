@@ -40,8 +40,7 @@ class Program:
 
     Attributes:
         steps: in order, without views that nothing reads. arena: bytes of the temporaries that only
-        kernels touch. faults: exceptions of a replay that say that a
-        kernel chosen at the recording can no longer be had.
+        kernels touch. faults: what a replay raises where a kernel can no longer be had.
     """
 
     def __init__(
@@ -186,9 +185,11 @@ class Programs:
         if found is not None:
             with contextlib.suppress(KeyError):
                 self._kept.move_to_end(key)
-            # A kernel that fails now has what replaces it chosen as at first (kernels.fallback).
-            with contextlib.suppress(*found[0].faults):
+            try:
                 return found[0](inputs), found[1]
+            except found[0].faults:
+                # Recorded anew, its kernel's replacement is chosen as at first (kernels.fallback).
+                self._kept.pop(key, None)
         program, results, static = record(function, inputs, device)
         with self._lock:
             self._kept[key] = program, static, named

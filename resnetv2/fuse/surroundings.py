@@ -17,6 +17,7 @@ import gc
 import itertools
 import os
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -102,6 +103,9 @@ class _Ran(NamedTuple):
     cells: tuple[tuple[str, Any], ...]
 
 
+_observing = threading.Lock()
+
+
 class Observer:
     """While it is entered, notes what the code of a traced module does.
 
@@ -119,13 +123,15 @@ class Observer:
         self._calls: list[tuple[Any, Any, int]] = []
 
     def __enter__(self) -> Observer:
+        _observing.acquire()  # what is put on nn.Module is there for all threads
         self._before = sys.gettrace(), sys.getprofile()
-        own = "__getattribute__" in vars(nn.Module)
-        assert not own
+        # Another tool may have put its own there.
+        self._reads = vars(nn.Module).get("__getattribute__")
+        read = self._reads or object.__getattribute__
 
         def recording(module: nn.Module, name: str) -> Any:
             self._read(module, name, sys._getframe(1))
-            return object.__getattribute__(module, name)
+            return read(module, name)
 
         nn.Module.__getattribute__ = recording  # type: ignore[method-assign,assignment]
         sys.setprofile(self._on_profile)
@@ -135,7 +141,11 @@ class Observer:
     def __exit__(self, *_: Any) -> None:
         sys.settrace(self._before[0])
         sys.setprofile(self._before[1])
-        del nn.Module.__getattribute__
+        if self._reads is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = self._reads  # type: ignore[method-assign]
+        _observing.release()
 
     def is_user(self, frame: types.FrameType | None) -> bool:
         """Whether a frame runs the model's code: neither PyTorch's nor this library's, nor what

@@ -197,10 +197,11 @@ def test_identity_from_preact_is_not_rounded_under_autocast():
     assert (found - exact).norm() <= 2 * (expected - exact).norm()
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("memory", ["invert", "invert_h1", "segment"])
-def test_walking_back_warns_where_it_loses_the_stream(memory):
+def test_walking_back_warns_where_it_loses_the_stream(memory, half):
     """Once, with the figure; and not where it does not."""
-    for scale, warned in ((1.0, 0), (1e5, 1)):
+    for scale, warned in ((1.0, 0), (1e3 if half else 1e5, 1)):
         torch.manual_seed(0)
         blocks = [PreActBlock(8, 8).to(DEVICE) for _ in range(6)]
         for block in blocks:
@@ -208,7 +209,9 @@ def test_walking_back_warns_where_it_loses_the_stream(memory):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
-                x = images((2, 8, 8, 8)).requires_grad_()
-                run_blocks(blocks, x, memory=memory, backend="aten").sum().backward()
+                x = images((2, 8, 8, 8)).to(torch.bfloat16 if half else torch.float32)
+                with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=half):
+                    out = run_blocks(blocks, x.requires_grad_(), memory=memory, backend="aten")
+                out.sum().backward()
         said = [str(w.message) for w in caught if "walked back" in str(w.message)]
         assert len(said) == warned, said
