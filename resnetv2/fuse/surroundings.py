@@ -103,11 +103,13 @@ class _Ran(NamedTuple):
     cells: tuple[tuple[str, Any], ...]
 
 
-_observing = threading.Lock()
+# What an observer puts on nn.Module is there for all threads. Its own exit runs under observation,
+# this lock's does not: it is given back whatever happens.
+OBSERVING = threading.Lock()
 
 
 class Observer:
-    """While it is entered, notes what the code of a traced module does.
+    """While it is entered, under ``OBSERVING``, notes what the code of a traced module does.
 
     paths: of the traced modules, by id. graph: gives the nodes so far.
     """
@@ -123,8 +125,11 @@ class Observer:
         self._calls: list[tuple[Any, Any, int]] = []
 
     def __enter__(self) -> Observer:
-        _observing.acquire()  # what is put on nn.Module is there for all threads
         self._before = sys.gettrace(), sys.getprofile()
+        # A collection would run finalizers and callbacks of others in between, which a forward
+        # seems to call.
+        self._collects = gc.isenabled()
+        gc.disable()
         # Another tool may have put its own there.
         self._reads = vars(nn.Module).get("__getattribute__")
         read = self._reads or object.__getattribute__
@@ -145,7 +150,8 @@ class Observer:
             del nn.Module.__getattribute__
         else:
             nn.Module.__getattribute__ = self._reads  # type: ignore[method-assign]
-        _observing.release()
+        if self._collects:
+            gc.enable()
 
     def is_user(self, frame: types.FrameType | None) -> bool:
         """Whether a frame runs the model's code: neither PyTorch's nor this library's, nor what

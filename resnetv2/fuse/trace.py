@@ -26,7 +26,7 @@ from ..core.modules import act_of
 from ..core.sync import NORMS
 from ..kernels.operands import Act
 from .reasons import NotAUnitError
-from .surroundings import Observer, Reads
+from .surroundings import OBSERVING, Observer, Reads
 from .unit_plan import is_leaf
 
 UNTRACEABLE = "cannot be traced"
@@ -227,7 +227,7 @@ def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.G
         torch.as_tensor = lambda data, *a, **k: (  # type: ignore[assignment]
             data if type(data) is _Value and not a and not k else as_tensor(data, *a, **k)
         )
-        with no_modes(), torch.enable_grad(), _autocast_on(), tracer.observer:
+        with no_modes(), torch.enable_grad(), _autocast_on(), OBSERVING, tracer.observer:
             tracer.switches = _switches()
             graph = tracer.trace(module)
         if not same_states(states, random_states()):

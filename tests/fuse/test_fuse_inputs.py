@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import time
 import warnings
 
 import pytest
@@ -97,6 +99,26 @@ def test_shortcuts_that_are_broadcast(name):
                 copy.deepcopy(fused)(images(shape))
             continue
         assert_close_steps(step(copy.deepcopy(fused), images(shape)), expected)
+
+
+def test_what_a_collection_runs_is_no_part_of_a_forward():
+    """Callbacks and finalizers, of a profiler or a test tool, run wherever a trace allocates."""
+    called = []
+
+    def clock(phase: str, info: object) -> None:
+        called.append(time.perf_counter())
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(clock)
+    gc.set_threshold(1, 1, 1)
+    try:
+        fused, _ = pair(Basic(4, 4))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(clock)
+    assert called
+    assert gc.isenabled()
+    assert fused_units(fused) == 1
 
 
 @pytest.mark.parametrize("default", ["meta", "cuda"])
