@@ -26,8 +26,8 @@ from ..core.spec import Shortcut
 from ..core.sync import NORMS, SyncBatchNorm
 from ..kernels.operands import Act
 from .frozen import Freezer, Frozen, difference, is_same
+from .reads import Guard, Reads, lookup
 from .reasons import NotAUnitError
-from .surroundings import Guard, Reads, Watch, lookup
 from .trace import (
     ACT_FUNCTIONS,
     ADDITIONS,
@@ -43,6 +43,7 @@ from .trace import (
     unhook,
 )
 from .unit_plan import Container, Path, UnitPlan, child_at, dotted, is_leaf, modules_of
+from .watch import Watch
 
 # More norms than any unit has: a whole stage or model, whose children are looked at instead.
 MOST_NORMS = 16

@@ -1,7 +1,7 @@
 """A module's forward as a torch.fx graph of its own steps, without side effects on the module.
 
 Modules of torch.nn are leaves, and norms of any class. Values answer what a forward may ask of any
-batch of images (rank, channels); what else it decides by, ``surroundings`` observes.
+batch of images (rank, channels); what else it decides by, ``observer`` sees.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from ..core.checks import SHADOWS, is_norm
 from ..core.modules import act_of
 from ..core.sync import NORMS
 from ..kernels.operands import Act
+from .observer import OBSERVING, Observer
+from .reads import Reads
 from .reasons import NotAUnitError
-from .surroundings import OBSERVING, Observer, Reads
 from .unit_plan import is_leaf
 
 UNTRACEABLE = "cannot be traced"

@@ -20,7 +20,9 @@ from ..core.modules import Pad, UnitModules, act_of
 from ..core.spec import Shortcut
 from ..kernels.operands import Act
 from .frozen import SIMPLE, Frozen, difference, is_same
-from .surroundings import INTERNAL, Watch, changed_when_compiled, lookup
+from .observer import INTERNAL
+from .reads import lookup
+from .watch import Watch, changed_when_compiled
 
 Path = tuple[str, ...]
 
