@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from . import ranks, reference
 from .operands import (
+    IDENTITY,
     Act,
     Geometry,
     Grad,
@@ -228,18 +230,32 @@ class AtenEngine:
 
 FUSED = "fused"  # prologues are applied as the kernel loads its operands
 WRITTEN = "written"  # an elementwise kernel writes the operands once, the kernel reads them plain
-ATEN = "aten"  # the reference, on ATen's (cuDNN's) convolution
+ATEN = "aten"  # ATen's (cuDNN's) convolution, between the same elementwise kernels
+
+# Channels on the narrower side from which arithmetic binds a convolution of that kernel size
+# (kernels/README.md, "Which implementation runs").
+WIDE = {(1, 1): 512, (3, 3): 128}
 
 
-def implementation(op: str, kernel_size: tuple[int, int], geometry: Geometry) -> str:
-    """The table: how ``op`` ("forward", "dgrad" or "wgrad") of a convolution is computed.
+def implementation(weight_shape: Sequence[int], geometry: Geometry) -> str:
+    """The table: how a convolution with a weight (K, C, R, S) is computed, in both directions.
 
     A prologue at each tap of a 3x3 costs 2-3x its memory time in instructions, against 0.7x
-    without one: its operands are written once. A 1x1 is at the memory floor with all fused.
+    without one: its operands are written once. A 1x1 is at the memory floor with all fused. Where
+    arithmetic binds, no convolution in Triton is known to be faster than cuDNN's.
     """
+    k, c, *size = weight_shape
     if geometry.dilation != (1, 1) or geometry.groups != 1 or geometry.extra != (0, 0):
         return ATEN
+    kernel_size = (size[0], size[1])
+    if min(k, c) >= WIDE.get(kernel_size, WIDE[3, 3]):
+        return ATEN
     return FUSED if kernel_size == (1, 1) else WRITTEN
+
+
+def _shape_of(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """For ATen's backward where no weight asks for it: only z's shape is looked at."""
+    return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
 
 
 def runs_twice(weight: Tensor) -> bool:
@@ -309,8 +325,12 @@ class TritonEngine(AtenEngine):
             tiled=False,
         )  # fmt: skip
 
-    def _norm_act_written(self, h: Tensor, stats: Tensor, act: Act, dtype: torch.dtype) -> Tensor:
-        """z = act(a*h + b): the operand of a convolution that is written once."""
+    def _operand(
+        self, h: Tensor, stats: Tensor | None, act: Act, dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
+        """z = act(a*h + b) or h in ``dtype``: a convolution's operand, written once if at all."""
+        if stats is None and h.dtype == dtype:
+            return h
         return self._run(
             "norm and activation", h, (h.shape, h.dtype, dtype),
             lambda _: self._norm_act.norm_act(h, stats, act, dtype),
@@ -330,13 +350,13 @@ class TritonEngine(AtenEngine):
     def _operands(
         self, grad: Grad, h: Tensor, stats: Tensor, act: Act, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Both of a convolution's backward, written: ``_input_grad`` and ``_norm_act_written``."""
+        """Both of a convolution's backward, written: ``_input_grad`` and ``_operand``."""
         return self._run(
             "operands", h, (grad.q.shape, grad.q.dtype, h.shape, h.dtype, dtype),
             lambda _: self._norm_backward.written_operands(grad, h, stats, act, dtype),
             lambda: (
                 self._input_grad(grad, None, dtype),
-                self._norm_act_written(h, stats, act, dtype),
+                self._operand(h, stats, act, dtype),
             ),
             tiled=False,
         )  # fmt: skip
@@ -349,6 +369,18 @@ class TritonEngine(AtenEngine):
             "norm sums", stats, (sums.data.shape,),
             lambda _: self._norm_backward.norm_grad(sums, stats, training, total),
             lambda: reference.norm_grad(sums, stats, training, total),
+            tiled=False,
+        )  # fmt: skip
+
+    def _act_backward(
+        self, dz: Tensor, h: Tensor, stats: Tensor, act: Act, add: Tensor | None, training: bool
+    ) -> tuple[Tensor, NormGrads]:
+        """``reference.act_backward``, behind a convolution's backward by ATen."""
+        dz = reference.in_memory_format(dz, torch.channels_last)
+        return self._run(
+            "activation gradient", h, (h.shape, h.dtype, dz.dtype),
+            lambda _: self._norm_backward.act_backward(dz, h, stats, act, add, training),
+            lambda: reference.act_backward(dz, h, stats, act, add, training),
             tiled=False,
         )  # fmt: skip
 
@@ -377,22 +409,31 @@ class TritonEngine(AtenEngine):
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """``reference.conv_forward`` by whatever ``implementation`` names."""
+        dtype = options["dtype"]
+        how = implementation(weight.shape, geometry)
+        if how != FUSED and options.get("stats") is not None:
+            h = self._operand(h, options["stats"], options["act"], dtype)
+            options["stats"] = None
 
         def aten() -> tuple[Tensor, Any]:
-            out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
+            end = {k: v for k, v in options.items() if k not in ("dtype", "stats")}
+            end.update(with_moments=with_moments, norm=norm)
+            z = self._operand(h, options.get("stats"), options.get("act", IDENTITY), dtype)
+            # The bias is the end's: cuDNN would add it in a pass of its own.
+            out = reference.conv2d(z, cast(weight, dtype), None, geometry)
             # h may lie in both layouts, but the kernels read channels_last alone.
             out = reference.in_memory_format(out, torch.channels_last)
-            return out, self.moments(out, norm) if with_moments else None
+            return self._run(
+                "end of a convolution", out, (out.shape, out.dtype, end.get("out_dtype")),
+                lambda _: self._moments.conv_end(out, bias, **end),
+                lambda: reference.conv_end(out, bias, **end),
+                tiled=False,
+            )  # fmt: skip
 
-        how = implementation("forward", (weight.shape[2], weight.shape[3]), geometry)
         if how == ATEN:
             return aten()
-        stats = options.get("stats")
-        if how == WRITTEN and stats is not None:
-            h = self._norm_act_written(h, stats, options["act"], options["dtype"])
-            options["stats"] = None
         return self._run(
-            "conv forward", h, (h.shape, weight.shape, geometry, options["dtype"]),
+            "conv forward", h, (h.shape, weight.shape, geometry, dtype),
             lambda smaller: self._conv_forward.conv_forward(
                 h, weight, bias, geometry,
                 with_moments=with_moments, norm=norm, smaller=smaller, **options,
@@ -405,7 +446,7 @@ class TritonEngine(AtenEngine):
         dtype: torch.dtype, stats: Tensor | None, act: Act, with_bias: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if how == WRITTEN and stats is not None:
-            h = self._norm_act_written(h, stats, act, dtype)
+            h = self._operand(h, stats, act, dtype)
             stats = None
         options: dict[str, Any] = {
             "dtype": dtype,
@@ -425,14 +466,16 @@ class TritonEngine(AtenEngine):
         self, g, h, weight, geometry, *, dtype, stats, act, need_input, need_weight, need_bias
     ):  # type: ignore[no-untyped-def]
         """``AtenEngine.conv_backward`` by whatever ``implementation`` names."""
-        kernel_size = tuple(weight.shape[2:])
-        how = implementation("wgrad", kernel_size, geometry)
-        if how == ATEN:
-            return super().conv_backward(
-                g, h, weight, geometry, dtype=dtype, stats=stats, act=act,
-                need_input=need_input, need_weight=need_weight, need_bias=need_bias,
-            )  # fmt: skip
+        how = implementation(weight.shape, geometry)
         dz = dweight = dbias = None
+        if how == ATEN:
+            if g.dtype != dtype:
+                g = self._input_grad(Grad(g), None, dtype)
+            z = self._operand(h, stats, act, dtype) if need_weight else _shape_of(h, dtype)
+            dz, dweight, dbias = reference.convolution_backward(
+                g, z, weight, geometry, (need_input, need_weight, need_bias)
+            )
+            return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
         if need_weight or need_bias:
             dweight, dbias = self._weight_grad(
                 how, Grad(g), h, weight, geometry,
@@ -447,36 +490,40 @@ class TritonEngine(AtenEngine):
         need_input, need_weight, need_bias, add=None, identity=None, final=False, sync=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
-        kernel_size = tuple(weight.shape[2:])
-        how = implementation("dgrad", kernel_size, geometry)
-        if how == ATEN:
-            return super().norm_conv_backward(
-                grad, h, stats, act, weight, geometry, training=training, gamma=gamma, dtype=dtype,
-                need_input=need_input, need_weight=need_weight, need_bias=need_bias,
-                add=add, identity=identity, final=final, sync=sync,
-            )  # fmt: skip
+        how = implementation(weight.shape, geometry)
         z, norm = h, stats
-        if how == WRITTEN and (grad.coef is not None or grad.q.dtype != dtype):
+        if how != FUSED and (grad.coef is not None or grad.q.dtype != dtype):
             if need_weight or need_bias:
                 g, z = self._operands(grad, h, stats, act, dtype)
                 grad, norm = Grad(g), None
             else:
                 grad = Grad(self._input_grad(grad, None, dtype))
-        dweight = dbias = None
-        if need_weight or need_bias:
-            dweight, dbias = self._weight_grad(
-                how, grad, z, weight, geometry,
-                dtype=dtype, stats=norm, act=act, with_bias=need_bias,
+        if how == ATEN:
+            z = self._operand(z, norm, act, dtype) if need_weight else _shape_of(z, dtype)
+            dz, dweight, dbias = reference.convolution_backward(
+                grad.q, z, weight, geometry, (need_input, need_weight, need_bias)
+            )
+            del grad, z
+            if dz is None:
+                return ConvGrads(None, dweight, dbias, None, None)
+            q, (coef, dgamma, dbeta) = self._act_backward(dz, h, stats, act, add, training)
+            twice = False
+        else:
+            dweight = dbias = None
+            if need_weight or need_bias:
+                dweight, dbias = self._weight_grad(
+                    how, grad, z, weight, geometry,
+                    dtype=dtype, stats=norm, act=act, with_bias=need_bias,
+                )  # fmt: skip
+            del z
+            if not need_input:
+                return ConvGrads(None, dweight, dbias, None, None)
+            twice = final and runs_twice(weight)
+            dgrad = functools.partial(
+                self._dgrad, grad, weight, h, geometry,
+                dtype=dtype, stats=stats, act=act, add=add, training=training,
             )  # fmt: skip
-        del z
-        if not need_input:
-            return ConvGrads(None, dweight, dbias, None, None)
-        twice = final and runs_twice(weight)
-        dgrad = functools.partial(
-            self._dgrad, grad, weight, h, geometry,
-            dtype=dtype, stats=stats, act=act, add=add, training=training,
-        )  # fmt: skip
-        q, (coef, dgamma, dbeta) = dgrad(write=not twice)
+            q, (coef, dgamma, dbeta) = dgrad(write=not twice)
         if sync is not None:
             everywhere = ranks.gather_sums(dbeta, dgamma, sync.gather)
             coef, _, _ = self._norm_grad(everywhere, stats, training, sync.total)

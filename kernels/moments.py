@@ -15,7 +15,11 @@ last program merges the tiles in a fixed order and makes the norm's statistics o
 ``norm_stats`` does the same in a launch of its own: where moments come from another part of a
 chain, or from several processes, whose numbers of rows are then on the device (``ranks``).
 
-Bytes: ``moments`` reads x once, and writes and reads 12 bytes a tile and channel.
+``conv_end`` is the same kernel behind a convolution that another library has computed: it adds the
+bias and the residual first, and takes the moments of what it wrote.
+
+Bytes: ``moments`` reads x once, and writes and reads 12 bytes a tile and channel; ``conv_end`` also
+reads the residual and writes the sum.
 
 ``row_tiling`` is the tiling of every elementwise kernel beside this one: a program owns ``steps``
 blocks of BLOCK_M rows by BLOCK_C channels, and there is a program for each tile and channel block,
@@ -33,8 +37,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import recording
-from .activations import sums
-from .checks import check_activation, check_norm, check_partials, check_vector
+from .activations import activate, cast, sums
+from .checks import (
+    check_activation,
+    check_floating,
+    check_norm,
+    check_partials,
+    check_per_channel,
+    check_vector,
+)
 from .integers import cdiv, next_power_of_2
 from .launch import Device, device_of, launch
 from .merging import (
@@ -46,7 +57,7 @@ from .merging import (
     store_stats,
     tile_counts,
 )
-from .operands import Norm, Partials
+from .operands import IDENTITY, Act, Norm, Partials
 
 # Elements of one block: 16 a thread at 4 warps, two 16-byte loads of each 16-bit tensor in flight.
 # With more, the longest activations spill.
@@ -130,19 +141,48 @@ def tile_steps(tile, M, steps, BLOCK_M: tl.constexpr):
     return first, tl.minimum(steps, (M + BLOCK_M - 1) // BLOCK_M - first).to(tl.int32)
 
 
+@triton.jit
+def add_block(x, mask, valid, mean, rest, m2, count, step, MASKED: tl.constexpr):
+    """A tile's mean, the mean's rest, M2 and rows, with those of block number ``step``."""
+    block_count = valid.to(tl.float32)
+    # Not seen from a value of x: where |mean| << std that costs the mean a rounding of the
+    # value. Where |mean| >> std the mean is off by a rounding of its own: the rest.
+    block_mean = tl.sum(x, axis=0) * (1.0 / block_count)
+    deviation = x - block_mean[None, :]
+    if MASKED:
+        deviation = tl.where(mask, deviation, 0.0)
+    block_sum, block_m2 = sums(deviation, deviation * deviation)
+    block_rest = block_sum * (1.0 / block_count)
+    block_m2 -= block_sum * block_rest
+    # The tile's mean stays that of its first block, and the rest grows.
+    mean = tl.where(step == 0, block_mean, mean)
+    total = count + block_count
+    delta = (block_mean - mean) + block_rest - rest
+    rest += delta * (block_count / total)
+    m2 += block_m2 + delta * (delta * (count * block_count / total))
+    return mean, rest, m2, total
+
+
 @triton.jit(do_not_specialize=["M", "steps", "group"])
 def _moments_kernel(
     x_ptr,
+    conv_bias_ptr,
+    residual_ptr,
+    residual_stats_ptr,
+    out_ptr,
     data_ptr,
     counters_ptr,
     weight_ptr,
     bias_ptr,
     stats_ptr,
     eps,
+    slope,
     M,
     steps,
     group,
     C: tl.constexpr,
+    ACT: tl.constexpr,
+    SUBTRACT: tl.constexpr,
     EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -160,24 +200,30 @@ def _moments_kernel(
     for step in range(blocks):
         base, offsets, mask, valid = block_offsets(first + step, M, columns, C, BLOCK_M, BLOCK_C)
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        block_count = valid.to(tl.float32)
-        # Not seen from a value of x: where |mean| << std that costs the mean a rounding of the
-        # value. Where |mean| >> std the mean is off by a rounding of its own: the rest.
-        block_mean = tl.sum(x, axis=0) * (1.0 / block_count)
-        deviation = x - block_mean[None, :]
-        if MASKED:
-            deviation = tl.where(mask, deviation, 0.0)
-        block_sum, block_m2 = sums(deviation, deviation * deviation)
-        block_rest = block_sum * (1.0 / block_count)
-        block_m2 -= block_sum * block_rest
-        # The tile's mean stays that of its first block, and the rest grows.
-        mean = tl.where(step == 0, block_mean, mean)
-        total = count + block_count
-        delta = (block_mean - mean) + block_rest - rest
-        rest += delta * (block_count / total)
-        m2 += block_m2 + delta * (delta * (count * block_count / total))
-        count = total
-    store_moments(data_ptr + tile.to(tl.int64) * (3 * C), columns, known, mean, m2, rest, C)
+        if out_ptr is not None:
+            if conv_bias_ptr is not None:
+                bias = tl.load(conv_bias_ptr + columns, mask=known, other=0.0)
+                x += bias.to(tl.float32)[None, :]
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + base + offsets, mask=mask, other=0.0)
+                residual = residual.to(tl.float32)
+                if residual_stats_ptr is not None:
+                    scale = tl.load(residual_stats_ptr + 3 * C + columns, mask=known, other=0.0)
+                    shift = tl.load(residual_stats_ptr + 4 * C + columns, mask=known, other=0.0)
+                    residual = activate(residual * scale[None, :] + shift[None, :], slope, ACT)
+                if SUBTRACT:
+                    x = residual - x
+                else:
+                    x += residual
+            stored = cast(x, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + base + offsets, stored, mask=mask)
+            x = stored.to(tl.float32)
+            if MASKED:
+                x = tl.where(mask, x, 0.0)
+        if data_ptr is not None:
+            mean, rest, m2, count = add_block(x, mask, valid, mean, rest, m2, count, step, MASKED)
+    if data_ptr is not None:
+        store_moments(data_ptr + tile.to(tl.int64) * (3 * C), columns, known, mean, m2, rest, C)
     if counters_ptr is not None:
         finish_moments(
             data_ptr,
@@ -253,6 +299,63 @@ def moments(x: Tensor, norm: Norm | None = None) -> Partials | Tensor:
     Raises:
         ValueError: x is not channels_last or has no rows. TypeError: its dtype is no kernel's.
     """
+    _, found = _pass(x, None, True, norm)
+    assert found is not None
+    return found
+
+
+def conv_end(
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    residual_stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    subtract: bool = False,
+    out_dtype: torch.dtype | None = None,
+    with_moments: bool = False,
+    norm: Norm | None = None,
+) -> tuple[Tensor, Partials | Tensor | None]:
+    """The end of a convolution whose product x another library has written, in one pass.
+
+    out = x + bias + residual and its moments, as ``conv_forward`` has them (reference.conv_end).
+    x's memory is out's where the dtype allows it.
+
+    Args:
+        x: (N, K, P, Q), channels_last. bias: (K,), contiguous, or None. residual: (N, K, P, Q),
+            channels_last, or None. The rest: as for ``conv_forward``.
+
+    Raises:
+        ValueError: a shape or memory format is wrong. TypeError: a dtype is.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    check_floating(out_dtype=out_dtype)
+    channels = x.shape[1]
+    check_vector("bias", bias, channels)
+    if residual is not None:
+        check_activation("residual", residual, tuple(x.shape))
+    if residual_stats is not None:
+        check_per_channel("residual_stats", residual_stats, 5, channels)
+    written = None
+    if bias is not None or residual is not None or out_dtype != x.dtype:
+        written = x if out_dtype == x.dtype else torch.empty_like(x, dtype=out_dtype)
+    if not with_moments and (written is None or x.numel() == 0):
+        return x if written is None else written, None
+    return _pass(x, written, with_moments, norm, bias, residual, residual_stats, act, subtract)
+
+
+def _pass(
+    x: Tensor,
+    out: Tensor | None,
+    with_moments: bool,
+    norm: Norm | None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    subtract: bool = False,
+) -> tuple[Tensor, Partials | Tensor | None]:
+    """One launch; out: written first, None for x as it is."""
     check_activation("x", x)
     channels = x.shape[1]
     rows = x.numel() // max(channels, 1)
@@ -260,16 +363,25 @@ def moments(x: Tensor, norm: Norm | None = None) -> Partials | Tensor:
         raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
     check_norm(norm, channels)
     tiling = row_tiling(rows, channels, device_of(x), MAX_TILES)
-    place = place_of_moments(x, norm, channels, tiling.tiles, tiling.block_c)
+    place = NOWHERE
+    if with_moments:
+        place = place_of_moments(x, norm, channels, tiling.tiles, tiling.block_c)
     launch(
         _moments_kernel,
         tiling.grid,
         x,
+        bias,
+        residual,
+        residual_stats,
+        out,
         *place.arguments,
+        act.slope,
         rows,
         tiling.steps,
         place.group,
         C=channels,
+        ACT=act.kind,
+        SUBTRACT=subtract,
         EVEN_M=rows % tiling.block_m == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
@@ -278,9 +390,7 @@ def moments(x: Tensor, norm: Norm | None = None) -> Partials | Tensor:
         # eight lanes would store to one bank.
         num_warps=1,
     )
-    result = place.result(rows, tiling.steps * tiling.block_m)
-    assert result is not None
-    return result
+    return x if out is None else out, place.result(rows, tiling.steps * tiling.block_m)
 
 
 class Place(NamedTuple):

@@ -409,7 +409,34 @@ def conv_forward(
     out = conv2d(z, cast(weight, dtype), bias, geometry)
     # Not every convolution of ATen keeps the layout: on CUDA cuDNN's do, but in float64 none does.
     out = in_memory_format(out, memory_format_of(h))
-    out_dtype = dtype if out_dtype is None else out_dtype
+    return conv_end(
+        out,
+        residual=residual,
+        residual_stats=residual_stats,
+        act=act,
+        subtract=subtract,
+        out_dtype=out_dtype,
+        with_moments=with_moments,
+        norm=norm,
+    )
+
+
+def conv_end(
+    out: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    residual_stats: Tensor | None = None,
+    act: Act = IDENTITY,
+    subtract: bool = False,
+    out_dtype: torch.dtype | None = None,
+    with_moments: bool = False,
+    norm: Norm | None = None,
+) -> tuple[Tensor, Partials | Tensor | None]:
+    """What ``conv_forward`` does with its product ``out``, whose memory it may take."""
+    out_dtype = out.dtype if out_dtype is None else out_dtype
+    if bias is not None:
+        out = out.add_(_per_channel(bias))
     if residual is not None:
         if residual_stats is not None:
             # Added as it is: only what a convolution reads is rounded to ``dtype``.
@@ -448,19 +475,25 @@ def convolution_backward(
     """
     size = z.shape[2:]
     z, padding = _padded(z, geometry)
-    dz, dweight, dbias = _aten.convolution_backward(
-        g,
-        z,
-        cast(weight, g.dtype),
-        [weight.shape[0]],
-        geometry.stride,
-        padding,
-        geometry.dilation,
-        False,
-        [0, 0],
-        geometry.groups,
-        mask,
-    )
+    # By default cuDNN may add up a weight's gradient in any order: other bits in each run.
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        dz, dweight, dbias = _aten.convolution_backward(
+            g,
+            z,
+            cast(weight, g.dtype),
+            [weight.shape[0]],
+            geometry.stride,
+            padding,
+            geometry.dilation,
+            False,
+            [0, 0],
+            geometry.groups,
+            mask,
+        )
+    finally:
+        cudnn.deterministic = before
     if mask[0] and dz.shape[2:] != size:
         (top, left), (height, width) = geometry.padding, size
         dz = dz[:, :, top : top + height, left : left + width]

@@ -34,8 +34,8 @@ class Unit(NamedTuple):
 
     ``act`` and ``training`` are those of its norms; ``reach`` says for what it is compiled by
     default: 0 for sm_90 in bf16, 1 for sm_90 in every dtype, 2 for every kind of matrix unit,
-    3 for every target in bf16; -1 for none, since its tiles are those of other units and only its
-    loops over channels are longer.
+    3 for every target in bf16; -1 for none, since its kernels are like those of other units and
+    only their loops over channels are longer.
     """
 
     name: str
@@ -79,19 +79,19 @@ UNITS = (
     _basic("resnet110/3", 64, 64, 8, 128),
     _basic("resnet110/2 entry", 16, 32, 32, 128, 2),
     _basic("resnet110/3 entry", 32, 64, 16, 128, 2),
-    _bottleneck("imagenet/1", 256, 256, 56, 32),
+    _bottleneck("imagenet/1", 256, 256, 56, 32, reach=-1),
     _bottleneck("imagenet/2", 512, 512, 28, 32, reach=1),
-    _bottleneck("imagenet/3", 1024, 1024, 14, 32),
-    _bottleneck("imagenet/4", 2048, 2048, 7, 32),
+    _bottleneck("imagenet/3", 1024, 1024, 14, 32, reach=-1),
+    _bottleneck("imagenet/4", 2048, 2048, 7, 32, reach=-1),
     _bottleneck("imagenet/1 entry", 64, 256, 56, 32),
     _bottleneck("imagenet/2 entry", 256, 512, 56, 32, 2, reach=3),
     _bottleneck("imagenet/3 entry", 512, 1024, 28, 32, 2, reach=-1),
     _bottleneck("imagenet/4 entry", 1024, 2048, 14, 32, 2, reach=-1),
     _basic("imagenet basic/1", 64, 64, 56, 32),
-    _basic("imagenet basic/2", 128, 128, 28, 32),
-    _basic("imagenet basic/3", 256, 256, 14, 32),
-    _basic("imagenet basic/4", 512, 512, 7, 32),
-    _basic("imagenet basic/2 entry", 64, 128, 56, 32, 2),
+    _basic("imagenet basic/2", 128, 128, 28, 32, reach=-1),
+    _basic("imagenet basic/3", 256, 256, 14, 32, reach=-1),
+    _basic("imagenet basic/4", 512, 512, 7, 32, reach=-1),
+    _basic("imagenet basic/2 entry", 64, 128, 56, 32, 2, reach=-1),
     _basic("imagenet basic/3 entry", 128, 256, 28, 32, 2, reach=-1),
     _basic("imagenet basic/4 entry", 256, 512, 14, 32, 2, reach=-1),
     _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, reach=2),

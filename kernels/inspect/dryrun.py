@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
@@ -183,10 +185,23 @@ def dry_run(target: str = "sm_90") -> Iterator[DryRun]:
     run = DryRun(DEVICES[target])
     config.set_active(_Driver(target, run))
     try:
-        with _compilation_timed():
+        with _compilation_timed(), _Unconvolved():
             yield run
     finally:
         config._active = previous
+
+
+class _Unconvolved(TorchDispatchMode):
+    """ATen's convolutions take no time either: their results are memory as it is found."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func not in (aten.convolution.default, aten.convolution_backward.default):
+            return func(*args, **kwargs)
+        arguments = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        result = func(*arguments[0], **arguments[1])
+        return tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), result)
 
 
 _SECONDS = "compile_seconds"

@@ -243,6 +243,45 @@ def test_act_backward_of_any_act(act: Act, stream: Stream) -> None:
     check_act_backward((2, 17, 5, 3), act, *stream, add=True)
 
 
+ENDS = {
+    "bias": (False, False, False),
+    "residual": (True, False, False),
+    "residual-of-preact": (True, True, False),
+    "subtracted": (True, False, True),
+}
+
+
+@in_turn("end, stream", ENDS, STREAMS.items(), each=3)
+@pytest.mark.parametrize("shape", [SHAPES["c17"], SHAPES["c16-whole-blocks"]], ids=str)
+def test_end_of_a_convolution(
+    shape: tuple[int, ...], end: tuple[bool, bool, bool], stream: Stream
+) -> None:
+    """Behind another library's product: as written, and its statistics."""
+    added, preact, subtract = end
+    out_dtype, dtype = stream
+    x = activation(shape, dtype)
+    bias = None if subtract else per_channel(shape[1])
+    options = {
+        "residual": activation(shape, out_dtype, 0.5, 2.0) if added else None,
+        "residual_stats": norm(shape[1]) if preact else None,
+        "act": Act("silu"),
+        "subtract": subtract,
+    }
+    exact, _ = reference.conv_end(
+        x.double(),
+        exactly(bias),
+        **{k: exactly(v) if isinstance(v, Tensor) else v for k, v in options.items()},
+    )
+    options |= {"out_dtype": out_dtype, "with_moments": True, "norm": NORM}
+    eager, _ = reference.conv_end(x.clone(), bias, **options)
+    out, stats = moments.conv_end(x, bias, **options)
+    assert (out.data_ptr() == x.data_ptr()) == (out_dtype == dtype)
+    assert_accurate(out, eager, exact)
+    # Of the result as stored.
+    truth = reference.norm_stats(reference.moments(out.double()), None, None, EPS)
+    torch.testing.assert_close(stats.double(), truth, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
 @pytest.mark.parametrize("tiles", [1, 5, 300, 2000])
 def test_norm_grad(tiles: int, training: bool) -> None:
@@ -293,6 +332,21 @@ FORMS = {
 @in_turn("form, stream", FORMS, STREAMS.items(), each=2)
 def test_input_grad_of_any_form(form: tuple[str, bool], stream: Stream) -> None:
     check_input_grad((2, 17, 5, 3), *stream, identity=form[1], form=form[0])
+
+
+def test_end_of_a_convolution_without_anything_to_add() -> None:
+    x = activation((2, 17, 5, 3), F32)
+    assert moments.conv_end(x)[0] is x
+    out, none = moments.conv_end(x, out_dtype=BF16)
+    assert none is None
+    assert torch.equal(out, x.to(BF16))
+    out, stats = moments.conv_end(x, with_moments=True, norm=NORM)
+    assert out is x
+    assert_same_bits(stats, moments.moments(x, NORM))
+    empty = activation((0, 17, 5, 3), F32)
+    assert moments.conv_end(empty, residual=empty)[0].shape == empty.shape
+    with pytest.raises(ValueError, match="residual"):
+        moments.conv_end(x, residual=activation((2, 16, 5, 3), F32))
 
 
 def test_both_operands_of_a_convolution_at_once() -> None:
