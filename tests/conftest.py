@@ -6,11 +6,12 @@ import os
 import pytest
 import torch
 
-from tests.support.interpreter import sum_as_a_gpu_does
+from tests.support.interpreter import find_builtins_once, sum_as_a_gpu_does
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     sum_as_a_gpu_does()
+    find_builtins_once()
 
 # cuDNN's fastest kernels add up in any order: equal bits and gradcheck need those that do not.
 torch.backends.cudnn.deterministic = True

@@ -1,4 +1,4 @@
-"""Triton's interpreter, with the sums of a GPU."""
+"""Triton's interpreter, with the sums of a GPU, and a sixth faster."""
 
 from __future__ import annotations
 
@@ -36,6 +36,32 @@ def sum_as_a_gpu_does() -> None:
         return self.to_tensor(data, input.dtype)
 
     ReduceOps.sum = halves
+
+
+def find_builtins_once() -> None:
+    """Have each call of a device function look at Triton's built-in functions alone.
+
+    The interpreter puts its own in their place anew at every such call, and looks for them among
+    all that Triton's modules hold: a sixth of the time of a small kernel.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    import inspect
+
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    names: dict[Any, list[str]] = {}
+
+    def patch(package: Any, builder: Any, *scope: Any) -> None:
+        if package not in names:
+            names[package] = [n for n, value in inspect.getmembers(package) if is_builtin(value)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, *scope)
+
+    interpreter._patch_builtin = patch
 
 
 @contextlib.contextmanager
