@@ -11,6 +11,7 @@ parameters. Needs gcc and Python's headers, as Triton does on a GPU.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -104,8 +105,9 @@ def missing() -> str:
 
 
 def _build() -> Path:
-    """A folder with the stub as libcuda.so.1, which is left to the system's clearing of /tmp."""
+    """A folder with the stub as libcuda.so.1, for as long as this process lives."""
     folder = Path(tempfile.mkdtemp(prefix="cuda-stub-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = folder / "libcuda.so.1"
     command = ["gcc", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
     subprocess.run([*command, str(_SOURCE)], check=True)
