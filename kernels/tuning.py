@@ -82,6 +82,16 @@ def _write(path: Path, key: str, config: Config) -> None:
         warnings.warn(f"{path} cannot be written: {error}", RuntimeWarning, stacklevel=4)
 
 
+def choices() -> dict[str, list[int]]:
+    """The tiles that this process has chosen by timing, by device, version, kernel and shape."""
+    return {name: list(config) for name, config in _chosen.items()}
+
+
+def take(tiles: dict[str, list[int]]) -> None:
+    """Choose these, as ``choices`` gave them, before the file's and before any timing."""
+    _chosen.update({name: Config._make(tile) for name, tile in tiles.items()})
+
+
 def choose(
     kernel: str,
     key: Sequence[Any],
@@ -100,7 +110,7 @@ def choose(
         timer: of a function of no arguments, in any unit. device: names what the times belong to.
     """
     name = "/".join(str(part) for part in (device(), triton.__version__, kernel, *key))
-    if name in _chosen:
+    if _chosen.get(name) in candidates:
         return _chosen[name]
     path = cache_file()
     known = _read(path).get(name)

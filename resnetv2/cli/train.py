@@ -33,14 +33,12 @@ from .options import options_of, progress, threads
     "checkpoint, or the folder of a run.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
-@threads
 @progress
 def train(
     recipe: str | None,
     out: Path | None,
     resume: str | None,
     overwrite: bool,
-    threads: int | None,
     progress: bool | None,
     **options: Any,
 ) -> None:
@@ -57,15 +55,11 @@ def train(
     resnetv2 train --out runs/164 --resume auto
     """
     with clean_errors():
-        import torch
-
         from ..data.host import keep_freed_memory
         from ..training.parallel import alike
         from ..training.run import train as run
 
         keep_freed_memory()
-        if threads is not None:
-            torch.set_num_threads(threads)
         given = {name: value for name, value in options.items() if value is not None}
         with alike():
             if resume is not None and recipe is None:
@@ -91,6 +85,7 @@ def _options_of(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     # Only the one of epochs and steps that is given is held against the checkpoint.
     other = {"epochs": "steps", "steps": "epochs"}
     left_out = {other[name] for name in given if name in other}
+    left_out.add("threads")  # the checkpoint's, unless others are asked for
     options = checked_options(read_config(folder), folder / "config.yaml").items()
     return {key: value for key, value in options if value is not None and key not in left_out}
 

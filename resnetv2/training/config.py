@@ -27,6 +27,8 @@ Part = Annotated[float, Between(0, 1)]
 # many modules, processes of that number.
 Layers = Annotated[int, Between(1, 100_000)]
 Processes = Annotated[int, Between(0, 1024)]
+# The OpenMP runtime ends the process where it has no memory for so many.
+Threads = Annotated[int, Between(1, 1024, open_high=False)]
 
 
 @documented
@@ -68,6 +70,10 @@ class TrainConfig:
         ),
     ] = "auto"
     workers: Annotated[Processes, Option("Processes that make batches.", resume="free")] = 0
+    threads: Annotated[
+        Threads | None,
+        Option("CPU threads.", default="torch's, or those of the run resumed", resume="machine"),
+    ] = None
     depth: Annotated[Layers, Option("Layers: 6n+2 for basic, 9n+2 for bottleneck.")] = 20
     block: Annotated[str, Choice(BLOCKS), Option()] = "basic"
     stem: Annotated[str, Choice(STEMS), Option()] = "cifar"
@@ -290,7 +296,7 @@ def check_resumable(saved: Mapping[str, Any], now: TrainConfig, where: str | Pat
     differing = {
         name: (getattr(before, name), getattr(now, name))
         for name in FIELDS
-        if getattr(before, name) != getattr(now, name)
+        if getattr(before, name) != getattr(now, name) and FIELDS[name].option.resume != "machine"
     }
     refused = [name for name in differing if FIELDS[name].option.resume == "decides"]
     if refused:

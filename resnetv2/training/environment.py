@@ -7,11 +7,15 @@ import random
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import InputError
+from ..kernels.dispatch import has_triton
+from ..kernels.switches import allow_tf32
+from .fields import show
 
 
 def select_device(device: str | torch.device) -> torch.device:
@@ -60,6 +64,66 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
+
+
+# Variables of the environment that choose between implementations of one function.
+_SWITCHES = ("RESNETV2_BACKEND", "RESNETV2_STREAM", "RESNETV2_AUTOTUNE", "TRITON_INTERPRET")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What decides the roundings of a run beside its options: a value by name, None if not set."""
+    versions = package_versions()
+    name = device_name(device)
+    if device.type == "cpu":
+        # ATen has kernels for each set of vector instructions; the number of cores decides nothing.
+        name = f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    return {
+        "threads": torch.get_num_threads(),
+        "device": name,
+        **{f"version of {package}": versions.get(package) for package in ("torch", "triton")},
+        "TF32": device.type == "cuda" and allow_tf32(),
+        **{name: os.environ.get(name) for name in _SWITCHES},
+    }
+
+
+def machine_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each value of ``before``, an answer of ``machine``, that is another ``now``."""
+    return [
+        f"{name} was {show(before.get(name))} and is {show(now.get(name))}: the same function with "
+        "other roundings"
+        for name in before
+        if before.get(name) != now.get(name)
+    ]
+
+
+def measured_tiles() -> dict[str, Any]:
+    """The kernels' tiles that were timed, not derived, in this process; none without a GPU."""
+    if not has_triton():
+        return {}
+    from ..kernels import tuning
+
+    return tuning.choices()
+
+
+def take_measured_tiles(tiles: dict[str, Any]) -> None:
+    """Use these tiles again, as ``measured_tiles`` gave them, instead of timing others."""
+    if tiles and has_triton():
+        from ..kernels import tuning
+
+        tuning.take(tiles)
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute with so many CPU threads, None: with as many as before; put them back in the end."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -70,7 +70,8 @@ class Option:
         metavar: of the command line, for the value.
         off: of a bool, the command line's opposite word; None: its name alone is a flag.
         resume: whether a run that goes on must keep it: "decides" (the result: it must), "rounds"
-            (the same function with other roundings) or "free".
+            (the same function with other roundings), "free", or "machine" (compared by what it came
+            to, see ``environment.machine``).
     """
 
     text: str = ""

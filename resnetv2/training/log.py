@@ -239,6 +239,14 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return config
 
 
+def threads_of(folder: Path | str | None) -> int | None:
+    """The CPU threads that the run in ``folder`` computes with; None where nothing tells."""
+    if folder is None or not os.path.isfile(Path(folder) / _CONFIG):
+        return None
+    threads = read_config(folder).get("threads")
+    return threads if isinstance(threads, int) and threads > 0 else None
+
+
 def holds_a_run(folder: Path | str) -> str | None:
     """The files of a run in ``folder``, such as "metrics.jsonl, 3 checkpoints"; None if none.
 

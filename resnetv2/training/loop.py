@@ -128,7 +128,7 @@ class Loop:
         folder = self.folder if self.world.is_main else None
         fresh = run.resumed_at is None
         if folder is not None and (fresh or not (folder / "config.yaml").exists()):
-            write_config(folder, asdict(run.config))
+            write_config(folder, {**asdict(run.config), "threads": run.result.config["threads"]})
         started = time.monotonic()
         with (
             RunLog(

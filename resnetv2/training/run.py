@@ -25,9 +25,9 @@ from ..data.streaming import FolderData
 from ..errors import InputError
 from .checkpoint import Checkpoints
 from .config import TrainConfig, make_config
-from .environment import reproducible, select_device
+from .environment import cpu_threads, reproducible, select_device
 from .evaluate import build_model, check_backend, memory_format_of
-from .log import check_folder, holds_a_run
+from .log import check_folder, holds_a_run, threads_of
 from .loop import Loop
 from .metrics import TrainingResult
 from .parallel import World, alike, local_device, processes
@@ -123,7 +123,13 @@ def train(
         if resume is not None and folder is None and str(resume) == "auto":
             raise InputError('resume "auto" looks for checkpoints in the run\'s folder: give out')
     place = local_device(place)
-    with processes(place) as world, reproducible(place, config.seed):
+    # From the beginning: data are scaled, and a net initialised, with as many as the first time.
+    threads = config.threads or (None if resume is None else threads_of(folder))
+    with (
+        processes(place) as world,
+        cpu_threads(threads),
+        reproducible(place, config.seed),
+    ):
         speak = verbose and world.is_main
         world.on_main(lambda: _check_folder(folder, resume, overwrite))
         images = _load(config, data, world, progress)

@@ -25,7 +25,14 @@ from ..planning.memory import plan
 from .average import averaged_model
 from .checkpoint import Checkpoints, check_parts
 from .config import TrainConfig, check_resumable, check_steps
-from .environment import device_name, package_versions
+from .environment import (
+    device_name,
+    machine,
+    machine_changes,
+    measured_tiles,
+    package_versions,
+    take_measured_tiles,
+)
 from .evaluate import load_weights
 from .metrics import EpochMetrics, TrainingResult
 from .optimizer import load_optimizer_state, optimizer_state
@@ -197,6 +204,8 @@ class RunState:
             "config": asdict(self.config),
             "run": {**self._identity, "epoch_ends_at": ends},
             "processes": self.world.size,
+            "machine": machine(self.device),
+            "tiles": measured_tiles(),
             "model": self.model.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
@@ -223,6 +232,7 @@ class RunState:
             return
         path, state = found
         load_weights(self.model, state["model"], path)
+        self._take_machine(state)
         try:
             load_optimizer_state(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -266,15 +276,40 @@ class RunState:
                 f"processes were {processes} and are {self.world.size}: the same function with "
                 "other roundings"
             )
+        before = _machine_of(state)
+        notes += machine_changes(before, {**machine(self.device), "threads": self._threads(before)})
         for note in notes:
             warn(f"{path}: {note}")
+        if self._threads(before) != torch.get_num_threads():
+            warn(
+                f"{path}: goes on with threads {self._threads(before)} as before, without --resume "
+                f"it would be {torch.get_num_threads()}"
+            )
         return path, state
+
+    def _threads(self, before: dict[str, Any]) -> int:
+        """The CPU threads to go on with: those asked for, or the checkpoint's."""
+        own: int = before.get("threads", torch.get_num_threads())
+        return own if self.config.threads is None else self.config.threads
+
+    def _take_machine(self, state: dict[str, Any]) -> None:
+        """Take over what decided the bits so far and can be had again."""
+        threads = self._threads(_machine_of(state))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+        self.result.config["threads"] = threads
+        take_measured_tiles(state.get("tiles") or {})
 
     def _own_part(self, sums: list[Tensor]) -> Tensor:
         """This process' sums of an epoch in hand, or all where their number has changed."""
         if len(sums) == self.world.size:
             return sums[self.world.rank]
         return torch.stack(sums).sum(0) * self.world.is_main
+
+
+def _machine_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of ``environment.machine``; empty where it is of an older version."""
+    return state.get("machine") or {}
 
 
 def _reason(error: Exception) -> str:

@@ -109,7 +109,7 @@ add(
         "choice": ("train --block botleneck", "'--block'"),
         "no-run": ("eval", "'RUN'; resnetv2 eval --help"),
         # OpenMP would end the process.
-        "threads-beyond-memory": ("train --threads 1000000000", "'--threads'"),
+        "threads-beyond-memory": ("train --threads 1000000000", "threads must be"),
         "threads-beyond-integers": ("study depth --threads 99999999999", "'--threads'"),
     },
 )

@@ -404,6 +404,8 @@ def test_resuming_with_another_value(name: str) -> None:
             f"runs/a.pt was written with {name} {was}, this run has {name} {here}: a resumed run "
             "keeps what decides its result"
         )
+    elif FIELDS[name].option.resume == "machine":
+        assert check_resumable(saved, now, Path("runs/a.pt")) == []  # what came of it is compared
     else:
         rounds = FIELDS[name].option.resume == "rounds"
         note = ": the same function with other roundings" if rounds else ""

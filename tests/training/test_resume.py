@@ -17,7 +17,9 @@ import torch
 
 from resnetv2.data.datasets import create_synthetic_dataset
 from resnetv2.errors import InputError
-from resnetv2.training.checkpoint import Checkpoints
+from resnetv2.training.checkpoint import Checkpoints, read
+from resnetv2.training.environment import cpu_threads
+from resnetv2.training.log import read_config
 from resnetv2.training.run import train_resnet_v2
 from tests.support.resume_trials import KILLS, course, differences, newest, trials
 
@@ -230,3 +232,79 @@ def test_other_random_states_would_be_noticed(
     monkeypatch.setattr(module, "set_random_states", lambda *arguments: None)
     run(again, model=model())
     assert list(differences(newest(again)["model"], newest(whole)["model"]))
+
+
+# --- what decides bits beside the options
+
+
+def test_threads_are_those_of_the_run(
+    broken_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cpu_threads(2):
+        found = run(broken_off, verbose=True)
+        assert torch.get_num_threads() == 2, "the caller's threads are put back"
+    assert found.config["threads"] == 1
+    assert newest(broken_off)["machine"]["threads"] == 1
+    assert read_config(broken_off)["threads"] == 1
+    whole = tmp_path / "whole"
+    run(whole)
+    assert not list(differences(newest(broken_off), newest(whole)))
+    assert "other roundings" not in capsys.readouterr().out
+
+
+def test_threads_without_a_configuration_are_the_checkpoints(
+    broken_off: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (broken_off / "config.yaml").unlink()
+    with cpu_threads(2):
+        assert run(broken_off, verbose=True).config["threads"] == 1
+    said = capsys.readouterr().out
+    assert "goes on with threads 1 as before, without --resume it would be 2" in said
+
+
+def test_other_threads_are_said_before_the_first_step(
+    broken_off: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(broken_off, verbose=True, threads=2).config["threads"] == 2
+    said = capsys.readouterr().out
+    assert said.index("threads was 1 and is 2: the same function with other roundings") < (
+        said.index("going on after step")
+    )
+
+
+def test_another_machine_is_said(broken_off: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = {"version of torch": "1.0", "version of triton": None, "device": "cuda (H100)"}
+    for path in Checkpoints(broken_off / "checkpoints").files():
+        state = read(path)
+        assert others.keys() < state["machine"].keys()
+        state["machine"].update(others)
+        torch.save(state, path)
+    run(broken_off, verbose=True)
+    said = [line for line in capsys.readouterr().out.splitlines() if "other roundings" in line]
+    assert [name for name in others if f"{name} was {others[name]!r} and" in "\n".join(said)] == [
+        *others
+    ]
+    assert len(said) == len(others)
+
+
+def test_checkpoint_of_a_version_that_kept_no_machine(
+    broken_off: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in Checkpoints(broken_off / "checkpoints").files():
+        state = read(path)
+        del state["machine"], state["tiles"]
+        torch.save(state, path)
+    run(broken_off, verbose=True)
+    assert "other roundings" not in capsys.readouterr().out
+
+
+def test_measured_tiles_are_taken_again(
+    broken_off: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = pytest.importorskip("resnetv2.kernels.tuning")
+    monkeypatch.setattr(tuning, "_chosen", {"a": tuning.Config(16, 32, 64)})
+    run(tmp_path / "other")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    last = Checkpoints(tmp_path / "other" / "checkpoints").files()[1]
+    run(tmp_path / "third", resume=last)
+    assert tuning._chosen == {"a": tuning.Config(16, 32, 64)}
