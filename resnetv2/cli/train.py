@@ -29,8 +29,8 @@ from .options import options_of, progress, threads
     "--resume",
     type=PathName(),
     metavar="auto|PATH",
-    help="auto: go on from the newest usable checkpoint of the run's folder, or begin; or a "
-    "checkpoint, or the folder of a run.",
+    help="auto: go on from the newest usable checkpoint of the run's folder, or begin with the "
+    "given --data or --recipe; or a checkpoint, or the folder of a run.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @progress
@@ -64,6 +64,7 @@ def train(
         with alike():
             if resume is not None and recipe is None:
                 run_folder = _run_folder(out, resume, given)
+                _check_begun(run_folder, resume, given)
                 given = {**_options_of(run_folder, given), **given}
             config = make_config(recipe, **given)
             out = out or _run_folder(None, resume, vars(config))
@@ -73,6 +74,21 @@ def train(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
+        )
+
+
+def _check_begun(folder: Path, resume: str, given: dict[str, Any]) -> None:
+    """Refuse to begin a run of defaults alone where one was to go on.
+
+    Raises:
+        InputError: the folder holds no run, and nothing says what would be trained.
+    """
+    from ..errors import InputError
+    from ..training.log import holds_a_run
+
+    if resume == "auto" and "data" not in given and holds_a_run(folder) is None:
+        raise InputError(
+            f"{folder} holds no run to go on with: give --data or --recipe to begin one there"
         )
 
 

@@ -149,6 +149,8 @@ def train(
         say = tqdm.write if speak else (lambda line: None)
         if resume is not None:
             run.load(resume, checkpoints or Checkpoints("."), say)
+            if run.resumed_at is None:
+                say(f"no checkpoint in {folder} yet: the run begins at its first step")
         if speak:
             print(description(run), flush=True)
         if run.done == run.total:

@@ -159,6 +159,10 @@ add(
             RUN + "--batch-size 1 --image-size 4",
             "leaves the last norms one value a channel, which has no variance",
         ),
+        "resume-nothing": (
+            "train --out run --resume auto --depth 8",
+            "run holds no run to go on with: give --data or --recipe to begin one there",
+        ),
         "resume-overwrite": (
             RESUME + "--overwrite",
             "resume goes on with a run, overwrite replaces one: give one of them",

@@ -234,6 +234,15 @@ def test_other_random_states_would_be_noticed(
     assert list(differences(newest(again)["model"], newest(whole)["model"]))
 
 
+def test_beginning_where_a_run_was_to_go_on_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert len(run(out, verbose=True, steps=1, epochs=None).step_losses) == 1
+    line = f"no checkpoint in {out} yet: the run begins at its first step"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 # --- what decides bits beside the options
 
 
