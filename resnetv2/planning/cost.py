@@ -11,6 +11,8 @@ device's rate of matrix multiplication; launches take their own time on top.
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from ..names import MEMORY_MODES
 
 class Rates(NamedTuple):
     """The rates of a device. copy: bytes/s, read plus written. multiply: FLOP/s of a matrix product
-    in ``dtype``. source: where the figures come from, for people to read."""
+    in ``dtype``. source: where the figures come from, for people to read, a line or two."""
 
     copy: float
     multiply: float
@@ -57,7 +59,18 @@ def h100_rates(dtype: torch.dtype = torch.bfloat16) -> Rates:
 
 
 def copy_rate(device: torch.device | str, nbytes: int) -> float:
-    """Bytes/s, read plus written, of the best of several copies of ``nbytes`` on ``device``."""
+    """Bytes/s, read plus written, of the best of many copies of ``nbytes`` on ``device``."""
+    rate, _ = _copies(device, nbytes)
+    return rate
+
+
+def multiply_rate(device: torch.device | str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of many matrix products in ``dtype`` on ``device``."""
+    rate, _ = _products(device, dtype)
+    return rate
+
+
+def _copies(device: torch.device | str, nbytes: int) -> tuple[float, Runs]:
     device = torch.device(device)
     source = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source).copy_(source)
@@ -67,45 +80,92 @@ def copy_rate(device: torch.device | str, nbytes: int) -> float:
         for _ in range(copies):
             target.copy_(source)
 
-    return 2 * nbytes * copies / _best_seconds(copy, device)
+    runs = _timed(copy, device)
+    return 2 * nbytes * copies / runs.best, runs
 
 
-def multiply_rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of several matrix products in ``dtype`` on ``device``."""
+def _products(device: torch.device | str, dtype: torch.dtype) -> tuple[float, Runs]:
     device = torch.device(device)
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, dtype=dtype, device=device)
     b = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / _best_seconds(lambda: a @ b, device)
+    runs = _timed(lambda: a @ b, device)
+    return 2 * size**3 / runs.best, runs
 
 
 MEMORY_BYTES = 2**27  # a buffer that no cache near the cores holds
 CACHE_BYTES = 2**20  # one that a core's cache holds
 
 
+# A machine whose cores have this much other work, or whose runs differ by so much, is loaded.
+_BUSY_SHARE = 0.5
+_STEADY = 1.5
+
+
 def measure_rates(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Rates:
-    """The rates of ``device`` as measured now: the best of several runs.
+    """The rates of ``device`` as measured now: the best of many runs.
 
     On a CPU, whose caches hold a layer's activations, copies of a buffer in the cache count if
-    they are faster: what is added up from these rates is a floor.
+    they are faster: what is added up from these rates is a floor. ``source`` says how far the
+    median run is from the best one, and whether the machine was busy with other work.
     """
     device = torch.device(device)
+    waiting = 0.0 if device.type == "cuda" else _load()
     sizes = (MEMORY_BYTES,) if device.type == "cuda" else (MEMORY_BYTES, CACHE_BYTES)
-    copy = max(copy_rate(device, nbytes) for nbytes in sizes)
-    return Rates(copy, multiply_rate(device, dtype), dtype, f"measured on this {device.type}")
+    copied = max((_copies(device, nbytes) for nbytes in sizes), key=lambda found: found[0])
+    multiplied = _products(device, dtype)
+    spreads = [runs.spread for _, runs in (copied, multiplied)]
+    source = f"measured on this {device.type}, " + " and ".join(
+        f"{name}: best of {runs.number}, the median {runs.spread:.2f} times as long"
+        for name, (_, runs) in (("copies", copied), ("products", multiplied))
+    )
+    cores = os.cpu_count() or 1
+    if waiting > _BUSY_SHARE * cores or max(spreads) > _STEADY:
+        source += (
+            f"\nthis machine is loaded ({waiting:.1f} other processes for {cores} cores): "
+            "the rates may be too low and the floors too high; measure again when it is idle"
+        )
+    return Rates(copied[0], multiplied[0], dtype, source)
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
-    end = time.perf_counter() + 0.3  # at least: clocks and threads take a while to wake up
-    while time.perf_counter() < end:
-        for _ in range(3):
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            best = min(best, time.perf_counter() - start)
-    return best
+def _load() -> float:
+    """Processes that ran or waited for a core in the last minute, on average; 0 if unknown."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows
+        return 0.0
+
+
+class Runs(NamedTuple):
+    """Timed runs of one function. best: seconds. spread: the median over the best."""
+
+    best: float
+    spread: float
+    number: int
+
+
+# A timing ends once so many runs in a row were no faster, or after so many seconds.
+_IN_VAIN = 20
+_SHORTEST, _LONGEST = 0.3, 3.0
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> Runs:
+    seconds: list[float] = []
+    best, since = float("inf"), 0
+    started = time.perf_counter()
+    while True:
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        end = time.perf_counter()
+        seconds.append(end - start)
+        since = 0 if seconds[-1] < 0.99 * best else since + 1
+        best = min(best, seconds[-1])
+        # At least the shortest: clocks and threads take a while to wake up.
+        enough = since >= _IN_VAIN and end - started > _SHORTEST
+        if enough or end - started > _LONGEST:
+            return Runs(best, statistics.median(seconds) / best, len(seconds))
 
 
 def _wait(device: torch.device) -> None:

@@ -11,7 +11,15 @@ from resnetv2.cli.plan import plan as plan_command
 from resnetv2.core.reading import Reading
 from resnetv2.core.run import run_chain
 from resnetv2.names import MEMORY_MODES
-from resnetv2.planning.cost import Rates, chain_costs, floor_seconds, h100_rates, step_costs
+from resnetv2.planning import cost as module
+from resnetv2.planning.cost import (
+    Rates,
+    chain_costs,
+    floor_seconds,
+    h100_rates,
+    measure_rates,
+    step_costs,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,9 +114,53 @@ def test_plan_prints_floors_per_mode():
     with torch.device("meta"):
         model = PreActResNet.from_depth(29, "bottleneck")
     for mode in MEMORY_MODES:
-        cost = step_costs(model, 8, 32, torch.bfloat16, mode, triton=True)
-        seconds = floor_seconds(cost.all, h100_rates(torch.bfloat16))
+        step = step_costs(model, 8, 32, torch.bfloat16, mode, triton=True)
+        seconds = floor_seconds(step.all, h100_rates(torch.bfloat16))
         line = next(x for x in floors.splitlines() if x.startswith(f"{mode} "))
         assert line.endswith(f"{1e3 * seconds:.2f} ms")
-        assert f" {len(cost.all)} " in line
+        assert f" {len(step.all)} " in line
     assert "data sheet of an H100 SXM" in floors
+
+
+class Clock:
+    """Time that passes only while a run takes it."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+
+    def run(self, *seconds):
+        """A function whose runs take these seconds, the last ones ever after."""
+        left = iter(seconds)
+
+        def run():
+            self.now += next(left, seconds[-1])
+
+        return run
+
+
+def test_a_rate_is_the_best_of_many_runs(monkeypatch):
+    """Others have the cores for the first third of a second."""
+    clock = Clock(monkeypatch)
+    runs = module._timed(clock.run(*[0.2] * 4, 0.05), torch.device("cpu"))
+    assert runs.best == pytest.approx(0.05)
+    assert runs.number == 4 + 1 + 20
+    assert runs.spread == pytest.approx(1)
+
+
+def test_timing_ends_where_runs_are_long(monkeypatch):
+    clock = Clock(monkeypatch)
+    assert module._timed(clock.run(10.0), torch.device("cpu")).number == 1
+
+
+@pytest.mark.parametrize(
+    ("load", "spread", "loaded"),
+    [(0.0, 1.02, False), (0.0, 1.9, True), (50.0, 1.02, True)],
+    ids=["idle", "uneven", "busy"],
+)
+def test_rates_of_a_loaded_machine_are_said_to_be_so(load, spread, loaded, monkeypatch):
+    monkeypatch.setattr(module, "_load", lambda: load)
+    monkeypatch.setattr(module, "_timed", lambda *_: module.Runs(0.01, spread, 30))
+    source = measure_rates("cpu").source
+    assert f"best of 30, the median {spread:.2f} times as long" in source
+    assert ("this machine is loaded" in source) == loaded
