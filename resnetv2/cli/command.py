@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "resnetv2.cli.train:train",
     "eval": "resnetv2.cli.train:evaluate",
     "plan": "resnetv2.cli.plan:plan",
+    "demo": "resnetv2.cli.demo:demo",
     "study": "resnetv2.cli.study:study",
 }
 

@@ -92,7 +92,7 @@ def study(
                 click.echo(_describe(each))
             return
         chosen = _choose(names, STUDIES)
-        _check_out(out)
+        check_out(out)
         if threads is not None:
             torch.set_num_threads(threads)
         changes = {name: value for name, value in given.items() if value is not None}
@@ -128,7 +128,7 @@ def _choose(names: tuple[str, ...], studies: dict[str, Study]) -> list[Study]:
     return [studies[name] for name in dict.fromkeys(names)]
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Refuse a folder that cannot be made before a study takes its minutes, not after."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -6,20 +6,18 @@ single stack of equal blocks, two layers each. Both are the library's fused nets
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..blocks import PreActBlock
 from ..data.batches import Batches, ImageData
 from ..models import PreActResNet
-from ..planning.memory import peak_bytes
 from .harness import InputError, Result, StudyOptions, Table, gradient_norm, study
+from .measuring import NetStep
 from .visualizer import ResNetV2Visualizer
 
 VANISHING = 1e-3
@@ -103,30 +101,18 @@ def measure(make: Callable[[str], PreActResNet], images: Tensor, labels: Tensor)
 
 def _step(model: PreActResNet, images: Tensor, labels: Tensor) -> Step:
     """The second step for memory and the third for time: the first one faults its pages in."""
-    model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = images.clone(memory_format=torch.channels_last).requires_grad_()
-
-    def step() -> None:
-        F.cross_entropy(model(x), labels).backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
+    step = NetStep(model, x, labels)
     step()
     assert x.grad is not None
     at_input, of_parameters = float(x.grad.norm()), float(gradient_norm(model))
-    model.zero_grad(set_to_none=True)
-    x.grad = None
-    gradients = sum(p.numel() * p.element_size() for p in (x, *model.parameters()))
-    peak = (peak_bytes(step, x.is_cuda) - gradients) / 1e6
-    started = time.perf_counter()
-    step()
     return Step(
         blocks=sum(len(stage) for stage in model.stages),
         parameters=sum(p.numel() for p in model.parameters()),
         at_input=at_input,
         of_parameters=of_parameters,
-        peak=peak,
-        milliseconds=1000 * (time.perf_counter() - started),
+        peak=step.peak() / 1e6,
+        milliseconds=1000 * step.seconds(),
     )
 
 
