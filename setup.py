@@ -14,12 +14,16 @@ ROOT = Path(__file__).parent
 
 KERNELS = "resnetv2.kernels"
 
+ONNX = ["onnx", "onnxscript"]  # what PyTorch's exporter needs
 TEST = [
     "accelerate",
     "expecttest",  # torch.library.opcheck
     "hypothesis",
+    "ipykernel",
     "lightning",
     "mypy",
+    "nbclient",
+    *ONNX,
     "pytest",
     "pytest-benchmark",
     "pytest-xdist",
@@ -69,6 +73,7 @@ setup(
     extras_require={
         "test": TEST,
         "bench": BENCH,
+        "onnx": ONNX,
         "tensorboard": ["tensorboard"],
         "dev": sorted({*TEST, *BENCH}),
     },

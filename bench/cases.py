@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
 from resnetv2.blocks import Stage
+from resnetv2.models import IMAGE_SIZES, standard_net
 
 BLOCKS = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
 MODES = ("forward", "forward+backward")
@@ -18,8 +19,8 @@ MODES = ("forward", "forward+backward")
 
 class Case(NamedTuple):
     """A workload. ``depth`` 0 is a single unit of ``channels`` in and out at ``size`` squared
-    pixels, or a stage of ``units`` of them; otherwise a CIFAR network of so many layers. ``dtype``:
-    autocast's, fp32 for none.
+    pixels, or a stage of ``units`` of them; otherwise a CIFAR network of so many layers, or the
+    standard net ``model``. ``dtype``: autocast's, fp32 for none.
 
     modes: what is timed: forward (in training, keeping what its backward needs) or both.
     """
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     dtype: str = "fp32"
     modes: tuple[str, ...] = ("forward+backward",)
     units: int = 1
+    model: str = ""
 
     @property
     def layers(self) -> int:
@@ -44,6 +46,8 @@ class Case(NamedTuple):
     @property
     def narrowest(self) -> int:
         """Elements of the smallest tensor that is activated."""
+        if self.model:
+            return _narrowest(self)
         if self.depth:
             return self.batch * 64 * (self.size // 4) ** 2
         width = self.out_channels // (1 if self.block == "basic" else 4)
@@ -56,7 +60,10 @@ class Case(NamedTuple):
         """
         torch.manual_seed(0)
         if self.depth:
-            module: nn.Module = PreActResNet.from_depth(self.depth, self.block, **options)
+            if self.model:
+                module: nn.Module = standard_net(self.model).build(self.out_channels, **options)
+            else:
+                module = PreActResNet.from_depth(self.depth, self.block, **options)
             units = [unit for stage in module.stages for unit in stage]
             for unit in units:
                 # As each unit adds less, rounding is not magnified from unit to unit: with the
@@ -99,6 +106,19 @@ class Case(NamedTuple):
         return out, target.to(out.dtype)
 
 
+def _narrowest(case: Case) -> int:
+    """Elements of the smallest tensor that a standard net's norms read, by a forward without
+    memory."""
+    sizes: list[int] = []
+    with torch.device("meta"):
+        net = standard_net(case.model).build(backend="eager")
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+        net(torch.empty(case.batch, case.channels, case.size, case.size))
+    return min(sizes)
+
+
 def device() -> torch.device:
     """Where everything is measured: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,6 +127,17 @@ def device() -> torch.device:
 def network(block: str, depth: int, batch: int, dtype: str) -> Case:
     """A CIFAR ResNet v2 of ``depth`` layers."""
     return Case(f"{block} ResNet-{depth}, batch {batch}", block, batch, depth, dtype=dtype)
+
+
+def standard(name: str, batch: int, dtype: str) -> Case:
+    """A standard net by its name, on images of the size that it is made for.
+
+    Raises:
+        ValueError: there is no such net.
+    """
+    net = standard_net(name)
+    title, size = f"{name}, batch {batch}", IMAGE_SIZES[net.stem]
+    return Case(title, net.block, batch, net.depth, size=size, dtype=dtype, model=name)
 
 
 def network_of(name: str) -> tuple[str, int, int]:
@@ -217,6 +248,12 @@ def host_cases(full: bool, cuda: bool) -> list[Case]:
             )
     whole = network("bottleneck", 1001, 2, "bf16")
     return [*result, whole._replace(name=f"{whole.name}, bf16", size=8)]
+
+
+def model_cases(names: list[str], cuda: bool) -> list[Case]:
+    """The standard nets of ``--model`` (suite "models")."""
+    batch, dtype = (64, "bf16") if cuda else (4, "fp32")
+    return [standard(name, batch, dtype) for name in names]
 
 
 def kernel_cases(full: bool, cuda: bool) -> list[Case]:

@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     size("--quick", action="store_true", help="few cases; the default without a GPU")
     size("--full", action="store_true", help="all cases; with --suite part by part")
     size("--suite", choices=SUITES[:-1], action="append", help="this suite only (repeatable)")
+    size("--model", action="append", default=[], help="this standard net only (repeatable)")
     size("--graphs", action="store_true", help="each provider in a CUDA graph as well")
     size("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     size("--out", type=Path, help="the report's folder (default: bench/reports/<device>)")
@@ -40,6 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick") and config.getoption("--full"):
         raise pytest.UsageError("expected one of --quick and --full, got both")
+    try:
+        cases.model_cases(config.getoption("--model"), cuda=False)
+    except ValueError as error:
+        raise pytest.UsageError(f"--model: {error}") from error
+    if "models" in (config.getoption("--suite") or ()) and not config.getoption("--model"):
+        raise pytest.UsageError("expected --model NAME with --suite models, got none")
     # Providers in processes of their own inherit these.
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # compile times as on a first run
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
@@ -145,7 +152,8 @@ class Session:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Suites in their order, and only those that were asked for."""
-    wanted = config.getoption("--suite") or SUITES
+    nets = config.getoption("--model")
+    wanted = config.getoption("--suite") or (["models"] if nets else set(SUITES) - {"models"})
     suite = {item: FILES.get(item.path.name, "") for item in items}
     dropped = [item for item in items if suite[item] not in wanted]
     items[:] = [item for item in items if suite[item] in wanted]
@@ -159,8 +167,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     session = metafunc.config.stash[_SESSION]
     suite = FILES[metafunc.definition.path.name]
-    chosen = getattr(cases, f"{'depth' if suite == 'limits' else suite}_cases")
-    all_cases = chosen(session.full, session.cuda)
+    if suite == "models":
+        all_cases = cases.model_cases(metafunc.config.getoption("--model"), session.cuda)
+    else:
+        chosen = getattr(cases, f"{'depth' if suite == 'limits' else suite}_cases")
+        all_cases = chosen(session.full, session.cuda)
     names = [p.name for p in all_providers(bool(metafunc.config.getoption("--graphs")))]
     if "mode" in metafunc.fixturenames:
         values = [(c, m, n) for c in all_cases for m in c.modes for n in names]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-SUITES = ("unit", "depth", "limits", "kernel", "accuracy", "host", "extreme depth")
+SUITES = ("unit", "depth", "models", "limits", "kernel", "accuracy", "host", "extreme depth")
 MODE = "forward+backward"  # a training step, but for the optimizer's
 REPORTS = Path(__file__).parent / "reports"
 CSV_NAME = "report.csv"

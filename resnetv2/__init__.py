@@ -4,6 +4,7 @@ from .blocks import BottleneckPreActBlock, PreActBlock
 from .core.memory import BudgetError
 from .core.sync import SyncBatchNorm, convert_sync_batchnorm
 from .fuse.rewrite import BlockReport, Report, explain, fuse, unfuse
+from .fuse.weights import load_weights
 from .models import (
     PreActResNet,
     preact_resnet18,
@@ -38,6 +39,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "explain",
     "fuse",
+    "load_weights",
     "plan",
     "preact_resnet18",
     "preact_resnet20",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from .names import AUTO, MEMORY_MODES
 
 BLOCKS: dict[str, type[PreActUnit]] = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
 STEMS = ("cifar", "imagenet")
+
+# Height and width of the images that a stem is made for.
+IMAGE_SIZES = {"cifar": 32, "imagenet": 224}
 
 
 def _block_class(block: str | type[PreActUnit]) -> type[PreActUnit]:
@@ -43,6 +46,8 @@ class PreActResNet(nn.Module):
         in_channels: of the images.
         stem: "cifar": a 3x3 convolution; "imagenet": 7x7 with stride 2 and 3x3 max pooling.
         stem_width: channels after the stem; 16 or 64 by default.
+        first_identity: where an identity shortcut of the very first unit reads: "preact", as the
+            paper's code, or "raw", as every other unit's and as most other code bases.
         memory: what is kept for the backward: "recompute", "invert", "invert_h1", "segment", or
             "auto", the fastest that fits ``budget`` (resnetv2/README.md, "Memory modes").
         budget: bytes for parameters, gradients, momentum and activations together ("8GiB" or a
@@ -67,6 +72,7 @@ class PreActResNet(nn.Module):
         in_channels: int = 3,
         stem: str = "cifar",
         stem_width: int | None = None,
+        first_identity: str = "preact",
         memory: str = "recompute",
         budget: str | int | None = None,
         backend: str = AUTO,
@@ -107,7 +113,7 @@ class PreActResNet(nn.Module):
             blocks: list[nn.Module] = []
             for i in range(count):
                 first = number == 1 and i == 0
-                options = {"identity": "preact", "shortcut": "preact"} if first else {}
+                options = {"identity": first_identity, "shortcut": "preact"} if first else {}
                 blocks.append(
                     block(
                         channels,
@@ -211,53 +217,82 @@ class PreActResNet(nn.Module):
         return cls(block, [units] * 3, num_classes, **options)
 
 
+class StandardNet(NamedTuple):
+    """A net of the literature by its name: what ``--model`` takes.
+
+    depth: layers, as its name counts them. block, stem, units: as in ``PreActResNet``, units its
+    ``layers``. build: ``build(num_classes, **options)`` makes it.
+    """
+
+    depth: int
+    block: str
+    stem: str
+    units: tuple[int, ...]
+    build: Callable[..., PreActResNet]
+
+
+# Filled by ``_factory``: each name stands once, where its net is made.
+MODELS: dict[str, StandardNet] = {}
+
+
+def standard_net(name: str) -> StandardNet:
+    """The net of that name.
+
+    Raises:
+        ValueError: another name; it lists them.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no net {name!r}: choose from {', '.join(MODELS)}")
+    return MODELS[name]
+
+
 def _factory(
-    name: str, block: type[PreActUnit], layers: Sequence[int], **fixed: Any
+    name: str, depth: int, block: str, units: Sequence[int], **fixed: Any
 ) -> Callable[..., PreActResNet]:
-    classes = 1000 if fixed.get("stem") == "imagenet" else 10
+    stem = fixed.get("stem", "cifar")
+    classes = 1000 if stem == "imagenet" else 10
 
     def build(num_classes: int = classes, **options: Any) -> PreActResNet:
-        return PreActResNet(block, layers, num_classes, **{**fixed, **options})
+        return PreActResNet(block, units, num_classes, **{**fixed, **options})
 
     build.__name__ = build.__qualname__ = name
-    kind = "ImageNet" if fixed.get("stem") == "imagenet" else "CIFAR"
+    kind = "ImageNet" if stem == "imagenet" else "CIFAR"
     build.__doc__ = (
-        f"{kind} pre-activation net of {block.__name__}, units per stage {list(layers)}; options "
-        f"as for ``PreActResNet``."
+        f"{kind} pre-activation net of {BLOCKS[block].__name__}, units per stage {list(units)}; "
+        f"options as for ``PreActResNet``."
     )
+    MODELS[name] = StandardNet(depth, block, stem, tuple(units), build)
     return build
 
 
-def _imagenet(
-    layers: Sequence[int], block: type[PreActUnit], depth: int
-) -> Callable[..., PreActResNet]:
-    return _factory(f"preact_resnet{depth}", block, layers, stem="imagenet")
+def _imagenet(depth: int, block: str, units: Sequence[int]) -> Callable[..., PreActResNet]:
+    return _factory(f"preact_resnet{depth}", depth, block, units, stem="imagenet")
 
 
-def _cifar(depth: int, block: type[PreActUnit]) -> Callable[..., PreActResNet]:
-    units = (depth - 2) // (3 * block.depth)
-    return _factory(f"preact_resnet{depth}", block, [units] * 3)
+def _cifar(depth: int, block: str) -> Callable[..., PreActResNet]:
+    units = (depth - 2) // (3 * BLOCKS[block].depth)
+    return _factory(f"preact_resnet{depth}", depth, block, [units] * 3)
 
 
 def _wide(depth: int, factor: int) -> Callable[..., PreActResNet]:
     units = (depth - 4) // 6
     widths = [16 * factor, 32 * factor, 64 * factor]
-    return _factory(f"wide_resnet{depth}_{factor}", PreActBlock, [units] * 3, widths=widths)
+    return _factory(f"wide_resnet{depth}_{factor}", depth, "basic", [units] * 3, widths=widths)
 
 
-preact_resnet18 = _imagenet([2, 2, 2, 2], PreActBlock, 18)
-preact_resnet34 = _imagenet([3, 4, 6, 3], PreActBlock, 34)
-preact_resnet50 = _imagenet([3, 4, 6, 3], BottleneckPreActBlock, 50)
-preact_resnet101 = _imagenet([3, 4, 23, 3], BottleneckPreActBlock, 101)
-preact_resnet152 = _imagenet([3, 8, 36, 3], BottleneckPreActBlock, 152)
-preact_resnet200 = _imagenet([3, 24, 36, 3], BottleneckPreActBlock, 200)
+preact_resnet18 = _imagenet(18, "basic", [2, 2, 2, 2])
+preact_resnet34 = _imagenet(34, "basic", [3, 4, 6, 3])
+preact_resnet50 = _imagenet(50, "bottleneck", [3, 4, 6, 3])
+preact_resnet101 = _imagenet(101, "bottleneck", [3, 4, 23, 3])
+preact_resnet152 = _imagenet(152, "bottleneck", [3, 8, 36, 3])
+preact_resnet200 = _imagenet(200, "bottleneck", [3, 24, 36, 3])
 
-preact_resnet20 = _cifar(20, PreActBlock)
-preact_resnet56 = _cifar(56, PreActBlock)
-preact_resnet110 = _cifar(110, PreActBlock)
-preact_resnet1202 = _cifar(1202, PreActBlock)
-preact_resnet164 = _cifar(164, BottleneckPreActBlock)
-preact_resnet1001 = _cifar(1001, BottleneckPreActBlock)
+preact_resnet20 = _cifar(20, "basic")
+preact_resnet56 = _cifar(56, "basic")
+preact_resnet110 = _cifar(110, "basic")
+preact_resnet1202 = _cifar(1202, "basic")
+preact_resnet164 = _cifar(164, "bottleneck")
+preact_resnet1001 = _cifar(1001, "bottleneck")
 
 wide_resnet16_8 = _wide(16, 8)
 wide_resnet28_10 = _wide(28, 10)

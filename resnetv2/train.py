@@ -5,7 +5,8 @@ from .errors import InputError
 from .names import DTYPES
 from .training.config import TrainConfig
 from .training.loop import DivergenceError, Interrupted
-from .training.metrics import EpochMetrics, TrainingResult
+from .training.metrics import EpochMetrics
+from .training.result import TrainingResult
 from .training.run import train, train_resnet_v2
 from .training.schedule import learning_rate
 

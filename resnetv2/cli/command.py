@@ -16,6 +16,8 @@ import click
 COMMANDS = {
     "train": "resnetv2.cli.train:train",
     "eval": "resnetv2.cli.train:evaluate",
+    "predict": "resnetv2.cli.predict:predict",
+    "export": "resnetv2.cli.predict:export",
     "plan": "resnetv2.cli.plan:plan",
     "demo": "resnetv2.cli.demo:demo",
     "study": "resnetv2.cli.study:study",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..models import BLOCKS, PreActResNet
+from ..models import BLOCKS, IMAGE_SIZES, MODELS, PreActResNet, standard_net
 from ..names import DTYPES
 from .command import WrongInput
 
@@ -13,10 +13,16 @@ from .command import WrongInput
 @click.option(
     "--depth",
     type=click.IntRange(1, 99_999),
-    required=True,
     help="Layers: 6n+2 for basic, 9n+2 for bottleneck.",
 )
-@click.option("--block", type=click.Choice(list(BLOCKS)), default="basic", show_default=True)
+@click.option("--block", type=click.Choice(list(BLOCKS)), help="For --depth.  [default: basic]")
+@click.option(
+    "--model",
+    type=click.Choice(list(MODELS)),
+    metavar="NAME",
+    help="A standard net by its name, instead of --depth and --block; resnetv2 train "
+    "--list-models has them.",
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 2**31 - 1),
@@ -27,9 +33,7 @@ from .command import WrongInput
 @click.option(
     "--image-size",
     type=click.IntRange(1, 2**16),
-    default=32,
-    show_default=True,
-    help="Height and width in pixels.",
+    help="Height and width in pixels.  [default: 32; 224 for a net of ImageNet]",
 )
 @click.option(
     "--dtype",
@@ -67,10 +71,11 @@ from .command import WrongInput
     "the device is here]",
 )
 def plan(
-    depth: int,
-    block: str,
+    depth: int | None,
+    block: str | None,
+    model: str | None,
     batch_size: int,
-    image_size: int,
+    image_size: int | None,
     dtype: str,
     budget: str | None,
     optimizer_states: float,
@@ -92,12 +97,14 @@ def plan(
         device = device or "cuda"
     if budget is None and not with_time and not torch.cuda.is_available():
         raise WrongInput("there is no GPU whose free memory could be asked: give --budget")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net = _net(depth, block, model)
+    image_size = image_size or IMAGE_SIZES[net.stem]
     try:
         result = predict(
-            depth,
+            net,
             batch_size,
             budget,
-            block=block,
             image_size=image_size,
             dtype=dtype,
             optimizer_states=optimizer_states,
@@ -108,16 +115,32 @@ def plan(
     click.echo(result)
     if with_time:
         click.echo()
-        click.echo(_floors(depth, block, batch_size, image_size, dtype, device, rates))
+        click.echo(_floors(net, batch_size, image_size, dtype, device, rates))
+
+
+def _net(depth: int | None, block: str | None, model: str | None) -> PreActResNet:
+    """The net of the options, without memory."""
+    import torch
+
+    if (depth is None) == (model is None):
+        raise WrongInput("give --depth or --model: one of them says which net it is")
+    if model is not None and block is not None:
+        raise WrongInput(f"--block belongs to --depth: {model} has its own")
+    try:
+        with torch.device("meta"):
+            if depth is not None:
+                return PreActResNet.from_depth(depth, block or "basic")
+            return standard_net(str(model)).build()
+    except ValueError as error:
+        raise WrongInput(str(error)) from error
 
 
 def _floors(
-    depth: int,
-    block: str,
+    net: PreActResNet,
     batch_size: int,
     image_size: int,
     dtype: str,
-    device: str | None,
+    device: str,
     rates: str | None,
 ) -> str:
     """The table of ``cost.modes_table`` for the command's options."""
@@ -126,12 +149,9 @@ def _floors(
     from ..planning.cost import h100_rates, measure_rates, modes_table
 
     here = torch.cuda.is_available()
-    device = device or ("cuda" if here else "cpu")
     if rates == "measured" and device == "cuda" and not here:
         raise WrongInput("there is no GPU whose rates could be measured: give --rates h100")
     multiply = DTYPES[dtype]
     on_paper = rates == "h100" or (device == "cuda" and not here)
     found = h100_rates(multiply) if on_paper else measure_rates(device, multiply)
-    with torch.device("meta"):
-        model = PreActResNet.from_depth(depth, block)
-    return modes_table(model, batch_size, image_size, multiply, found, triton=device == "cuda")
+    return modes_table(net, batch_size, image_size, multiply, found, triton=device == "cuda")

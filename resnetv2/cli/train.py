@@ -12,7 +12,23 @@ from .command import PathName, clean_errors
 from .options import options_of, progress, threads
 
 
+def _list_models(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from ..planning.cost import models_table
+
+        click.echo(models_table())
+        ctx.exit()
+
+
 @click.command()
+@click.option(
+    "--list-models",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_models,
+    help="Name the nets of --model with their parameters and FLOPs, and end.",
+)
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
@@ -23,7 +39,8 @@ from .options import options_of, progress, threads
 @click.option(
     "--out",
     type=PathName(path_type=Path),
-    help="Folder of the run.  [default: runs/DATA-BLOCK-DEPTH, with a number if that is taken]",
+    help="Folder of the run.  [default: runs/DATA-BLOCK-DEPTH or runs/DATA-MODEL, with a number if "
+    "that is taken]",
 )
 @click.option(
     "--resume",
@@ -52,6 +69,7 @@ def train(
     resnetv2 train
     resnetv2 train --recipe fast --data cifar10 --dtype bf16
     resnetv2 train --recipe paper --data cifar10 --depth 164 --block bottleneck --out runs/164
+    resnetv2 train --data imagefolder:photos --image-size 224 --model preact_resnet50
     resnetv2 train --out runs/164 --resume auto
     """
     with clean_errors():
@@ -118,7 +136,8 @@ def _run_folder(out: Path | None, resume: str | None, options: dict[str, Any]) -
     chosen = {**vars(TrainConfig), **options}
     kind = chosen["data"].partition(":")[0]
     unfused = "-eager" if chosen["eager"] else ""
-    name = f"{kind}-{chosen['block']}-{chosen['depth']}{unfused}"
+    net = chosen["model"] or f"{chosen['block']}-{chosen['depth']}"
+    name = f"{kind}-{net}{unfused}"
     folders = [Path("runs") / name]
     while holds_a_run(folders[-1]):
         folders.append(Path("runs") / f"{name}-{len(folders) + 1}")

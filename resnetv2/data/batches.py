@@ -65,8 +65,9 @@ class ImageData:
 
     `crop_padding` pixels are padded on each side before a crop of the original size is drawn at
     random, and `flip` mirrors half of the images: the paper's augmentation is 4 and True
-    (section 4, "Implementation details"). Both apply to training batches only. `cache_reason` says
-    why the images are in memory.
+    (section 4, "Implementation details"). Both apply to training batches only. `white` is the value
+    that 255 of an image file has here, None where images do not come from files. `cache_reason`
+    says why the images are in memory.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ImageData:
     classes: tuple[str, ...]
     crop_padding: int = 4
     flip: bool = True
+    white: int | None = 255
     cache_reason: str = "tensors"
 
     cache: ClassVar[str] = "memory"

@@ -185,7 +185,7 @@ def as_image_data(
     training, testing = _tensor_split(train), _tensor_split(test)
     count = 1 + max(int(split.labels.max()) for split in (training, testing))
     classes = tuple(str(label) for label in range(count))
-    return ImageData(name, training, testing, classes, crop_padding=0, flip=False)
+    return ImageData(name, training, testing, classes, crop_padding=0, flip=False, white=None)
 
 
 def _tensor_split(dataset: TensorDataset) -> Split:
@@ -228,6 +228,7 @@ def _load_digits() -> ImageData:
         classes=tuple(map(str, digits.target_names)),
         crop_padding=1,
         flip=False,
+        white=16,
     )
 
 

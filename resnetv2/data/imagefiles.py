@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ._torchvision import import_torchvision
@@ -220,14 +220,63 @@ def decode(
     return torch.from_numpy(images)
 
 
-def resize_and_crop(image: Any, image_size: int | None) -> Any:
-    """Shorter side to `image_size` pixels, then the centre square; None leaves it as it is."""
-    if image_size is None or image.size == (image_size, image_size):
+# The shorter side of a streamed test image, of the crop's size (He et al. 2016, section 5).
+TEST_MARGIN = 256 / 224
+
+
+def resize_and_crop(image: Any, image_size: int | None, margin: float = 1.0) -> Any:
+    """Shorter side to `margin` times `image_size` pixels, then the centre square of `image_size`.
+
+    None leaves it as it is, and so does its own size without a margin.
+    """
+    if image_size is None or (margin == 1 and image.size == (image_size, image_size)):
         return image
     import_torchvision()
     from torchvision.transforms import functional
 
-    return functional.center_crop(functional.resize(image, image_size), [image_size])
+    resized = functional.resize(image, round(margin * image_size))
+    return functional.center_crop(resized, [image_size])
+
+
+def read_pixels(path: str, channels: int, size: tuple[int, int], margin: float = 1.0) -> Tensor:
+    """A file as a test image of a data set: uint8 (channels, height, width).
+
+    Args:
+        path: of the file. channels: 3, or 1 for grey. size: height and width; only where they
+            are equal is an image of another size resized and cropped. margin: as above.
+
+    Raises:
+        InputError: it cannot be read, or it has another size than a data set that is not square.
+    """
+    height, width = size
+    image = read_rgb(path)
+    if height == width:
+        image = resize_and_crop(image, height, margin)
+    elif image.size != (width, height):
+        raise InputError(f"{path} is {pixels(image.size)}, expected {pixels((width, height))}")
+    if channels == 1:
+        image = image.convert("L")
+    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def image_files(paths: Sequence[str]) -> list[str]:
+    """The paths, with folders replaced by all image files in them, sorted.
+
+    Raises:
+        InputError: there is no such file, or a folder without images.
+    """
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            inside = sorted(os.path.join(*file) for file in _walk(path, (os.path.realpath(path),)))
+            if not inside:
+                raise InputError(f"{path} holds no image ({', '.join(EXTENSIONS)})")
+            found += inside
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise InputError(f"there is no file {path}")
+    return found
 
 
 def read_rgb(path: str) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import InputError
 from ._torchvision import import_torchvision
 from .host import decoding_threads
-from .imagefiles import Files, read_rgb
+from .imagefiles import TEST_MARGIN, Files, read_rgb, resize_and_crop
 
 # How long a worker outlives a request to end, and the training process' death; torchrun waits for
 # 30 before it kills.
@@ -62,6 +62,7 @@ class FolderData:
 
     cache: ClassVar[str] = "stream"
     channels: ClassVar[int] = 3
+    white: ClassVar[int] = 255
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -139,8 +140,7 @@ class Decoder(Dataset[Any]):
         if box is not None and self.crop:
             image = functional.resized_crop(image, *box, [self.size, self.size])
         else:
-            image = functional.resize(image, round(self.size * 256 / 224))
-            image = functional.center_crop(image, [self.size])
+            image = resize_and_crop(image, self.size, margin=TEST_MARGIN)
         return functional.hflip(image) if mirrored and self.flip else image
 
     @staticmethod

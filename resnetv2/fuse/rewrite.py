@@ -25,7 +25,7 @@ from ..core.modules import ChainUnit, UnitModules
 from ..core.reading import Reading, begin_epoch, read
 from ..core.run import run_blocks, run_chain
 from ..core.sync import NORMS
-from ..core.table import text_table
+from ..core.table import Cells, html_lines, html_table, text_table
 from ..names import AUTO, BACKENDS, EAGER, MEMORY_MODES
 from .dataflow import MOST_NORMS, read_unit
 from .reasons import NotAUnitError
@@ -217,7 +217,7 @@ class BlockReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What ``explain`` found; prints as a table, like rows in one line.
+    """What ``explain`` found; prints and shows itself as a table, like rows in one line.
 
     blocks: all rows, in the model's order. chains: paths of the Sequentials whose blocks run as
     one chain.
@@ -233,7 +233,15 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         if not self.blocks:
-            return "no pre-activation block, and nothing that resembles one"
+            return _NO_BLOCK
+        return "\n".join([text_table(*self._table()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        if not self.blocks:
+            return html_lines([_NO_BLOCK])
+        return f"{html_table(*self._table())}\n{html_lines(self._notes())}"
+
+    def _table(self) -> Cells:
         lines = []
         start = 0
         for stop in range(1, len(self.blocks) + 1):
@@ -247,13 +255,17 @@ class Report(NamedTuple):
             lines.append((path, row.class_name, "yes" if row.fused else "no", *row[3:]))
             start = stop
         names = ("path", "class", "fused", "as", "reason")
-        text = [text_table(names, lines, [False] * len(names))]
-        text.append(f"{len(self.fused)} of {len(self.blocks)} fused")
+        return names, lines, [False] * len(names)
+
+    def _notes(self) -> list[str]:
+        notes = [f"{len(self.fused)} of {len(self.blocks)} fused"]
         if self.chains:
-            text.append(
-                f"run as chains: {', '.join(path or '(the model)' for path in self.chains)}"
-            )
-        return "\n".join(text)
+            paths = ", ".join(path or "(the model)" for path in self.chains)
+            notes.append(f"run as chains: {paths}")
+        return notes
+
+
+_NO_BLOCK = "no pre-activation block, and nothing that resembles one"
 
 
 class _Finding(NamedTuple):

@@ -30,6 +30,7 @@ from ..core.table import text_table
 from ..kernels import recording
 from ..kernels.operands import Geometry
 from ..kernels.reference import memory_format_of
+from ..models import IMAGE_SIZES, MODELS
 from ..names import MEMORY_MODES
 
 
@@ -236,6 +237,32 @@ def modes_table(
         "launches' own time and the optimizer"
     )
     return "\n".join(text)
+
+
+def models_table() -> str:
+    """The standard nets by name: blocks, parameters, and FLOPs of a forward of one image."""
+    names = ("model", "block", "units per stage", "image", "parameters", "FLOPs")
+    rows = []
+    for name, net in MODELS.items():
+        with torch.device("meta"):
+            model = net.build()
+        size = IMAGE_SIZES[net.stem]
+        costs = step_costs(model, 1, size, triton=False).forward
+        rows.append(
+            (
+                name,
+                net.block,
+                ", ".join(map(str, net.units)),
+                f"{size}x{size}",
+                f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
+                f"{sum(cost.flops for cost in costs) / 1e9:.2f} G",
+            )
+        )
+    note = (
+        "parameters: with the classifier of 1,000 classes (224x224) or 10; FLOPs: of the "
+        "convolutions in a forward of one image, a multiplication and an addition counted as two"
+    )
+    return f"{text_table(names, rows, [False, False, False, False, True, True])}\n{note}"
 
 
 def floor_seconds(costs: Sequence[Cost], rates: Rates) -> float:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ..core.memory import ModeCost, choose_mode, format_bytes, step_limit
-from ..core.table import text_table
-from ..models import PreActResNet
+from ..core.table import Cells, html_lines, html_table, text_table
+from ..models import IMAGE_SIZES, PreActResNet, standard_net
 from ..names import DTYPES
 
 
 class Plan(NamedTuple):
-    """The modes with what they need, and which one ``auto`` takes. Prints as a table.
+    """The modes with what they need, and which one ``auto`` takes. Prints and shows itself as a
+    table.
 
     rows: one ``ModeCost`` per mode, the fastest first. mode: the fastest that fits ``budget``, or
     None where no budget was given. eager: bytes that eager PyTorch keeps.
@@ -36,25 +37,33 @@ class Plan(NamedTuple):
         raise KeyError(f"{mode!r} is not one of {', '.join(r.mode for r in self.rows)}")
 
     def __str__(self) -> str:
+        return "\n".join([text_table(*self._table()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(*self._table())}\n{html_lines(self._notes())}"
+
+    def _table(self) -> Cells:
         names = ("mode", "parameters", "gradients", "optimizer", "kept", "walk", "peak", "FLOPs")
         rows = []
         for r in self.rows:
             sizes = (r.parameters, r.gradients, r.optimizer, r.kept, r.walk, r.peak)
             mark = " *" if r.mode == self.mode else ""
             rows.append((r.mode + mark, *(format_bytes(n) for n in sizes), f"+{r.extra_flops:.0%}"))
-        lines = [text_table(names, rows, [False] + [True] * (len(names) - 1))]
-        lines.append(f"batch {self.batch_size}; eager PyTorch keeps {format_bytes(self.eager)}")
+        return names, rows, [False] + [True] * (len(names) - 1)
+
+    def _notes(self) -> list[str]:
+        notes = [f"batch {self.batch_size}; eager PyTorch keeps {format_bytes(self.eager)}"]
         if self.budget is not None:
-            lines.append(f"* fits {format_bytes(self.budget)}: what auto takes")
-        return "\n".join(lines)
+            notes.append(f"* fits {format_bytes(self.budget)}: what auto takes")
+        return notes
 
 
 def plan(
-    model_or_depth: nn.Module | int,
+    model_or_depth: nn.Module | int | str,
     batch_size: int,
     budget: str | int | None = None,
     *,
-    image_size: int | tuple[int, int] = 32,
+    image_size: int | tuple[int, int] | None = None,
     dtype: str | torch.dtype = "fp32",
     optimizer_states: float = 1.0,
     device: str | torch.device | None = None,
@@ -63,11 +72,12 @@ def plan(
     """Predict what a training step needs in each memory mode, and choose one.
 
     Args:
-        model_or_depth: a ``PreActResNet``, or the depth of one (then ``options``, such as
-            ``block="bottleneck"``, go to ``PreActResNet.from_depth``; nothing is allocated).
+        model_or_depth: a ``PreActResNet``; a standard net's name, such as "preact_resnet50"; or a
+            depth (then ``options``, such as ``block="bottleneck"``, go to
+            ``PreActResNet.from_depth``). For a name or a depth nothing is allocated.
         batch_size: images a step.
         budget: bytes for everything, "8GiB" or a number; on a GPU the free memory if None.
-        image_size: height and width.
+        image_size: height and width. Default: 32, or 224 with the stem "imagenet".
         dtype: in which convolutions multiply: "fp32", "fp16", "bf16" (autocast).
         optimizer_states: values an optimizer keeps per parameter: 1 for momentum, 2 for Adam.
         device: "cuda" (kernels) or "cpu" (ATen); the model's, or the machine's if a depth is given.
@@ -80,19 +90,24 @@ def plan(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= optimizer_states < math.inf:
         raise ValueError(f"optimizer_states must be a number from 0 on, got {optimizer_states}")
-    if min((image_size,) if isinstance(image_size, int) else image_size) < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     multiply = DTYPES[dtype] if isinstance(dtype, str) else dtype
     model = model_or_depth
-    if isinstance(model, int):
+    if isinstance(model, (int, str)):
         with torch.device("meta"):
-            model = PreActResNet.from_depth(model, **options)
+            if isinstance(model, int):
+                model = PreActResNet.from_depth(model, **options)
+            else:
+                model = standard_net(model).build(**options)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     else:
         where = torch.device(device) if device else next(model.parameters()).device
+    if image_size is None:
+        image_size = IMAGE_SIZES[str(model.stem)]
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(size) < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
     limit = step_limit(where, budget)
     rows, eager, mode = choose_mode(
         model, batch_size, size, multiply, where, limit, optimizer_states=optimizer_states

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.table import text_table
+from ..core.table import html_lines, html_table, text_table
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -38,9 +41,17 @@ class Table:
         """The rows as they are shown."""
         return [[show(cell) for cell in row] for row in self.rows]
 
+    def numeric(self) -> list[bool]:
+        """Which columns hold no words."""
+        columns = range(len(self.columns))
+        return [not any(isinstance(row[i], str) for row in self.rows) for i in columns]
+
     def __str__(self) -> str:
-        numeric = [all(not isinstance(cell, str) for cell in self.column(c)) for c in self.columns]
-        return f"{self.title}\n{text_table(self.columns, self.cells(), numeric)}"
+        return f"{self.title}\n{text_table(self.columns, self.cells(), self.numeric())}"
+
+    def _repr_html_(self) -> str:
+        table = html_table(self.columns, self.cells(), self.numeric())
+        return f"{html_lines([self.title], 'h4')}\n{table}"
 
 
 def show(value: Any) -> str:
@@ -137,6 +148,26 @@ class Result:
         if self.notes:
             parts.append("\n".join(f"Note: {note}" for note in self.notes))
         return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        parts = [html_lines([self.title], "h3"), html_lines([self.question])]
+        if self.conclusions:
+            parts.append(f"<ul>\n{html_lines(self.conclusions, 'li')}\n</ul>")
+        parts += [_image(name, figure) for name, figure in self.figures.items()]
+        parts += [table._repr_html_() for table in self.tables]
+        parts.append(html_lines(self.notes))
+        return "\n".join(parts)
+
+
+def _image(name: str, figure: Figure) -> str:
+    """The figure inside the page, at its own size."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150, format="png")
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    # CSS pixels are 96 to an inch: sharp on a dense screen.
+    width = round(96 * figure.get_size_inches()[0])
+    words = escape(name.replace("-", " "))
+    return f'<img alt="{words}" width="{width}" src="data:image/png;base64,{data}">'
 
 
 def _plain(value: Any) -> Any:

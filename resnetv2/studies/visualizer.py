@@ -8,7 +8,6 @@ Every method returns a matplotlib Figure and draws what it is given, nothing els
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
+from ..training.plots import Picture
 from .histories import Comparison, History
 from .tracing import Diagram, Step, trace
 
@@ -43,19 +43,6 @@ METRICS = {
     "gradient_norm": "gradient norm",
     "seconds": "seconds of training",
 }
-
-
-class Picture(Figure):
-    """A Figure that notebooks show without pyplot and its global state."""
-
-    def _repr_png_(self) -> bytes:
-        return self.png()
-
-    def png(self, dpi: int = 150) -> bytes:
-        """The picture as the content of a PNG file."""
-        file = io.BytesIO()
-        self.savefig(file, dpi=dpi, format="png")
-        return file.getvalue()
 
 
 class ResNetV2Visualizer:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from ..data.datasets import CACHES
 from ..errors import InputError
-from ..models import BLOCKS, STEMS
+from ..models import BLOCKS, MODELS, STEMS
 from ..names import BACKENDS, DTYPES, MEMORY_MODES
 from .fields import Between, Bytes, Choice, Option, documented, fields_of, nearest, show
 from .recipe import read_recipe
@@ -73,6 +73,14 @@ class TrainConfig:
     threads: Annotated[
         Threads | None,
         Option("CPU threads.", default="torch's, or those of the run resumed", resume="machine"),
+    ] = None
+    model: Annotated[
+        Annotated[str, Choice(MODELS)] | None,
+        Option(
+            "A standard net by its name, such as preact_resnet50, instead of depth, block and "
+            "stem; --list-models has them.",
+            metavar="NAME",
+        ),
     ] = None
     depth: Annotated[Layers, Option("Layers: 6n+2 for basic, 9n+2 for bottleneck.")] = 20
     block: Annotated[str, Choice(BLOCKS), Option()] = "basic"
@@ -193,6 +201,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, field in FIELDS.items():
             object.__setattr__(self, name, field.checked(getattr(self, name)))
+        if self.model is not None:
+            parts = {name: getattr(self, name) for name in NET}
+            _check_net(self.model, {n: v for n, v in parts.items() if v != FIELDS[n].default})
+            for name in NET:
+                object.__setattr__(self, name, getattr(MODELS[self.model], name))
         if self.epochs is not None and self.steps is not None:
             raise InputError(
                 f"epochs and steps both say how long to train: give one of them, got epochs "
@@ -220,6 +233,9 @@ class TrainConfig:
 
 FIELDS = fields_of(TrainConfig)
 
+# The options that say which net is built, where no name does.
+NET = ("depth", "block", "stem")
+
 
 def make_config(recipe: str | Path | None = None, **given: Any) -> TrainConfig:
     """The options of a recipe, overridden by those given, over ``TrainConfig``'s defaults.
@@ -228,7 +244,8 @@ def make_config(recipe: str | Path | None = None, **given: Any) -> TrainConfig:
         recipe: one of ``recipe.recipe_names``, or the path of a YAML file, ending in .yaml or .yml,
             that maps options to values.
         given: options by name. None is a value like others: leave out what is not asked for. Of
-            ``epochs`` and ``steps``, one that is given takes the place of the recipe's.
+            ``epochs`` and ``steps``, one that is given takes the place of the recipe's, and so
+            does ``model`` of depth, block and stem, or one of these of the recipe's ``model``.
 
     Raises:
         InputError: an unknown option or recipe, a file that cannot be read, or values that
@@ -236,12 +253,17 @@ def make_config(recipe: str | Path | None = None, **given: Any) -> TrainConfig:
     """
     _check_names(given)
     own = {name: FIELDS[name].checked(value) for name, value in given.items()}
+    if own.get("model") is not None:
+        # Here, where a depth of 20 that was given is told from the default.
+        _check_net(own["model"], {name: own[name] for name in NET if name in own})
     if recipe is None:
         return TrainConfig(**own)
     preset, source = read_recipe(recipe)
     preset = checked_options(preset, source)
-    for length, other in (("epochs", "steps"), ("steps", "epochs")):
-        if own.get(length) is not None:
+    replaced = [("epochs", "steps"), ("steps", "epochs")]
+    replaced += [pair for name in NET for pair in (("model", name), (name, "model"))]
+    for chosen, other in replaced:
+        if own.get(chosen) is not None:
             preset.pop(other, None)
     try:
         return TrainConfig(**{**preset, **own})
@@ -331,6 +353,20 @@ def check_steps(config: TrainConfig, total_steps: int) -> None:
             f"warmup_steps must be at most the run's {total_steps:,} steps, got "
             f"{config.warmup_steps:,}"
         )
+
+
+def _check_net(model: str, parts: Mapping[str, Any]) -> None:
+    """Refuse a depth, block or stem that is not the named net's.
+
+    Raises:
+        InputError: it names the first one.
+    """
+    for name, value in parts.items():
+        own = getattr(MODELS[model], name)
+        if value != own:
+            raise InputError(
+                f"{name} contradicts model {model}, whose {name} is {show(own)}: got {show(value)}"
+            )
 
 
 def _check_names(options: Iterable[Any], where: str = "") -> None:

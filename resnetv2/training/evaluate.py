@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.datasets import load_data
 from ..errors import InputError
+from ..fuse.weights import difference
 from ..kernels.dispatch import resolve_backend
-from ..models import PreActResNet
+from ..models import PreActResNet, standard_net
 from ..names import DTYPES
 from .checkpoint import Checkpoints, check_parts
 from .config import TrainConfig, saved_config
@@ -89,16 +90,18 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
     Raises:
         InputError: there is no such net, or memory "auto" has nothing to go by.
     """
+    options: dict[str, Any] = {
+        "num_classes": classes,
+        "in_channels": channels,
+        "memory": config.memory,
+        "budget": config.budget,
+        "backend": config.backend,
+    }
     try:
+        if config.model is not None:
+            return standard_net(config.model).build(**options)
         return PreActResNet.from_depth(
-            config.depth,
-            block=config.block,
-            num_classes=classes,
-            in_channels=channels,
-            stem=config.stem,
-            memory=config.memory,
-            budget=config.budget,
-            backend=config.backend,
+            config.depth, block=config.block, stem=config.stem, **options
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -166,6 +169,79 @@ def evaluate_run(
     Raises:
         InputError: no run or checkpoint there, a damaged one, one of another net or data set.
     """
+    trained = load_run(run, checkpoint, device=device, warn=warn, **options)
+    config, state, path = trained.config, trained.state, trained.checkpoint
+    data = load_data(
+        config.data,
+        root=config.root,
+        image_size=config.image_size,
+        cache=config.cache,
+        progress=progress,
+        seed=config.seed,
+    )
+    if (trained.classes, trained.image[0]) != (len(data.classes), data.channels):
+        raise InputError(
+            f"{path} was trained on {trained.classes} classes of images with {trained.image[0]} "
+            f"channels, {config.data} has {len(data.classes)} classes and {data.channels} "
+            "channels: take data of the same kind"
+        )
+    place = trained.device
+    with reproducible(place, config.seed):
+        batches = Batches(data, config.batch_size, config.seed, place, workers=config.workers)
+        loss, accuracy = evaluate_as(config, trained.model, batches)
+    history = state.get("history", [])
+    whole = bool(history) and state["run"].get("epoch_ends_at") == state["step"]
+    return Evaluation(
+        checkpoint=path,
+        step=state["step"],
+        epoch=len(history),
+        averaged=trained.averaged,
+        loss=loss,
+        accuracy=accuracy,
+        recorded=history[-1]["test_accuracy"] if whole else None,
+        images=len(data.test),
+    )
+
+
+@dataclass(frozen=True)
+class TrainedNet:
+    """A net with the weights of a run's checkpoint, see ``load_run``.
+
+    Args:
+        model: on ``device``. config: the run's, with what was changed.
+        checkpoint: the file; state: its content. averaged: the weights are the moving average.
+        classes: how many; image: channels, height and width.
+    """
+
+    model: nn.Module
+    config: TrainConfig
+    device: torch.device
+    checkpoint: Path
+    state: dict[str, Any]
+    averaged: bool
+    classes: int
+    image: tuple[int, int, int]
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W), as the run's tests compute them.
+
+        model: the net, or a module around it.
+        """
+        config = self.config
+        dtype = DTYPES[config.dtype]
+        return compute_logits(model, images.to(self.device), dtype, memory_format_of(config))
+
+
+def load_run(
+    run: str | Path,
+    checkpoint: str | Path = "auto",
+    *,
+    device: str | torch.device | None = None,
+    warn: Callable[[str], object] = print,
+    **options: Any,
+) -> TrainedNet:
+    """The net that a run has trained, with the weights that it tests; arguments and errors as of
+    ``evaluate_run``."""
     folder = Path(run)
     if folder.is_file():
         raise InputError(
@@ -189,43 +265,19 @@ def evaluate_run(
         raise InputError(
             f"{path} holds a model of the caller's own ({facts.get('model')}): load it there"
         )
+    classes, image = facts.get("classes"), facts.get("image")
+    if not isinstance(classes, int) or not isinstance(image, list) or len(image) != 3:
+        raise InputError(f"{path} does not say which classes and images it was trained on")
     place = select_device(config.device)
     check_backend(config.backend, place)
-    data = load_data(
-        config.data,
-        root=config.root,
-        image_size=config.image_size,
-        cache=config.cache,
-        progress=progress,
-        seed=config.seed,
-    )
-    trained = facts.get("classes"), (facts.get("image") or [None])[0]
-    if trained != (len(data.classes), data.channels):
-        raise InputError(
-            f"{path} was trained on {trained[0]} classes of images with {trained[1]} channels, "
-            f"{config.data} has {len(data.classes)} classes and {data.channels} channels: "
-            "take data of the same kind"
-        )
     with reproducible(place, config.seed):
-        model = build_model(
-            replace(config, memory="recompute", budget=None), len(data.classes), data.channels
-        )
+        plain = replace(config, memory="recompute", budget=None)
+        model = build_model(plain, classes, image[0])
         averaged = state.get("ema") is not None
         load_weights(model, averaged_weights(state) if averaged else state["model"], path)
         model.to(place, memory_format=memory_format_of(config))  # type: ignore[call-overload]
-        batches = Batches(data, config.batch_size, config.seed, place, workers=config.workers)
-        loss, accuracy = evaluate_as(config, model, batches)
-    history = state.get("history", [])
-    whole = bool(history) and facts.get("epoch_ends_at") == state["step"]
-    return Evaluation(
-        checkpoint=path,
-        step=state["step"],
-        epoch=len(history),
-        averaged=averaged,
-        loss=loss,
-        accuracy=accuracy,
-        recorded=history[-1]["test_accuracy"] if whole else None,
-        images=len(data.test),
+    return TrainedNet(
+        model, config, place, path, state, averaged, classes, (image[0], image[1], image[2])
     )
 
 
@@ -245,14 +297,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: names or shapes differ. The model is as before.
     """
-    own = model.state_dict()
-    wrong = [name for name in own if name not in weights]
-    wrong += [name for name in weights if name not in own]
-    if not wrong:
-        wrong = [name for name in own if own[name].shape != weights[name].shape]
+    wrong = difference(model.state_dict(), weights)
     if wrong:
-        raise InputError(
-            f"{path} holds the weights of another net: {wrong[0]}"
-            + (f" and {len(wrong) - 1} others differ" if len(wrong) > 1 else " differs")
-        )
+        raise InputError(f"{path} holds the weights of another net: {wrong}")
     model.load_state_dict(weights)

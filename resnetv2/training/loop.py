@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..data.host import memory_in_use, release_freed_memory
 from ..errors import InputError
@@ -28,7 +28,6 @@ from .interrupts import StopRequests
 from .log import RunLog, write_config
 from .metrics import EpochMetrics
 from .parallel import distribute
-from .plots import plot_curves
 from .state import RunState, random_states, seed_generators, set_random_states
 from .step import Step
 
@@ -314,7 +313,7 @@ class Loop:
             return
         path = self.folder / "curves.png"
         try:
-            plot_curves(history, path, report.title(self.state))
+            self.state.result.plot().savefig(path, dpi=150, format="png")
         except OSError as error:
             raise InputError(
                 f"cannot write {path}: {error.strerror}; the checkpoints are untouched"

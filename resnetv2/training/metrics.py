@@ -1,9 +1,6 @@
-"""The measurements of a run, and its result."""
+"""The measurements of a run."""
 
-from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -23,24 +20,3 @@ class EpochMetrics:
     test_accuracy: float
     seconds: float
     images_per_second: float
-
-
-@dataclass
-class TrainingResult:
-    """The result of ``train``.
-
-    ``step_losses`` holds the loss of every training step of this call, ``config`` the options and
-    facts of the run, as in the first line of metrics.jsonl. ``averaged`` is the moving average of
-    the weights that was tested, None without one.
-    """
-
-    model: nn.Module
-    config: dict[str, Any]
-    history: list[EpochMetrics] = field(default_factory=list)
-    step_losses: list[float] = field(default_factory=list)
-    averaged: nn.Module | None = None
-
-    @property
-    def test_accuracy(self) -> float:
-        """Test accuracy after the last epoch, 0..1."""
-        return self.history[-1].test_accuracy

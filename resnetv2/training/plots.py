@@ -1,7 +1,10 @@
-"""The curves of a training run as a PNG."""
+"""The curves of a training run as a picture, and the class of all pictures."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .metrics import EpochMetrics
 
@@ -10,20 +13,28 @@ _TRAIN = {"color": "#0072B2", "linestyle": "--", "label": "training"}
 _TEST = {"color": "#D55E00", "linestyle": "-", "label": "test"}
 
 
-def plot_curves(history: Sequence[EpochMetrics], path: str | Path, title: str) -> None:
-    """Draw loss and error against epochs, as in the paper's figures, and write ``path`` (PNG).
+class Picture(Figure):
+    """A Figure that notebooks show without pyplot, its global state and its windows."""
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+    def png(self, dpi: int = 150) -> bytes:
+        """The picture as the content of a PNG file."""
+        file = io.BytesIO()
+        self.savefig(file, dpi=dpi, format="png")
+        return file.getvalue()
+
+
+def draw_curves(history: Sequence[EpochMetrics], title: str) -> Picture:
+    """Loss and error against epochs, as in the paper's figures.
 
     Args:
         history: one entry an epoch, at least one.
-        path: where the picture goes; its folder must exist.
         title: one line above both panels.
     """
-    # Not pyplot: a library has no business with its global state or a window.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     epochs = [entry.epoch for entry in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Picture(figsize=(9, 3.6), layout="constrained")
     losses, errors = figure.subplots(1, 2)
     marker = {"marker": "o", "markersize": 3} if len(epochs) <= 40 else {}
     losses.plot(epochs, [entry.train_loss for entry in history], **_TRAIN, **marker)
@@ -45,4 +56,4 @@ def plot_curves(history: Sequence[EpochMetrics], path: str | Path, title: str) -
     losses.legend(frameon=False)
     errors.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150, format="png")
+    return figure

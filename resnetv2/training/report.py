@@ -34,15 +34,6 @@ def description(run: RunState) -> str:
     return "\n".join(lines)
 
 
-def title(run: RunState) -> str:
-    """A line above the curves."""
-    facts = run.result.config
-    return (
-        f"{facts['model']} on {facts['data']}, {facts['backend']} backend, {facts['dtype']}, "
-        f"seed {facts['seed']}"
-    )
-
-
 def epoch_line(entry: EpochMetrics, epochs: int) -> str:
     """An epoch's figures."""
     width = len(str(epochs))

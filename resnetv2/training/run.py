@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.sync import convert_sync_batchnorm
 from ..data.batches import ImageData
@@ -29,9 +29,9 @@ from .environment import cpu_threads, reproducible, select_device
 from .evaluate import build_model, check_backend, memory_format_of
 from .log import check_folder, holds_a_run, threads_of
 from .loop import Loop
-from .metrics import TrainingResult
 from .parallel import World, alike, local_device, processes
 from .report import description
+from .result import TrainingResult
 from .state import RunState
 
 Data = TensorDataset | tuple[TensorDataset, TensorDataset] | ImageData | FolderData
@@ -41,7 +41,7 @@ def train_resnet_v2(
     data: str | Data | None = None,
     *,
     recipe: str | Path | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
@@ -59,7 +59,8 @@ def train_resnet_v2(
             ``TensorDataset(images (N, C, H, W), labels (N,))``, one for training and one for
             testing, or a single one, of which the last fifth is held out; or an ``ImageData``.
         recipe: a recipe's name or file, see ``resnetv2.training.config.make_config``.
-        model, out, resume, overwrite, verbose, progress: see ``train``.
+        model: a module, see ``train``, or the name of a standard net, such as "preact_resnet50".
+        out, resume, overwrite, verbose, progress: see ``train``.
         options: fields of ``TrainConfig``: epochs=30, depth=20, batch_size=128, lr=0.1, ...
 
     Raises:
@@ -70,10 +71,12 @@ def train_resnet_v2(
         options["data"] = data
     elif data is not None:
         options.setdefault("data", data.name if isinstance(data, ImageData) else "tensors")
+    if isinstance(model, str):
+        options["model"] = model
     return train(
         make_config(recipe, **options),
         data=None if isinstance(data, str) else data,
-        model=model,
+        model=None if isinstance(model, str) else model,
         out=out,
         resume=resume,
         overwrite=overwrite,

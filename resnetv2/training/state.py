@@ -34,9 +34,10 @@ from .environment import (
     take_measured_tiles,
 )
 from .evaluate import load_weights
-from .metrics import EpochMetrics, TrainingResult
+from .metrics import EpochMetrics
 from .optimizer import load_optimizer_state, optimizer_state
 from .parallel import World
+from .result import TrainingResult
 from .schedule import learning_rate, optimizer_groups
 
 
@@ -127,7 +128,7 @@ class RunState:
 
     def _facts(self, data: ImageData | FolderData, own_model: bool) -> dict[str, Any]:
         config = self.config
-        name = f"PreActResNet-{config.depth} ({config.block})"
+        name = config.model or f"PreActResNet-{config.depth} ({config.block})"
         return {
             **asdict(config),
             "model": type(self.model).__name__ if own_model else name,
@@ -202,7 +203,7 @@ class RunState:
         ends = min(epoch * self.epoch_steps, self.total)
         return {
             "config": asdict(self.config),
-            "run": {**self._identity, "epoch_ends_at": ends},
+            "run": {**self._identity, "epoch_ends_at": ends, "pixels": self._pixels()},
             "processes": self.world.size,
             "machine": machine(self.device),
             "tiles": measured_tiles(),
@@ -215,6 +216,16 @@ class RunState:
             "best": self.best,
             "sums": sums,
             "random": random_states,
+        }
+
+    def _pixels(self) -> dict[str, Any]:
+        """What turns an image file into an image of this run, and a class into its name."""
+        data = self.batches.data
+        return {
+            "classes": list(data.classes),
+            "mean": self.batches.mean.tolist(),
+            "std": self.batches.std.tolist(),
+            "white": data.white,
         }
 
     def load(self, resume: str | Path, checkpoints: Checkpoints, warn: Any) -> None:

@@ -56,6 +56,22 @@ def run(providers, case=TOY, host=Inline):
     return outcomes, list(timed_rows("depth", case, outcomes))
 
 
+def test_standard_net():
+    case = cases.standard("wide_resnet16_8", 2, "fp32")._replace(size=8)
+    assert (case.layers, case.name) == (16, "wide_resnet16_8, batch 2")
+    module = case.build(backend="aten")
+    activated = []
+    for child in module.modules():
+        if isinstance(child, torch.nn.BatchNorm2d):
+            child.register_forward_hook(lambda m, i, out: activated.append(out.numel()))
+    images, labels = case.inputs()
+    loss, _ = case.loss(module(images), labels)
+    assert torch.isfinite(loss)
+    assert case.narrowest == min(activated)
+    with pytest.raises(ValueError, match="there is no net 'resnet50': choose from"):
+        cases.standard("resnet50", 2, "fp32")
+
+
 @pytest.fixture(scope="module")
 def measured():
     return run(plain())

@@ -15,7 +15,9 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
+from resnetv2 import plan, preact_resnet18
 from resnetv2.cli.command import COMMANDS, main
+from resnetv2.models import MODELS
 from resnetv2.training.checkpoint import Checkpoints, read
 from resnetv2.training.run import train_resnet_v2
 
@@ -87,6 +89,50 @@ def test_recipe_is_overridden(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["steps"], config["lr"], config["ema"]) == (2, 0.07, 0.9)
+
+
+def test_standard_nets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ["--backend", "aten", "--device", "cpu", "--steps", "1", "--limit-batches", "1"]
+    result = run("train", "--model", "preact_resnet20", *short)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1].startswith("preact_resnet20: 2")
+    folder = Path("runs") / "digits-preact_resnet20"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"] == "preact_resnet20"
+    assert "as the run recorded" in run("eval", str(folder)).stdout
+    result = run("train", "--model", "preact_resnet20", "--resume", "auto")
+    assert "the run is complete" in result.stdout, result.output
+    # The bits of the same net by its depth.
+    assert run("train", "--depth", "20", *short).exit_code == 0
+    named, sized = (
+        read(Path("runs") / name / "checkpoints" / "step-00000001.pt")["model"]
+        for name in ("digits-preact_resnet20", "digits-basic-20")
+    )
+    assert all(torch.equal(named[name], value) for name, value in sized.items())
+
+
+def test_list_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: MODELS[name] for name in ("preact_resnet50", "preact_resnet20")}
+    monkeypatch.setattr("resnetv2.planning.cost.MODELS", few)
+    result = run("train", "--list-models")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("  ") for line in result.stdout.splitlines()[2:-1]]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    # timm's resnetv2_50 has 25.55 M parameters; torchvision counts 4.09 G multiplications for its
+    # resnet50, whose convolutions are the same.
+    expected = ["bottleneck", "3, 4, 6, 3", "224x224", "25.55 M", "8.17 G"]
+    assert cells == {
+        "preact_resnet50": expected,
+        "preact_resnet20": ["basic", "3, 3, 3", "32x32", "0.27 M", "0.08 G"],
+    }
+
+
+def test_plan_of_a_standard_net() -> None:
+    result = run("plan", "--model", "preact_resnet18", "--batch-size", "2", "--budget", "1GiB")
+    assert result.exit_code == 0, result.output
+    expected = plan("preact_resnet18", 2, "1GiB", image_size=224)
+    assert result.stdout == f"{expected}\n"
+    assert plan(preact_resnet18(), 2, "1GiB", device="cpu") == expected
 
 
 def test_eval_gives_the_test_error_again(tmp_path: Path) -> None:

@@ -592,7 +592,7 @@ add(
         "text-for-ema": ("eval run", "its ema is of", state(ema="text")),
         "another-depth": (
             "eval run",
-            "holds the weights of another net: stage1.1.bn1.weight and 35 others differ",
+            "holds the weights of another net: missing: stage1.1.bn1.weight, stage1.1.bn1.bias, ",
             state(config={"depth": 14}),
         ),
         "other-classes": (
@@ -665,6 +665,12 @@ add(
     "plan",
     {
         "no-gpu-no-budget": ("plan --depth 20", "there is no GPU whose free memory could be"),
+        "no-net": ("plan --budget 8GiB", "give --depth or --model: one of them says which"),
+        "two-nets": (PLAN + "--model preact_resnet50", "give --depth or --model: one of them"),
+        "block-of-a-model": (
+            "plan --model preact_resnet50 --block basic --budget 8GiB",
+            "--block belongs to --depth: preact_resnet50 has its own",
+        ),
         "no-gpu-to-measure": (
             PLAN + "--time --rates measured --device cuda",
             "there is no GPU whose rates could be measured: give --rates h100",

@@ -43,6 +43,30 @@ def test_defaults_are_the_papers_in_proportion() -> None:
     assert (config.ema, config.label_smoothing, config.nesterov) == (0, 0, False)
 
 
+def test_a_model_names_depth_block_and_stem(tmp_path: Path) -> None:
+    config = make_config(model="preact_resnet50", lr=0.2)
+    assert (config.depth, config.block, config.stem) == (50, "bottleneck", "imagenet")
+    # As a checkpoint or config.yaml has it.
+    assert make_config(**dataclasses.asdict(config) | {"steps": None}) == config
+    assert saved_config(dataclasses.asdict(config), "file") == config
+    said = "block contradicts model preact_resnet20, whose block is 'basic': got 'bottleneck'"
+    assert message(make_config, model="preact_resnet20", block="bottleneck") == said
+    assert message(TrainConfig, model="preact_resnet20", block="bottleneck") == said
+    # The default of an option, given.
+    assert message(make_config, model="preact_resnet50", depth=20).startswith("depth contradicts")
+    assert message(make_config, model="preact_resnet21").endswith("did you mean preact_resnet20?")
+
+
+def test_a_recipe_s_net_gives_way_to_the_one_that_is_given(tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("depth: 164\nblock: bottleneck\n")
+    config = make_config(recipe, model="wide_resnet16_8")
+    assert (config.model, config.depth, config.block) == ("wide_resnet16_8", 16, "basic")
+    recipe.write_text("model: preact_resnet50\n")
+    config = make_config(recipe, depth=26)
+    assert (config.model, config.depth, config.stem) == (None, 26, "cifar")
+
+
 def test_every_option_is_documented_and_on_the_command_line() -> None:
     """A field without an ``Option`` would be missing in both."""
     names = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -390,7 +414,7 @@ def another(field: Field) -> Any:
 
 
 # Options that cannot be given alone, or change another: the test after the next has them.
-TOGETHER = {"steps", "cache", "budget", "eager"}
+TOGETHER = {"model", "steps", "cache", "budget", "eager"}
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in TOGETHER])
@@ -419,6 +443,12 @@ def test_options_that_need_another_are_compared_as_well() -> None:
     assert message(check_resumable, saved, TrainConfig(steps=100), "a.pt") == (
         "a.pt was written with epochs 30, steps None, this run has epochs None, steps 100: a "
         "resumed run keeps what decides its result"
+    )
+    named = TrainConfig(model="preact_resnet50")
+    assert message(check_resumable, saved, named, "a.pt") == (
+        "a.pt was written with model None, depth 20, block 'basic', this run has model "
+        "'preact_resnet50', depth 50, block 'bottleneck' (1 more differ): a resumed run keeps what "
+        "decides its result"
     )
     notes = check_resumable(saved, TrainConfig(memory="auto", budget="1GiB", eager=True), "a.pt")
     assert [note.split()[0] for note in notes] == ["memory", "budget", "backend", "eager"]

@@ -21,7 +21,7 @@ from resnetv2.training.checkpoint import Checkpoints, read
 from resnetv2.training.config import TrainConfig
 from resnetv2.training.evaluate import evaluate_run
 from resnetv2.training.loop import DivergenceError, Interrupted
-from resnetv2.training.metrics import TrainingResult
+from resnetv2.training.result import TrainingResult
 from resnetv2.training.run import train_resnet_v2
 from resnetv2.training.schedule import learning_rate
 from resnetv2.training.state import RunState
