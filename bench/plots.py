@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.ticker import NullLocator
 from bench.cases import network_of
 from bench.providers import COMPILE, EAGER
 from bench.schema import MODE, Row, Rows
+from resnetv2.studies.demo import MODES, draw
 
 # Okabe and Ito's palette: told apart with any colour vision; markers and lines tell in print.
 _STYLES = {
@@ -74,6 +76,29 @@ def plot_depth(rows: Rows, path: Path) -> None:
     name = first.device or "this device"
     drawing.suptitle(f"A training step, {name}, {first.dtype}", fontsize=11)
     drawing.savefig(path, dpi=110, format="png")
+
+
+def demo_figures(rows: Rows) -> tuple[str, dict[str, float], dict[str, float]]:
+    """A title, and peak MB and ms of a step by mode: those of ``resnetv2 demo``, deepest net."""
+    case = max(depth_cases(rows), key=lambda name: network_of(name)[1])
+    block, depth, batch = network_of(case)
+    peaks, times = {}, {}
+    for mode in MODES:
+        key = {"suite": "depth", "case": case, "provider": mode, "mode": MODE}
+        peak, time = rows.value(**key, metric="peak"), rows.value(**key, metric="time")
+        if peak and time:
+            peaks[mode], times[mode] = peak, time
+    title = f"A training step of ResNet-{depth} ({block}), {batch} images of 32x32"
+    return title, peaks, times
+
+
+def plot_demo(rows: Rows, path: Path) -> None:
+    """The picture of ``resnetv2 demo``, from the report's figures, which stand in the file too."""
+    title, peaks, times = demo_figures(rows)
+    drawing = draw(peaks, times, f"{title}, {rows.where(suite='depth')[0].device}")
+    figures = {"peak MB": peaks, "ms a step": times}
+    metadata = {"Description": json.dumps(figures)}
+    drawing.savefig(path, dpi=130, format="png", metadata=metadata)
 
 
 def plot_roofline(rows: Rows, path: Path) -> None:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench.cases import network_of
-from bench.plots import depth_cases, plot_depth, plot_roofline
+from bench.plots import demo_figures, depth_cases, plot_demo, plot_depth, plot_roofline
 from bench.providers import EAGER
 from bench.providers import MEMORY_MODES as OURS
 from bench.schema import CSV_NAME, MODE, REPORTS, Rows, read
 
 PAGE = "README.md"
+DEMO_PICTURE = "demo.png"
 
 
 def figure(value: float | None) -> str:
@@ -122,26 +123,13 @@ def _conditions(rows: Rows, suite: str) -> str:
     )
 
 
-def memory_table(rows: Rows, depth: int) -> str:
-    """Memory and time of every provider at one depth; the README holds a copy."""
-    case = next(c for c in depth_cases(rows) if network_of(c)[1] == depth)
-    block, _, batch = network_of(case)
-    lines = []
-    for peak in rows.where(suite="depth", case=case, metric="peak"):
-        provider = peak.provider
-        (time,) = rows.where(suite="depth", case=case, provider=provider, metric="time")
-        lines.append(
-            [
-                f"`{provider}`",
-                f"{figure(peak.value)} MB",
-                ratio(peak.ratio_to_eager),
-                f"{figure(time.value)} ms",
-                ratio(time.ratio_to_eager),
-            ]
-        )
-    under = f"ResNet-{depth} ({block}) at 32x32, batch {batch}, {_conditions(rows, 'depth')}"
-    header = ["provider", "peak", "of eager", "a step", "of eager"]
-    return table(header, lines) + "\n\n" + under
+def picture(rows: Rows) -> str:
+    """The picture of a deep net's step in the demo's modes, with its figures as words; the README
+    holds a copy."""
+    title, peaks, times = demo_figures(rows)
+    words = "; ".join(f"{m} {figure(peaks[m])} MB, {figure(times[m])} ms" for m in peaks)
+    folder = f"{REPORTS.parent.name}/{REPORTS.name}/{rows.where(suite='depth')[0].device}"
+    return f"![{title}: {words}]({folder}/{DEMO_PICTURE})"
 
 
 def summary(rows: Rows) -> str:
@@ -309,6 +297,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Rows], str]]] = {
         "median (for eager, of its own time).",
         lambda rows: _timed_table(rows, "depth"),
     ),
+    "models": (
+        "Standard nets",
+        "On images of the size that a net is made for: 32x32, or 224x224 with ImageNet's stem.",
+        lambda rows: _timed_table(rows, "models"),
+    ),
     "unit": (
         "One unit",
         "Forward is a training forward, which keeps what its backward needs.",
@@ -383,6 +376,7 @@ def render(folder: Path) -> None:
     (folder / PAGE).write_text(page(rows, folder.name), encoding="utf-8")
     if depth_cases(rows):
         plot_depth(rows, folder / "depth.png")
+        plot_demo(rows, folder / DEMO_PICTURE)
     if rows.where(suite="kernel", metric="time"):
         plot_roofline(rows, folder / "roofline.png")
 
@@ -391,7 +385,7 @@ README = Path(__file__).parent.parent / "README.md"
 _BLOCK = re.compile(r"(<!-- bench: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "opening": opening,
-    "memory": lambda rows: memory_table(rows, 1001),
+    "demo": picture,
 }
 
 

@@ -1,12 +1,15 @@
 """Measured figures in the README are those of committed reports; what documents refer to exists."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from bench import report, training
+from bench import plots, report, training
 from bench.schema import CSV_NAME, REPORTS, read
+from resnetv2.studies.demo import MODES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,16 +69,23 @@ def test_benchmark_table_is_the_reports(device):
 
 def test_blocks_are_filled_between_their_comments():
     device = DEVICES[0].name
-    text = f"a\n<!-- bench: memory {device} -->\n<!-- end -->\nb\n<!-- end -->\n"
+    text = f"a\n<!-- bench: demo {device} -->\n<!-- end -->\nb\n<!-- end -->\n"
     filled = report.with_blocks(text)
     assert filled.endswith("\n<!-- end -->\nb\n<!-- end -->\n")
-    assert report.memory_table(rows_of(DEVICES[0]), 1001) in filled
+    assert report.picture(rows_of(DEVICES[0])) in filled
     assert report.with_blocks(filled) == filled
     assert report.with_blocks(README) == README
 
 
-def test_memory_table_is_a_reports():
-    assert any(report.memory_table(rows_of(device), 1001) in README for device in DEVICES)
+def test_opens_with_a_picture_of_a_report():
+    """Before the first section; its file says which figures it was drawn from."""
+    head = README.partition("\n## ")[0]
+    (device,) = (device for device in DEVICES if report.picture(rows_of(device)) in head)
+    _, peaks, times = plots.demo_figures(rows_of(device))
+    with Image.open(device / report.DEMO_PICTURE) as image:
+        drawn = json.loads(image.text["Description"])
+    assert drawn == {"peak MB": peaks, "ms a step": times}
+    assert [*peaks] == [*MODES]
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
