@@ -27,7 +27,7 @@ BELOW["visualization"] = {"studies", *BELOW["studies"]}
 BELOW["cli"] = {"studies", "train", "visualization", *BELOW["studies"]}
 BELOW["__main__"] = {"cli"}
 # The package's own namespace: what a user imports.
-BELOW["__init__"] = {"fuse", *BELOW["planning"], "planning"}
+BELOW["__init__"] = {"data", "fuse", *BELOW["planning"], "planning"}
 
 
 def module_of(path: Path) -> str:

@@ -263,3 +263,24 @@ def test_norm_and_act_reach_every_layer():
     twin = eager_twin(model)
     x, g = images((2, 3, 8, 8)), torch.ones(2, 5, device=DEVICE)
     assert_close_steps(step(model, x, g), step(twin, x, g))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_modes_share_the_bits_of_the_forward(dtype, monkeypatch):
+    """Output and running statistics; a float32 stream in half precision has other roundings."""
+
+    def forward(mode):
+        torch.manual_seed(0)
+        model = PreActResNet.from_depth(20, memory=mode, backend="aten")
+        x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = model(x)
+        return [out.detach(), *(buffer.clone() for buffer in model.buffers())]
+
+    def same(mode):
+        return all(map(torch.equal, forward(mode), forward("recompute")))
+
+    walking = ("invert_h1", "invert", "segment")
+    assert all(map(same, walking))
+    monkeypatch.setenv("RESNETV2_STREAM", "float32")
+    assert {same(mode) for mode in walking} == {dtype == torch.float32}

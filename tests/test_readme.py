@@ -2,14 +2,20 @@
 
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
-from bench import plots, report, training
+import resnetv2.visualization
+from bench import extreme_depth, plots, report, training
 from bench.schema import CSV_NAME, REPORTS, read
+from resnetv2.cli.command import main
 from resnetv2.studies.demo import MODES
+from resnetv2.training.config import FIELDS, make_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -161,3 +167,63 @@ def test_links_lead_somewhere(page):
         path = page.parent / target if target else page
         assert path.exists(), target
         assert not part or part in map(anchor, headings(path)), f"{target}#{part}"
+
+
+# Of a line of a block, or in backquotes.
+COMMAND = re.compile(
+    r"(?:^|`|&& )(resnetv2 \w[^`\n]*|torchrun [^`\n]*|python -m (?:resnetv2|bench)[.\w]* [^`\n]*)",
+    re.MULTILINE,
+)
+COMMANDS = sorted({command for command in COMMAND.findall(README) if "..." not in command})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_complete(command, monkeypatch):
+    """As far as the data: every option exists, and is one that the run takes."""
+    words = shlex.split(command.partition(" > ")[0])
+    if words[2:3] == ["bench.extreme_depth"]:
+
+        class LoadedError(Exception):
+            pass
+
+        def load(name, **_):
+            raise LoadedError(name)
+
+        monkeypatch.setattr("resnetv2.data.datasets.load_data", load)
+        monkeypatch.setattr(sys, "argv", words[2:])
+        with pytest.raises(LoadedError, match="cifar10"):
+            extreme_depth.main()
+        return
+    start = words.index("resnetv2") + 1
+    name, given = words[start], words[start + 1 :]
+    if name == "NAME" or given == ["NAME"]:
+        return
+    parsed = main.get_command(click.Context(main), name)
+    assert parsed is not None
+    values = parsed.make_context(name, given).params
+    if name == "train":
+        options = {key: values[key] for key in FIELDS if values[key] is not None}
+        make_config(values["recipe"], **options)
+
+
+def test_commands_are_found():
+    names = {word for command in COMMANDS for word in shlex.split(command)}
+    assert names >= {"train", "eval", "plan", "study", "torchrun", "bench.extreme_depth"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        code
+        for code in re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+        if "timm" not in code
+    ]
+    + [resnetv2.visualization.__doc__.partition("\n\n")[2]],
+    ids=lambda code: re.findall(r"import (\w+)", code)[-1],
+)
+def test_snippets_run_by_themselves(code, monkeypatch, one_thread):
+    """On fewer images. That of timm is in tests/fuse/test_fuse_packages.py, with its output."""
+    for many, few in (("randn(8,", "randn(1,"), ("num_samples=800", "num_samples=160")):
+        code = code.replace(many, few)
+    monkeypatch.setenv("RESNETV2_BACKEND", "aten")  # Triton's interpreter would take minutes
+    exec(code, {})

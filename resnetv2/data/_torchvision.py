@@ -1,16 +1,21 @@
-"""The one place that imports torchvision.
+"""Let torchvision be imported beside a build of torch that its C extension does not fit.
 
 torchvision looks up the operators `nms` and `qnms` of its own C extension while it is imported.
 Beside a build of torch that the extension was not made for (a CPU build of torch with the wheel
 of torchvision that registries carry, which is made for CUDA) the extension does not load and the
 import fails, although data sets and transforms need no operator at all. Declaring the operators'
 schemas first is enough; calling one still fails, as it must.
+
+``import resnetv2`` has every later import of torchvision mended so: of the library's own data sets,
+and of a package such as timm.
 """
 
+import functools
 import importlib
-import importlib.util
 import sys
-import threading
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
@@ -24,25 +29,14 @@ _SCHEMAS = {
 # Operators live only as long as the Library that defined them.
 _declared: torch.library.Library | None = None
 
-# Threads decode images: the second try of one must not be another's first.
-_lock = threading.RLock()
-
 
 def import_torchvision() -> ModuleType:
     """Import and return `torchvision`, whether or not its C extension loads.
-
-    A torchvision that imports by itself is left as it is. Repeated calls cost a dictionary look-up.
-    Threads may call it at once.
 
     Raises:
         ImportError: torchvision is not installed, or fails at import for another reason than
             operators that its C extension did not register.
     """
-    with _lock:
-        return _import()
-
-
-def _import() -> ModuleType:
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
@@ -53,16 +47,48 @@ def _import() -> ModuleType:
             "python -m pip install torchvision"
         ) from error
     except (RuntimeError, AttributeError) as error:
-        if not _is_missing_operator(error):
-            raise ImportError(f"torchvision is installed but fails at import: {error}") from error
-    _declare_operators()
-    _forget_half_import()
+        raise ImportError(f"torchvision is installed but fails at import: {error}") from error
+
+
+class _Finder(MetaPathFinder):
+    """Finds torchvision as the other finders do, and has its import tried a second time."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "torchvision":
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                loader = spec.loader
+                if loader is not None:
+                    run = functools.partial(_run, loader)
+                    loader.exec_module = run  # type: ignore[method-assign]  # of this one alone
+                return spec
+        return None
+
+
+def _run(loader: Loader, module: ModuleType) -> None:
+    """Run torchvision's code, and once more with its operators declared where they are missing.
+
+    A torchvision that imports by itself is left as it is.
+    """
+    before = dict(vars(module))
+    execute = functools.partial(type(loader).exec_module, loader, module)
     try:
-        return importlib.import_module("torchvision")
+        execute()
     except (RuntimeError, AttributeError) as error:
-        raise ImportError(
-            f"torchvision does not fit torch {torch.__version__} and fails at import: {error}"
-        ) from error
+        if not _is_missing_operator(error):
+            raise
+        _declare_operators()
+        _forget_half_import()
+        vars(module).clear()
+        vars(module).update(before)
+        execute()
+
+
+sys.meta_path.insert(0, _Finder())
 
 
 def _is_missing_operator(error: Exception) -> bool:
@@ -86,8 +112,8 @@ def _declare_operators() -> None:
 
 
 def _forget_half_import() -> None:
-    """Drop what the failed import left behind: `import torchvision` would hand it out as whole."""
+    """Drop the submodules that the failed import left behind, which hold parts of it."""
     # Of a copy: other threads import other packages meanwhile.
     for name in list(sys.modules):
-        if name.split(".")[0] == "torchvision":
+        if name.startswith("torchvision."):
             del sys.modules[name]

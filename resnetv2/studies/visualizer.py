@@ -1,7 +1,7 @@
 """The plots of ResNet V2's experiments, for a notebook or a page.
 
     from resnetv2.visualization import ResNetV2Visualizer
-    ResNetV2Visualizer().plot_curves(comparison)   # a cell's last line shows it
+    ResNetV2Visualizer().plot_lines({"V2": ([20, 50], [0.9, 0.8])}, "layers", "gradient norm")
 
 Every method returns a matplotlib Figure and draws what it is given, nothing else.
 """

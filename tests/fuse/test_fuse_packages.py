@@ -235,7 +235,6 @@ def test_pytorchcv_1001_layers():
 @needs("timm")
 def test_readme_prints_what_explain_prints():
     """The README's five lines are run, and the table under them is their output."""
-    import_torchvision()  # as a torch that fits torchvision does by itself
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = text.split("\n## Fuse a model that somebody else wrote\n")[1].split("\n## ")[0]
     code, shown = re.findall(r"^```\w*\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
