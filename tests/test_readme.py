@@ -200,7 +200,10 @@ def test_commands_are_complete(command, monkeypatch):
         return
     parsed = main.get_command(click.Context(main), name)
     assert parsed is not None
-    values = parsed.make_context(name, given).params
+    try:
+        values = parsed.make_context(name, given).params
+    except click.exceptions.Exit:  # an option that ends there, such as --list-models
+        return
     if name == "train":
         options = {key: values[key] for key in FIELDS if values[key] is not None}
         make_config(values["recipe"], **options)

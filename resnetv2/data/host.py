@@ -97,6 +97,17 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that this process held: of a GPU what torch had allocated, else resident memory,
+    which includes the program and its libraries. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return None
+
+
 def memory_in_use(device: torch.device) -> int | None:
     """Bytes that this process holds: of a GPU what torch has allocated, else resident memory.
 

@@ -29,7 +29,7 @@ _CONFIG = "config.yaml"
 
 # The events that carry a step and belong to the course of a run. An epoch's step is the number of
 # steps done, a step's its index, so that step n is not done yet in a checkpoint of n steps.
-_DONE_AT = {"step": 1, "epoch": 0, "resume": 0, "end": 0}
+_DONE_AT = {"step": 1, "epoch": 0, "resume": 0, "end": 0, "memory": 0}
 
 
 class RunLog:

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.host import memory_in_use, release_freed_memory
+from ..data.host import memory_in_use, peak_memory, release_freed_memory
 from ..errors import InputError
 from ..names import DTYPES
 from . import report
@@ -26,7 +26,7 @@ from .checkpoint import Checkpoints
 from .evaluate import evaluate_as, memory_format_of
 from .interrupts import StopRequests
 from .log import RunLog, write_config
-from .metrics import EpochMetrics
+from .metrics import Callback, EpochMetrics, StepMetrics
 from .parallel import distribute
 from .state import RunState, random_states, seed_generators, set_random_states
 from .step import Step
@@ -59,6 +59,7 @@ class Loop:
         overwrite: a new run replaces the checkpoints that are there.
         progress: show a progress bar; None means only on a terminal.
         speak: print a line an epoch.
+        callbacks: as ``run.train`` takes them.
     """
 
     log: RunLog
@@ -74,7 +75,9 @@ class Loop:
         overwrite: bool,
         progress: bool | None,
         speak: bool,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.callbacks = callbacks
         self.state = run
         self.world = run.world
         self.folder = folder
@@ -89,6 +92,7 @@ class Loop:
         self._pending: list[tuple[dict[str, Any], Tensor | float]] = []
         self._drawn = time.monotonic()
         self._said: str | None = None
+        self._compared = False
 
     def _make_step(self, fresh: bool) -> Step:
         run, config, world = self.state, self.state.config, self.world
@@ -172,6 +176,8 @@ class Loop:
         )
         run.result.history.append(entry)
         self.log.write({"event": "epoch", "step": run.done, **asdict(entry)})
+        self._tell(entry)
+        self._compare_memory()
         self.step.reset()
         run.seconds = 0.0
         best = test_accuracy > run.best
@@ -209,6 +215,8 @@ class Loop:
                 last = run.done == end
                 if on_cpu or last or run.done % _STEPS_A_LOOK == 0:
                     self._look()
+                    if self.callbacks:
+                        self._flush()
                 every = config.checkpoint_every
                 if every is not None and run.done % every == 0 and not last:
                     self.save()
@@ -280,9 +288,28 @@ class Loop:
         if self.state.config.log_steps:
             for record, value in zip(records, values):
                 self.log.write({"event": "step", "loss": value, **record})
+        for record, value in zip(records, values):
+            self._tell(StepMetrics(loss=value, **record))
         self._pending.clear()
         self.state.result.step_losses += values
         return steps
+
+    def _tell(self, metrics: StepMetrics | EpochMetrics) -> None:
+        if self.world.is_main:
+            for callback in self.callbacks:
+                callback(metrics)
+
+    def _compare_memory(self) -> None:
+        """Say and record what memory "auto" predicted and what came of it, after one epoch."""
+        run = self.state
+        if run.predicted is None or self._compared:
+            return
+        self._compared = True
+        figures = {"predicted": run.predicted.peak, "measured": peak_memory(run.device)}
+        record = {"event": "memory", "step": run.done, "mode": run.predicted.mode, **figures}
+        self.log.write(record)
+        if self.speak:
+            tqdm.write(report.memory_line(run, figures["measured"]))
 
     def _notice(self) -> None:
         """Print why steps are not graphed, once for each reason."""

@@ -1,5 +1,6 @@
 """The measurements of a run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -20,3 +21,17 @@ class EpochMetrics:
     test_accuracy: float
     seconds: float
     images_per_second: float
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step. step: from 0. loss: as it was trained, the mean over all processes, in
+    nats. lr: learning rate. memory: bytes in use after it, None unless ``log_steps``."""
+
+    step: int
+    loss: float
+    lr: float
+    memory: int | None = None
+
+
+Callback = Callable[[StepMetrics | EpochMetrics], object]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..core.memory import format_bytes
 from .metrics import EpochMetrics
 from .state import RunState
 
@@ -17,7 +18,7 @@ def description(run: RunState) -> str:
         f"test images, {channels}x{height}x{width}, {facts['classes']} classes; "
         f"augmentation: {facts['augmentation']}",
         f"{facts['model']}: {facts['parameters']:,} parameters, backend {config.backend}, "
-        f"memory {config.memory}, {config.dtype} on {facts['device_name']}",
+        f"memory {config.memory}{_chosen(run)}, {config.dtype} on {facts['device_name']}",
     ]
     if run.world.size > 1:
         synced = "synchronised" if config.sync_bn else "each its own"
@@ -32,6 +33,23 @@ def description(run: RunState) -> str:
     if run.resumed_at is not None:
         lines.append(f"going on after step {run.done:,} from {run.last_checkpoint}")
     return "\n".join(lines)
+
+
+def _chosen(run: RunState) -> str:
+    if run.predicted is None:
+        return ""
+    return f" ({run.predicted.mode}, predicted peak {format_bytes(run.predicted.peak)})"
+
+
+def memory_line(run: RunState, measured: int | None) -> str:
+    """The peak of memory "auto" after an epoch, beside the predicted one."""
+    assert run.predicted is not None
+    figure = "unknown here" if measured is None else format_bytes(measured)
+    what = "of the GPU's memory" if run.device.type == "cuda" else "resident, with all libraries"
+    return (
+        f"memory auto took {run.predicted.mode}: predicted peak "
+        f"{format_bytes(run.predicted.peak)}, measured {figure} ({what})"
+    )
 
 
 def epoch_line(entry: EpochMetrics, epochs: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .environment import cpu_threads, reproducible, select_device
 from .evaluate import build_model, check_backend, memory_format_of
 from .log import check_folder, holds_a_run, threads_of
 from .loop import Loop
+from .metrics import Callback
 from .parallel import World, alike, local_device, processes
 from .report import description
 from .result import TrainingResult
@@ -47,25 +48,25 @@ def train_resnet_v2(
     overwrite: bool = False,
     verbose: bool = True,
     progress: bool | None = None,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> TrainingResult:
     """Train a pre-activation ResNet, or any image classifier, and test it after every epoch.
 
-    Two calls with the same arguments on the same machine give bitwise equal weights. The global
-    random state is left as it was.
+        Two calls with the same arguments on the same machine give bitwise equal weights. The global
+        random state is left as it was.
 
-    Args:
-        data: a name that ``resnetv2.data.load_data`` knows (default "digits"); or tensors as
-            ``TensorDataset(images (N, C, H, W), labels (N,))``, one for training and one for
-            testing, or a single one, of which the last fifth is held out; or an ``ImageData``.
-        recipe: a recipe's name or file, see ``resnetv2.training.config.make_config``.
-        model: a module, see ``train``, or the name of a standard net, such as "preact_resnet50".
-        out, resume, overwrite, verbose, progress: see ``train``.
-        options: fields of ``TrainConfig``: epochs=30, depth=20, batch_size=128, lr=0.1, ...
+        Args:
+            data: a name that ``resnetv2.data.load_data`` knows (default "digits"); or tensors as
+                ``TensorDataset(images (N, C, H, W), labels (N,))``, one for training and one for
+                testing, or a single one, of which the last fifth is held out; or an ``ImageData``.
+            recipe: a recipe's name or file, see ``resnetv2.training.config.make_config``.
+    from .metrics import Callback
+            options: fields of ``TrainConfig``: epochs=30, depth=20, batch_size=128, lr=0.1, ...
 
-    Raises:
-        InputError: an option, path or data set that cannot work, in one line.
-        DivergenceError, Interrupted: see ``train``.
+        Raises:
+            InputError: an option, path or data set that cannot work, in one line.
+            DivergenceError, Interrupted: see ``train``.
     """
     if isinstance(data, str):
         options["data"] = data
@@ -82,6 +83,7 @@ def train_resnet_v2(
         overwrite=overwrite,
         verbose=verbose,
         progress=progress,
+        callbacks=callbacks,
     )
 
 
@@ -95,6 +97,7 @@ def train(
     overwrite: bool = False,
     verbose: bool = True,
     progress: bool | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train as ``config`` says, in this process or in all those that torchrun started.
 
@@ -112,6 +115,15 @@ def train(
         overwrite: let ``out`` hold a run, whose files are replaced.
         verbose: print what is trained and a line an epoch.
         progress: show a progress bar; None means only on a terminal.
+        callbacks: each is called, by the main process, with a ``StepMetrics`` after every step and
+            an ``EpochMetrics`` after every epoch; on a GPU with some steps at a time, since a loss
+            waits for the device. To Weights & Biases, with ``board = wandb.init()``:
+
+                def report(metrics):
+                    kind = type(metrics).__name__.removesuffix("Metrics").lower()
+                    board.log({f"{kind}/{name}": x for name, x in vars(metrics).items()})
+
+                train_resnet_v2("digits", callbacks=[report])
 
     Raises:
         InputError: an option, path or data set that cannot work, in one line.
@@ -161,7 +173,13 @@ def train(
             return run.result
         with _nothing_left_behind(None if run.done or not world.is_main else folder, run):
             Loop(
-                run, folder, checkpoints, overwrite=overwrite, progress=progress, speak=speak
+                run,
+                folder,
+                checkpoints,
+                overwrite=overwrite,
+                progress=progress,
+                speak=speak,
+                callbacks=callbacks,
             ).run()
     return run.result
 

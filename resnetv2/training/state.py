@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.memory import BudgetError
+from ..core.memory import BudgetError, ModeCost
 from ..data.batches import Batches, ImageData
 from ..data.streaming import FolderData
 from ..errors import InputError
@@ -51,6 +51,7 @@ class RunState:
     Attributes:
         done, total: optimizer steps, so far and of the whole run; epoch_steps: of an epoch.
         seconds: of training, in the epoch in hand.
+        predicted: of memory "auto", the mode that it takes (``check``); None with any other.
         best: the highest test accuracy so far.
         sums, random: of a checkpoint, for the parts that are made when training begins.
 
@@ -118,6 +119,8 @@ class RunState:
         # A model may have infinities of its own, such as a mask.
         names = list(model.state_dict())
         self._numbers = [name for name, good in zip(names, self._finite(names)) if bool(good)]
+        # The mode that memory "auto" takes, and its bytes.
+        self.predicted: ModeCost | None = None
         self.done = 0
         self.seconds = 0.0
         self.best = -1.0
@@ -178,7 +181,7 @@ class RunState:
             )
         if self.config.memory == "auto":
             try:
-                plan(
+                found = plan(
                     model,
                     self.config.batch_size // world.size,
                     self.config.budget,
@@ -188,6 +191,10 @@ class RunState:
                 )
             except BudgetError as error:
                 raise InputError(str(error)) from error
+            assert found.mode is not None
+            self.predicted = found.row(found.mode)
+            self.result.config["memory_mode"] = found.mode
+            self.result.config["memory_predicted"] = self.predicted.peak
 
     def finite(self) -> Tensor:
         """Whether all numbers of the net are finite that were so in the beginning."""
@@ -205,7 +212,7 @@ class RunState:
             "config": asdict(self.config),
             "run": {**self._identity, "epoch_ends_at": ends, "pixels": self._pixels()},
             "processes": self.world.size,
-            "machine": machine(self.device),
+            "machine": self._machine(),
             "tiles": measured_tiles(),
             "model": self.model.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
@@ -288,7 +295,7 @@ class RunState:
                 "other roundings"
             )
         before = _machine_of(state)
-        notes += machine_changes(before, {**machine(self.device), "threads": self._threads(before)})
+        notes += machine_changes(before, {**self._machine(), "threads": self._threads(before)})
         for note in notes:
             warn(f"{path}: {note}")
         if self._threads(before) != torch.get_num_threads():
@@ -297,6 +304,11 @@ class RunState:
                 f"it would be {torch.get_num_threads()}"
             )
         return path, state
+
+    def _machine(self) -> dict[str, Any]:
+        """What decides the bits beside the options, the mode that memory "auto" takes included."""
+        chosen = {} if self.predicted is None else {"mode of memory auto": self.predicted.mode}
+        return {**machine(self.device), **chosen}
 
     def _threads(self, before: dict[str, Any]) -> int:
         """The CPU threads to go on with: those asked for, or the checkpoint's."""

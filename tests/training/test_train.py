@@ -4,8 +4,10 @@ import json
 import math
 import random
 import signal
+import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ from resnetv2.training.checkpoint import Checkpoints, read
 from resnetv2.training.config import TrainConfig
 from resnetv2.training.evaluate import evaluate_run
 from resnetv2.training.loop import DivergenceError, Interrupted
+from resnetv2.training.metrics import StepMetrics
 from resnetv2.training.result import TrainingResult
+from resnetv2.training.run import train as train_run
 from resnetv2.training.run import train_resnet_v2
 from resnetv2.training.schedule import learning_rate
 from resnetv2.training.state import RunState
@@ -224,7 +228,7 @@ def test_files(tmp_path: Path) -> None:
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert TrainConfig(**saved) == TrainConfig(
         data="tensors", depth=8, backend="aten", device="cpu", batch_size=16, epochs=2,
-        log_steps=True,
+        log_steps=True, threads=1,
     )  # fmt: skip
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == ["best.pt", "step-00000004.pt", "step-00000008.pt"]
@@ -446,3 +450,38 @@ def test_eval_of_a_checkpoint_from_within_an_epoch(
             train(**DIGITS, out=tmp_path)
     found = evaluate_run(tmp_path)
     assert (found.step, found.recorded) == (5, None)
+
+
+def test_memory_auto_says_and_records_its_mode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(memory="auto", budget="1GB", epochs=2, verbose=True, out=tmp_path)
+    (record,) = records(tmp_path, "memory")
+    assert (record["mode"], record["step"]) == ("recompute", 4)
+    assert result.config["memory_mode"] == "recompute"
+    assert record["predicted"] == result.config["memory_predicted"] < record["measured"]
+    said = capsys.readouterr().out
+    assert "memory auto (recompute, predicted peak " in said
+    assert said.count("memory auto took recompute: predicted peak ") == 1
+
+
+def test_callbacks_get_every_step_and_epoch() -> None:
+    seen: list[Any] = []
+    result = train(epochs=2, callbacks=[seen.append])
+    steps = [entry for entry in seen if isinstance(entry, StepMetrics)]
+    assert [entry.step for entry in steps] == [*range(8)]
+    assert [entry.loss for entry in steps] == result.step_losses
+    assert seen[4] == result.history[0]
+    assert seen[9] == result.history[1]
+    assert same_bits(result, train(epochs=2))
+
+
+def test_callback_of_the_documentation() -> None:
+    """With anything that logs a dictionary in the place of W&B's run."""
+    code = (train_run.__doc__ or "").partition("wandb.init()``:\n")[2].partition("\n    Raises:")[0]
+    logged: list[dict[str, Any]] = []
+    board = SimpleNamespace(log=logged.append)
+    names = {"board": board, "train_resnet_v2": lambda _, **given: train(**given)}
+    exec(textwrap.dedent(code), names)
+    assert [entry["step/step"] for entry in logged if "step/step" in entry] == [*range(8)]
+    assert [entry["epoch/epoch"] for entry in logged if "epoch/epoch" in entry] == [1, 2]
