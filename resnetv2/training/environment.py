@@ -41,7 +41,8 @@ def select_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = "this PyTorch does not compute there"
         if place.type == "cuda":
-            reason = str(error).partition("\n")[0]
+            # Its first sentence: advice on drivers and kernels follows.
+            reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(
             f"cannot use device {str(device)!r}: {reason}; take --device cpu"
         ) from error
