@@ -38,6 +38,25 @@ class CommandGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The subcommand that is named; a wrong name gets the nearest one as a suggestion."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            from ..training.fields import nearest
+
+            ctx.fail(f"No such command {name!r}{nearest(name, COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands with their whole first sentence, which click cuts off."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, each.get_short_help_str(1000)) for name, each in commands.items() if each]
+            )
+
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Read what stands before the subcommand."""
         with _usage_in_one_line():

@@ -170,6 +170,7 @@ def evaluate(
     with clean_errors():
         import torch
 
+        from ..core.table import counted
         from ..training.evaluate import evaluate_run
 
         if threads is not None:
@@ -177,7 +178,10 @@ def evaluate(
         given = {name: value for name, value in options.items() if value is not None}
         found = evaluate_run(run, checkpoint, progress=progress, warn=click.echo, **given)
         average = ", moving average of the weights" if found.averaged else ""
-        click.echo(f"{found.checkpoint}: {found.epoch} epochs, {found.step:,} steps{average}")
+        click.echo(
+            f"{found.checkpoint}: {counted(found.epoch, 'epoch')}, "
+            f"{counted(found.step, 'step')}{average}"
+        )
         click.echo(
             f"test error {100 * (1 - found.accuracy):.2f} %, loss {found.loss:.4f}, on "
             f"{found.images:,} images"

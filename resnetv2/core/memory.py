@@ -64,6 +64,14 @@ def format_bytes(value: float) -> str:
     return f"{value:.2f} GB"
 
 
+def format_budget(value: int) -> str:
+    """Bytes in the unit that a budget is likely to be given in: whole MiB as MiB or GiB too."""
+    if value % 2**20:
+        return format_bytes(value)
+    unit, name = (2**30, "GiB") if value >= 2**30 else (2**20, "MiB")
+    return f"{value / unit:.4g} {name} ({format_bytes(value)})"
+
+
 class ModeCost(NamedTuple):
     """One row of a plan: bytes of a training step in one mode.
 
@@ -306,7 +314,7 @@ def choose_mode(
             fits = f"the largest batch that fits is {largest}" if largest else "no batch fits it"
             raise BudgetError(
                 f"a step of batch {batch_size} needs at least {format_bytes(least.peak)} "
-                f'(memory="{least.mode}"), more than the budget of {format_bytes(limit)}; {fits}'
+                f'(memory="{least.mode}"), more than the budget of {format_budget(limit)}; {fits}'
             )
     # Eager's stream is not widened: the first mode's shapes are eager's.
     return rows, eager[0], mode

@@ -48,3 +48,8 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequ
 def html_lines(lines: Iterable[str], tag: str = "p") -> str:
     """Each line as an element of its own, escaped."""
     return "\n".join(f"<{tag}>{escape(line)}</{tag}>" for line in lines)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things in words: "1 step", "1,000 steps"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

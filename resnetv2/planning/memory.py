@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..core.memory import ModeCost, choose_mode, format_bytes, step_limit
+from ..core.memory import ModeCost, choose_mode, format_budget, format_bytes, step_limit
 from ..core.table import Cells, html_lines, html_table, text_table
 from ..models import IMAGE_SIZES, PreActResNet, standard_net
 from ..names import DTYPES
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     def _notes(self) -> list[str]:
         notes = [f"batch {self.batch_size}; eager PyTorch keeps {format_bytes(self.eager)}"]
         if self.budget is not None:
-            notes.append(f"* fits {format_bytes(self.budget)}: what auto takes")
+            notes.append(f"* fits {format_budget(self.budget)}: what auto takes")
         return notes
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.table import counted
 from ..data.batches import ImageData
 from ..models import PreActResNet
 from .harness import Comparison, Result, StudyOptions, Table
@@ -122,6 +123,27 @@ def shape_of(options: StudyOptions) -> str:
     return f"{options.one_depth} layers, {widths[0]} to {widths[-1]} channels"
 
 
+def trained(options: StudyOptions) -> str:
+    """How long and how often, as a title needs it."""
+    return f"{counted(options.epochs, 'epoch')}, {counted(options.seeds, 'seed')}"
+
+
+# Nets have learned next to nothing where they are not this part of the way from chance to 100 %.
+_LEARNED = 0.05
+
+
+def near_chance(comparison: Comparison, classes: int) -> str | None:
+    """A sentence where every variant's mean test accuracy is about that of guessing, else None."""
+    chance = 1 / classes
+    highest = max(comparison.spread(name).mean for name in comparison.histories)
+    if highest > chance + _LEARNED * (1 - chance):
+        return None
+    return (
+        f"No order can be read: every net is near chance, the best at {100 * highest:.1f} %, where "
+        f"guessing among {classes} classes gives {100 * chance:.1f} %. More epochs may tell."
+    )
+
+
 def standing(comparison: Comparison, variant: str, reference: str) -> int:
     """Whether the variant ends above (1) or below (-1) the reference in test accuracy; 0 if this
     run cannot tell.
@@ -189,8 +211,16 @@ def best(comparison: Comparison) -> str:
     names = list(comparison.histories)
     first = max(names, key=lambda name: comparison.spread(name).mean)
     if len(comparison.histories[first]) < 2:
-        return f"Highest test accuracy: {first} ({percent(comparison, first)}), of one seed each."
+        return (
+            f"Highest test accuracy: {first} ({percent(comparison, first)}), of one seed each, "
+            "from which no order can be read."
+        )
     close = [n for n in names if n != first and standing(comparison, n, first) == 0]
+    if close and len(close) == len(names) - 1:
+        return (
+            f"No order can be read in test accuracy: {first} has the highest mean "
+            f"({percent(comparison, first)}), not told apart from {', '.join(close)}."
+        )
     told = f"; not told apart from it: {', '.join(close)}" if close else ", apart from all others"
     return f"Highest mean test accuracy: {first} ({percent(comparison, first)}){told}."
 
@@ -233,13 +263,15 @@ def report(
         paper: a table's name in the paper and its errors by variant.
         conclusions, notes: further ones, after the common ones.
     """
-    where = f"{shape_of(options)}, {data.name}, {options.epochs} epochs, {options.seeds} seed(s)"
+    where = f"{shape_of(options)}, {data.name}, {trained(options)}"
     tables = [comparison.table(f"Training, {where}")]
     if paper is not None:
         tables.append(reference_table(comparison, f"The same beside {paper[0]}", paper[1]))
+    guessing = near_chance(comparison, len(data.classes))
+    found = [*against(comparison, reference), best(comparison), *(conclusions or [])]
     return Result(
         tables=tables,
-        conclusions=[*against(comparison, reference), best(comparison), *(conclusions or [])],
+        conclusions=found if guessing is None else [guessing],
         figures=dict(figures(comparison, where)),
         series=comparison.series(),
         notes=[*(notes or []), UNFUSED],

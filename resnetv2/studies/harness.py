@@ -33,6 +33,7 @@ variants of one architecture the same weights, the same order of images and the 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from ..data.batches import ImageData
 from ..errors import InputError
 from ..training.environment import device_name, package_versions, reproducible
+from ..training.fields import fields_of
 from .histories import Comparison, History, Spread
 from .options import StudyOptions, listed
 from .results import Result, Table
@@ -96,6 +98,28 @@ class Study:
             raise InputError(f"{self.name} takes one depth, got {listed(options.depths)}")
         return options
 
+    def command(self, options: StudyOptions) -> str:
+        """The command line that runs the study with these options, on as many threads as now.
+
+        Without ``root``, a place on this machine. Data that were given as tensors have no name on
+        the command line.
+        """
+        usual = StudyOptions(**self.defaults)
+        words = ["resnetv2", "study", self.name]
+        for name, described in fields_of(StudyOptions).items():
+            value = getattr(options, name)
+            if name == "root" or value is None or value == getattr(usual, name):
+                continue
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(option if value else f"--{described.option.off}")
+            elif isinstance(value, ImageData):
+                words += [option, value.name]
+            else:
+                several = isinstance(value, (list, tuple))
+                words += [option, ",".join(map(str, value)) if several else str(value)]
+        return shlex.join([*words, "--threads", str(torch.get_num_threads())])
+
     def __call__(self, preset: str | None = None, **changes: Any) -> Result:
         """Run it. The global random state is left as it was; weights come from the seeds."""
         options = self.options(preset, **changes)
@@ -105,6 +129,7 @@ class Study:
             result = self.function(options)
         result.seconds = round(time.perf_counter() - started, 1)
         result.name, result.title, result.question = self.name, self.title, self.question
+        result.command = self.command(options)
         settings = {name: getattr(options, name) for name in self.defaults}
         if isinstance(settings.get("data"), ImageData):
             settings["data"] = settings["data"].name

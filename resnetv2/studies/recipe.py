@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..core.table import counted
 from ..data.batches import ImageData
-from .comparing import PAPER, TRAINING, UNFUSED, Factory, network, percent, points, shape_of
+from .comparing import (
+    PAPER,
+    TRAINING,
+    UNFUSED,
+    Factory,
+    network,
+    percent,
+    points,
+    shape_of,
+    trained,
+)
 from .harness import (
     Comparison,
     History,
@@ -99,7 +110,7 @@ def effects(comparison: Comparison, names: tuple[str, ...] = (PLAIN, V1, V2)) ->
         f"{V2} against the {V1}: {of_v2[NOTHING][1]} without the three, {of_v2[ALL][1]} with them.",
         f"Over these two nets the regime gives {points(by_regime.mean)} on average, V2 instead of "
         f"the original unit {points(by_architecture.mean)}: the {larger} makes the larger "
-        f"difference here, in {agree} of {len(by_regime.values)} seed(s).",
+        f"difference here, in {agree} of {counted(len(by_regime.values), 'seed')}.",
     ]
 
 
@@ -119,7 +130,7 @@ def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) ->
     """Tables, conclusions and figures from the histories."""
     names = list(regimes(options, data))
     nets = list(architectures(options, data))
-    where = f"{shape_of(options)}, {data.name}, {options.epochs} epochs, {options.seeds} seed(s)"
+    where = f"{shape_of(options)}, {data.name}, {trained(options)}"
     values = {
         net: {
             name: [

@@ -84,7 +84,7 @@ class Result:
         notes: what a reader must know to read the numbers (conditions, limits).
 
     `Study` fills the rest: name, title, question, settings (the options that the study uses, with
-    device and versions) and seconds.
+    device and versions), seconds, and the command that gives the same.
     """
 
     tables: list[Table]
@@ -97,6 +97,7 @@ class Result:
     question: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    command: str = ""
 
     def table(self, title: str) -> Table:
         """The table whose title begins with `title`."""
@@ -109,6 +110,7 @@ class Result:
                 "name": self.name,
                 "title": self.title,
                 "question": self.question,
+                "command": self.command,
                 "settings": self.settings,
                 "seconds": self.seconds,
                 "tables": [

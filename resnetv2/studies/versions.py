@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.table import counted
 from ..data.batches import ImageData
 from .comparing import PAPER, STACK, TRAINING, Factory, network, report
 from .harness import Comparison, Result, StudyOptions, Table, compare, study
@@ -27,6 +28,9 @@ NOISE: dict[str, Any] = {
     "augment": False,
     "seeds": 1,
 }
+
+# Fewer epochs of a net have no median worth the name.
+_TIMED = 3
 
 # Table 3: test error on CIFAR-10, basic units of 110 layers.
 TABLE_3: Mapping[str, str | float] = {V1: 6.61, V2: 6.37}
@@ -70,7 +74,7 @@ def losses(comparison: Comparison) -> str:
     agree = sum(value * difference.mean > 0 for value in difference.values)
     return (
         f"{V2} ends with a {side} training loss ({second} against {first}), in {agree} of "
-        f"{len(difference.values)} seed(s)."
+        f"{counted(len(difference.values), 'seed')}."
     )
 
 
@@ -85,12 +89,14 @@ def speed(comparison: Comparison) -> str:
 
 def duration(comparison: Comparison) -> str:
     """Time of an epoch, as a ratio of medians: means would tell of what else the machine did."""
-    first, second = (
-        statistics.median(
-            entry.seconds for run in comparison.histories[name] for entry in run.epochs
-        )
+    times = [
+        [entry.seconds for run in comparison.histories[name] for entry in run.epochs]
         for name in (V1, V2)
-    )
+    ]
+    fewest = min(map(len, times))
+    if fewest < _TIMED:
+        return f"Times are not compared: {counted(fewest, 'epoch')} of a net tell too little."
+    first, second = map(statistics.median, times)
     return (
         f"An epoch of {V2} takes {second / first:.2f} times that of the {V1} "
         f"(median {second:.3g} s)."

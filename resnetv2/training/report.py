@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.memory import format_bytes
+from ..core.table import counted
 from .metrics import EpochMetrics
 from .state import RunState
 
@@ -27,8 +28,8 @@ def description(run: RunState) -> str:
             f"step, batch norm's moments {synced}"
         )
     lines.append(
-        f"{run.total:,} steps of {config.batch_size} images, {_epochs(run.epochs)}, schedule "
-        f"{config.schedule}, lr {config.lr:g}"
+        f"{counted(run.total, 'step')} of {config.batch_size} images, "
+        f"{counted(run.epochs, 'epoch')}, schedule {config.schedule}, lr {config.lr:g}"
     )
     if run.resumed_at is not None:
         lines.append(f"going on after step {run.done:,} from {run.last_checkpoint}")
@@ -91,7 +92,7 @@ def summary(run: RunState, seconds: float, folder: Path | None) -> str:
     trained = sum(entry.seconds for entry in history)
     images = sum(entry.seconds * entry.images_per_second for entry in history)
     text = (
-        f"{run.total:,} steps, {_epochs(len(history))} in {_duration(seconds)}"
+        f"{counted(run.total, 'step')}, {counted(len(history), 'epoch')} in {_duration(seconds)}"
         + (" since it was resumed" if run.resumed_at is not None else "")
         + f", {images / trained:,.0f} images/s in training\n"
         f"test accuracy {100 * history[-1].test_accuracy:.2f} %"
@@ -101,10 +102,6 @@ def summary(run: RunState, seconds: float, folder: Path | None) -> str:
     if folder is not None:
         text += f"\nwrote {folder}: config.yaml, metrics.jsonl, curves.png, checkpoints"
     return text
-
-
-def _epochs(count: int) -> str:
-    return f"{count:,} epoch{'s' if count > 1 else ''}"
 
 
 def _duration(seconds: float) -> str:

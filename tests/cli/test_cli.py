@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import yaml
@@ -249,3 +251,28 @@ def test_module_is_the_command() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith("Error: unknown data set 'mnist'")
+
+
+def test_help_lists_whole_sentences() -> None:
+    listed = " ".join(run("--help").stdout.partition("Commands:")[2].split())
+    for name in COMMANDS:
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        assert f"{name} {command.get_short_help_str(1000)}" in listed
+    assert "..." not in listed
+
+
+def test_one_of_a_thing_is_no_plural(tmp_path: Path) -> None:
+    one = ["--device", "cpu", "--backend", "aten", "--depth", "8", "--steps", "1"]
+    result = run("train", *one, "--out", str(tmp_path / "run"), "--no-progress")
+    assert result.exit_code == 0, result.output
+    result_of_test = run("eval", str(tmp_path / "run"))
+    for line in (*result.stdout.splitlines(), *result_of_test.stdout.splitlines()):
+        assert not re.search(r"\b1 (steps|epochs|seeds)\b|\(s\)", line), line
+    assert "\n1 step of 128 images, 1 epoch, " in result.stdout
+    assert "1 epoch, 1 step" in result_of_test.stdout
+
+
+def test_a_budget_is_said_as_it_was_given() -> None:
+    result = run("plan", "--depth", "8", "--batch-size", "2", "--budget", "8GiB")
+    assert "* fits 8 GiB (8.59 GB): what auto takes" in result.stdout

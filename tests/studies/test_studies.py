@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import shlex
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,6 +19,8 @@ from torch import nn
 
 from resnetv2 import PreActBlock, PreActResNet
 from resnetv2.cli.command import main
+from resnetv2.cli.study import _settings
+from resnetv2.cli.study import study as study_command
 from resnetv2.data.batches import Batches, ImageData, Split
 from resnetv2.errors import InputError
 from resnetv2.studies import STUDIES, architecture, block, depth, gradients, identity
@@ -47,6 +50,7 @@ from resnetv2.studies.variants import (
     post_activation_block,
 )
 from resnetv2.studies.visualizer import ResNetV2Visualizer
+from resnetv2.training.fields import fields_of
 from resnetv2.training.metrics import EpochMetrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -517,3 +521,26 @@ def test_help_and_list_name_every_study():
     for name, each in STUDIES.items():
         assert re.search(rf"\b{name}\b", described)
         assert f"{name}\n    {each.question}" in listed
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_printed_command_has_all_options(name: str) -> None:
+    """Parsed again, it gives the options that the study ran with, of every preset too."""
+    each = STUDIES[name]
+    changed = {
+        "epochs": 3, "lr": 0.05, "augment": False, "dtype": "bf16", "train_images": 50,
+        "schedule": "step", "seeds": 1,
+    }  # fmt: skip
+    given = {option: value for option, value in changed.items() if option in each.defaults}
+    for preset in (None, *each.presets):
+        options = each.options(preset, **given)
+        words = shlex.split(each.command(options))
+        assert words[:3] == ["resnetv2", "study", name]
+        parsed = study_command.make_context("study", words[2:]).params
+        assert parsed["names"] == (name,)
+        assert parsed["threads"] == torch.get_num_threads()
+        heard = {*fields_of(StudyOptions)}
+        values = {key: x for key, x in parsed.items() if key in heard and x is not None}
+        assert replace(each.options(**_settings(each, None, values, False)), root="data") == (
+            replace(options, root="data")
+        )

@@ -14,7 +14,7 @@ from resnetv2.errors import InputError
 from resnetv2.studies import STUDIES
 from resnetv2.studies import variants as v
 from resnetv2.studies.bn_position import first_gradients
-from resnetv2.studies.comparing import against, best, standing
+from resnetv2.studies.comparing import against, best, near_chance, standing
 from resnetv2.studies.harness import Comparison, History, StudyOptions
 from resnetv2.studies.hybrid import dose, mixes
 from resnetv2.studies.norms import group_norm, layer_norm
@@ -273,6 +273,19 @@ def test_best_names_those_it_cannot_tell_apart():
     )
 
 
+def test_no_order_where_none_can_be_read():
+    close = best(comparison(a=[0.60, 0.62], b=[0.61, 0.62]))
+    assert close.startswith("No order can be read in test accuracy: b has the highest mean")
+    assert best(comparison(a=[0.6], b=[0.7])).endswith("from which no order can be read.")
+    guessing = comparison(a=[0.11, 0.10], b=[0.13, 0.12])
+    assert near_chance(guessing, 10) == (
+        "No order can be read: every net is near chance, the best at 12.5 %, where guessing among "
+        "10 classes gives 10.0 %. More epochs may tell."
+    )
+    assert near_chance(comparison(a=[0.11, 0.10], b=[0.23, 0.12]), 10) is None
+    assert near_chance(guessing, 100) is None
+
+
 def both(first: float, second: float) -> Comparison:
     """The original ResNet and V2, two seeds each, losses as given."""
     losses_of = {V1: first, V2: second}
@@ -306,7 +319,12 @@ def test_versions_speed_time_and_epochs():
         "Epochs to 90 % test accuracy: original ResNet not reached, ResNet V2 1."
     )
     assert speed(replace(runs, target=0.99)) == "Neither reaches 99 % test accuracy."
-    assert duration(runs) == (
+    assert duration(runs).startswith("Times are not compared: ")
+    thrice = {
+        name: [history(name, seed, 0.5, seconds=seconds) for seed in range(3)]
+        for name, seconds in ((V1, 2.0), (V2, 3.0))
+    }
+    assert duration(Comparison(thrice)) == (
         "An epoch of ResNet V2 takes 1.50 times that of the original ResNet (median 3 s)."
     )
     table = epochs_table(runs)
@@ -388,7 +406,7 @@ def test_recipe_weighs_both(accuracies, larger):
     assert "plain net +0.0" in of_regime
     gain = 100 * (accuracies[V2, ALL] - accuracies[V1, ALL])
     assert f"{gain:+.1f} ± 0.0 points with them" in of_v2
-    assert weighed.endswith(f"the {larger} makes the larger difference here, in 2 of 2 seed(s).")
+    assert weighed.endswith(f"the {larger} makes the larger difference here, in 2 of 2 seeds.")
 
 
 # The studies themselves, at toy size.

@@ -103,7 +103,7 @@ def add(group: str, cases: dict[str, tuple[Any, ...]], **options: Any) -> None:
 add(
     "usage",
     {
-        "command": ("tarin", "; resnetv2 --help lists what there is"),
+        "command": ("tarin", "'tarin': did you mean train?; resnetv2 --help lists what there is"),
         "option": ("train --dept 8", "; resnetv2 train --help lists what there is"),
         "words-for-an-integer": ("train --depth twenty", "'--depth'"),
         "choice": ("train --block botleneck", "'--block'"),
