@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 DPI = 130
 # A picture broader than this in inches is scrolled on a phone rather than shrunk to illegibility.
 WIDE = 9.0
+# A table of more rows is folded.
+LONGEST_TABLE = 20
+
+# A cell of text that stands for a number: with its spread, a count in brackets, or none at all.
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ± \S+)?( %)?( \(.*\))?|not reached|not finite|-")
 
 
 def render(results: Sequence[Result]) -> str:
@@ -43,6 +49,7 @@ def render(results: Sequence[Result]) -> str:
         threads=results[0].settings["threads"],
         versions=results[0].settings["versions"],
         minutes=f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds",
+        longest=LONGEST_TABLE,
         text_class=_text_class,
         setting=_setting,
     )
@@ -81,7 +88,8 @@ def _picture(named: tuple[str, Figure]) -> dict[str, Any]:
 
 def _text_class(table: Table, index: int) -> Markup:
     """The attribute of a cell in a column of words, which is set from the left."""
-    words = any(isinstance(row[index], str) for row in table.rows)
+    cells = [row[index] for row in table.rows]
+    words = any(isinstance(cell, str) and not _NUMBER.fullmatch(cell) for cell in cells)
     return Markup(' class="text"') if words else Markup("")
 
 

@@ -544,3 +544,15 @@ def test_the_printed_command_has_all_options(name: str) -> None:
         assert replace(each.options(**_settings(each, None, values, False)), root="data") == (
             replace(options, root="data")
         )
+
+
+def test_long_tables_are_folded_and_numbers_are_set_from_the_right() -> None:
+    columns = ["variant", "accuracy", "epochs"]
+    rows = [["1x1 conv", "97.2 ± 0.3", "not reached"], ["dropout", "9.1 ± 2", "3 (1 of 2 runs)"]]
+    short, long = Table("Short", columns, rows), Table("Long", columns, rows * 11)
+    settings = {"device": "cpu", "threads": 1, "versions": {"torch": "2"}}
+    page = render([Result([short, long], [], settings=settings)])
+    assert page.count('<th class="text">') == page.count('<th class="text">variant</th>') == 2
+    assert "<summary>22 rows</summary>" in page
+    assert "<summary>2 rows</summary>" not in page
+    assert page.count("<details>") == page.count("</details>") == 2
