@@ -18,10 +18,10 @@ from .study import check_out
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 2**31 - 1),
-    help="Images a step.  [default: 4 on a CPU; on a GPU 128, or as many as fit]",
+    help="Images a step.  [default: 2 on a CPU; on a GPU 128, or as many as fit]",
 )
 @click.option(
-    "--seconds", type=float, default=20.0, show_default=True, help="Of timing, at least 3 rounds."
+    "--seconds", type=float, default=10.0, show_default=True, help="Of timing, at least 3 rounds."
 )
 @click.option("--device", default="auto", help="As for train.  [default: a GPU if there is one]")
 @click.option(

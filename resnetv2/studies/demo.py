@@ -21,7 +21,7 @@ from .visualizer import COLOURS, Picture
 
 MODES = (EAGER, "recompute", "invert", "segment")
 _ROUNDS = 3  # at least
-_CPU_BATCH = 4
+_CPU_BATCH = 2
 _GPU_BATCH = 128
 
 # What each mode does, as the beginning of a sentence that its figures end.
@@ -38,7 +38,7 @@ def demo(
     depth: int = 1001,
     batch_size: int | None = None,
     *,
-    seconds: float = 20.0,
+    seconds: float = 10.0,
     device: str = "auto",
     progress: bool | None = None,
 ) -> Result:
@@ -48,7 +48,7 @@ def demo(
 
     Args:
         depth: layers, 9n+2.
-        batch_size: images a step. Default: 4 on a CPU; on a GPU 128, or what fits half of its
+        batch_size: images a step. Default: 2 on a CPU; on a GPU 128, or what fits half of its
             free memory eagerly.
         seconds: of timing; there are at least three rounds, in which every mode takes a step.
         device: as for ``resnetv2.train``.
