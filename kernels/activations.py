@@ -45,17 +45,33 @@ def activation_grad(dz, u, slope, KIND: tl.constexpr):
 
 
 @triton.jit
+def norm_gradient(q, h, a, b, c, center):
+    """g = A*(q - C - B*(h - mean)) of a norm's backward, float32 (kernels/README.md, "Backward").
+
+    q, h: (rows, channels). a, b, c, center: (channels,), rows A, B, C and mean of its coefficients.
+    h is None where B = C = 0 (running statistics): it is then no part of the gradient, even where
+    it is infinite. a is None where A is multiplied later.
+    """
+    g = q.to(tl.float32)
+    if h is not None:
+        g = (g - c[None, :]) - (h.to(tl.float32) - center[None, :]) * b[None, :]
+    if a is not None:
+        g *= a[None, :]
+    return g
+
+
+@triton.jit
 def _add_both(a, b, c, d):
     return a + c, b + d
 
 
 @triton.jit
-def sums(a, b):
+def sums(a, b, AXIS: tl.constexpr = 0):
     """The sums of a's and of b's rows: one exchange between threads and warps for both."""
     if INTERPRET:
-        return tl.sum(a, 0), tl.sum(b, 0)
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
     else:
-        return tl.reduce((a, b), 0, _add_both)
+        return tl.reduce((a, b), AXIS, _add_both)
 
 
 @triton.jit

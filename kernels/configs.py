@@ -128,6 +128,66 @@ def _conv(shape: ConvShape, device: Device, exact: bool) -> Config:
     return Config(*tile, block_k, 8 if crowded else 4, num_stages=1, unroll=unroll)
 
 
+class BackwardShape(NamedTuple):
+    """What the tile of a 1x1's two gradients depends on: (rows, K) by (rows, C).
+
+    dtype: multiplied in. wide: whether h or the gradient is float32. add: whether a further
+    gradient is added. smooth: whether the activation is one of ``SMOOTH_ACTS``.
+    """
+
+    rows: int
+    k: int
+    c: int
+    dtype: torch.dtype
+    wide: bool
+    add: bool
+    smooth: bool
+
+
+def conv_backward(shape: BackwardShape, device: Device) -> Config | None:
+    """The tile of a 1x1's two gradients in one launch, or None where each has its own.
+
+    A program holds all K channels of its share of dW, by BLOCK_N of the C; what fits beside a
+    block of rows without spills was found by compiling. Further blocks of columns read g again,
+    from L2: at most four. Columns are the side that a matrix unit wants wide, if there are 64 of
+    them, and K is otherwise. Two stages: rows are read a step ahead, into registers.
+    """
+    return _conv_backward(shape, device, _exact(shape.dtype))
+
+
+@functools.cache
+def _conv_backward(shape: BackwardShape, device: Device, exact: bool) -> Config | None:
+    rows, k, c, _, wide, add, smooth = shape
+    roomy = device.matrix_unit == "wgmma" and not wide and not smooth
+    # wgmma and tcgen05 read at least one operand from shared memory, the others none.
+    shared = device.matrix_unit in ("wgmma", "tcgen05") and not exact and not smooth
+    ahead = not (add or smooth or exact or device.matrix_unit == "tcgen05")
+    block_k = _block(k, 64, 8)
+    if 64 <= c <= 256 and k <= (64 if shared else 32):
+        block_m, block_n = (64 if roomy and k <= 32 else 32), 64
+        if device.matrix_unit == "tcgen05" or (add and wide and not shared):
+            # Beside tensor memory a thread has 128 registers.
+            block_m = 16
+        ahead = ahead and (roomy or k <= 32)
+        wanted = _PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
+        while block_m > 16 and cdiv(rows, block_m) * cdiv(c, block_n) < wanted:
+            block_m //= 2
+    elif c <= 64 <= k <= (128 if wide or smooth else 256):
+        block_m, block_n = 64, (32 if roomy and c > 16 and k <= 128 else 16)
+        ahead = ahead and k <= 128 and not wide
+        block_k = 32 if exact else block_k
+    else:
+        return None
+    return Config(block_m, block_n, block_k, num_stages=2 if ahead else 1)
+
+
+def row_splits(rows: int, c: int, config: Config, device: Device) -> tuple[int, int]:
+    """Blocks of rows of ``conv_backward``, and how many ranges they are split into."""
+    blocks = cdiv(rows, config.block_m)
+    programs = _PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
+    return blocks, min(blocks, cdiv(programs, cdiv(c, config.block_n)))
+
+
 def conv_candidates(shape: ConvShape, device: Device) -> list[Config]:
     """What the autotuner times: the heuristic's tile first, then its neighbours."""
     first = conv(shape, device)

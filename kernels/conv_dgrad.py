@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, recording
-from .activations import activation_grad, cast, sums
+from .activations import activation_grad, cast, norm_gradient, sums
 from .checks import (
     check_activation,
     check_convolution,
@@ -32,7 +32,7 @@ from .checks import (
 from .conv_tile import conv_tile
 from .integers import cdiv
 from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
-from .merging import block_tiles, finish_sums
+from .merging import block_tiles, finish_sums, store_sums
 from .norm_backward import NO_SUMS, place_of_sums
 from .operands import IDENTITY, Act, Geometry, Grad, NormGrads
 
@@ -115,12 +115,14 @@ def _conv_dgrad_kernel(
         shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
         q = activation_grad(q, h * scale[None, :] + shift[None, :], slope, ACT)
         if coef_ptr is not None:
-            a = tl.load(coef_ptr + columns, mask=known, other=0.0)[None, :]
-            b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)[None, :]
-            c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)[None, :]
-            center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)[None, :]
-            # B = 0 means that h is no part of the gradient, even where it is infinite.
-            q = a * ((q - c) - tl.where(b == 0.0, 0.0, b * (h - center)))
+            a = tl.load(coef_ptr + columns, mask=known, other=0.0)
+            if TRAINING:
+                b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)
+                c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)
+                center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)
+                q = norm_gradient(q, h, a, b, c, center)
+            else:
+                q = norm_gradient(q, None, a, None, None, None)
             if identity_ptr is not None:
                 q += tl.load(identity_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if out_ptr is not None:
@@ -134,9 +136,7 @@ def _conv_dgrad_kernel(
             q = tl.where(mask, q, 0.0)
         s1, s2 = sums(q, q * (h - mean[None, :]))
         s2 *= rstd
-        at = sums_ptr + tile.to(tl.int64) * (2 * C)
-        tl.store(at + columns, s1, mask=known)
-        tl.store(at + C + columns, s2, mask=known)
+        store_sums(sums_ptr + tile.to(tl.int64) * (2 * C), s1, s2, columns, known, C)
         finish_sums(
             sums_ptr,
             counters_ptr,

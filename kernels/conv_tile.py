@@ -32,7 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import activate, dot, operand
+from .activations import activate, dot, norm_gradient, operand
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _read(
 
 
 @triton.jit
-def _read_weight(
+def read_weight(
     weight_ptr,
     r,
     s,
@@ -138,13 +138,13 @@ def _prologue(
             z = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
         else:
             a = tl.load(coef_ptr + channels, mask=known, other=0.0)
-            z = x.to(tl.float32)
             if PROLOGUE == "affine_h":
                 b = tl.load(coef_ptr + CHANNELS + channels, mask=known, other=0.0)
                 c = tl.load(coef_ptr + 2 * CHANNELS + channels, mask=known, other=0.0)
                 center = tl.load(coef_ptr + 3 * CHANNELS + channels, mask=known, other=0.0)
-                z = (z - c[None, :]) - (h.to(tl.float32) - center[None, :]) * b[None, :]
-            z *= a[None, :]
+                z = norm_gradient(x, h, a, b, c, center)
+            else:
+                z = norm_gradient(x, None, a, None, None, None)
         if MASKED:
             z = tl.where(inside[:, None], z, 0.0)
     return operand(z, DTYPE, PRECISION)
@@ -200,7 +200,7 @@ def conv_tile(
     h = x
     if PROLOGUE == "affine_h":
         h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
-    weight = _read_weight(weight_ptr, 0, 0, channels, columns, CONV, TRANSPOSED, DTYPE, PRECISION)
+    weight = read_weight(weight_ptr, 0, 0, channels, columns, CONV, TRANSPOSED, DTYPE, PRECISION)
     for block in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=UNROLL_BLOCKS):
         for tap in tl.range(0, TAPS, num_stages=1, loop_unroll_factor=UNROLL_TAPS):
             this_x = x
@@ -221,7 +221,7 @@ def conv_tile(
                 h = x
                 if PROLOGUE == "affine_h":
                     h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
-                weight = _read_weight(
+                weight = read_weight(
                     weight_ptr, r, s, channels, columns, CONV, TRANSPOSED, DTYPE, PRECISION
                 )
             this_x = _prologue(

@@ -13,7 +13,7 @@ than 64 (SWAP).
 
 Each range of rows (split) writes its float32 sums to a workspace (splits, K*J [+ K]), and the last
 program of a tile adds the splits in their order and writes dW in the weight's dtype and strides,
-and dbias = sum of g (merging.py). A is one number for each k: it multiplies sums, and not rows.
+and dbias = sum of g (products.py). A is one number for each k: it multiplies sums, and not rows.
 
 Bytes: q, h' and h are read once from memory (once more from L2 for each further block of columns or
 channels, and for each tap), and 4*K*J bytes a split are written and read.
@@ -27,17 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import recording
-from .activations import activate, cast, dot, operand
+from .activations import activate, dot, norm_gradient, operand
 from .checks import check_activation, check_convolution, check_grad, check_per_channel
 from .integers import cdiv
 from .launch import TRITON_DTYPES, device_of, input_precision, is_wide, launch
-from .merging import add_up, arrive, group_size
+from .merging import arrive, group_size
 from .operands import IDENTITY, Act, Geometry, Grad
+from .products import merge_products, store_products, write_products
 from .wgrad_config import config_of
 
 
 @triton.jit
-def _per_channel(values_ptr, channels, known, MASKED: tl.constexpr):
+def per_channel(values_ptr, channels, known, MASKED: tl.constexpr):
     """values[channels], 0 for channels that are not known."""
     if MASKED:
         return tl.load(values_ptr + channels, mask=known, other=0.0)
@@ -46,39 +47,12 @@ def _per_channel(values_ptr, channels, known, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _gradient_block(
-    q_ptr,
-    gh_ptr,
-    offsets,
-    mask,
-    b,
-    c,
-    center,
-    MASKED: tl.constexpr,
-):
-    """q - C - B*(h' - mean) of a block of rows; 0 where there is no row (MASKED)."""
-    g = tl.load(q_ptr + offsets, mask=mask, other=0.0) if MASKED else tl.load(q_ptr + offsets)
-    if gh_ptr is not None:
-        h = tl.load(gh_ptr + offsets, mask=mask, other=0.0) if MASKED else tl.load(gh_ptr + offsets)
-        g = (g.to(tl.float32) - c[None, :]) - (h.to(tl.float32) - center[None, :]) * b[None, :]
-        if MASKED:
-            g = tl.where(mask, g, 0.0)
-    return g
-
-
-@triton.jit
-def _products(
-    k, begin, J: tl.constexpr, K: tl.constexpr, BLOCK_J: tl.constexpr, SWAP: tl.constexpr
-):
-    """Where a block of products lies among a split's, which of them exist, and their j and k."""
-    j = begin + tl.arange(0, BLOCK_J)
-    if SWAP:
-        j = j[None, :]
-        row = k[:, None]
+def read_block(pointer, offsets, mask, MASKED: tl.constexpr):
+    """Elements of a block of rows, 0 where the mask says that there is none (MASKED)."""
+    if MASKED:
+        return tl.load(pointer + offsets, mask=mask, other=0.0)
     else:
-        j = j[:, None]
-        row = k[None, :]
-    return row * J + j, (row < K) & (j < J), j, row
+        return tl.load(pointer + offsets)
 
 
 @triton.jit(do_not_specialize=["M", "split_blocks", "longer_splits", "splits", "group"])
@@ -141,9 +115,9 @@ def _conv_wgrad_kernel(
     c = 0.0
     center = 0.0
     if gh_ptr is not None:
-        b = _per_channel(coef_ptr + K, k, known_k, K % BLOCK_K != 0)
-        c = _per_channel(coef_ptr + 2 * K, k, known_k, K % BLOCK_K != 0)
-        center = _per_channel(coef_ptr + 3 * K, k, known_k, K % BLOCK_K != 0)
+        b = per_channel(coef_ptr + K, k, known_k, K % BLOCK_K != 0)
+        c = per_channel(coef_ptr + 2 * K, k, known_k, K % BLOCK_K != 0)
+        center = per_channel(coef_ptr + 3 * K, k, known_k, K % BLOCK_K != 0)
 
     accs = ()
     for _ in tl.static_range(J_TILES):
@@ -163,16 +137,13 @@ def _conv_wgrad_kernel(
         if K % BLOCK_K != 0:
             g_mask = g_mask & known_k[None, :]
         g_offsets = rows.to(OFFSET)[:, None] * K + k[None, :]
-        g = _gradient_block(
-            q_ptr,
-            gh_ptr,
-            g_offsets,
-            g_mask,
-            b,
-            c,
-            center,
-            not EVEN_M or K % BLOCK_K != 0,
-        )
+        masked: tl.constexpr = not EVEN_M or K % BLOCK_K != 0
+        g = read_block(q_ptr, g_offsets, g_mask, masked)
+        if gh_ptr is not None:
+            gh = read_block(gh_ptr, g_offsets, g_mask, masked)
+            g = norm_gradient(g, gh, None, b, c, center)
+            if masked:
+                g = tl.where(g_mask, g, 0.0)
         if dbias_ptr is not None:
             bias += tl.sum(g.to(tl.float32), axis=0)
         g = operand(g, DTYPE, PRECISION)
@@ -211,12 +182,8 @@ def _conv_wgrad_kernel(
             else:
                 z = tl.load(h_ptr + offsets, mask=mask, other=0.0)
             if stats_ptr is not None:
-                scale = _per_channel(
-                    stats_ptr + 3 * C, channel, known, J % (BLOCK_J * J_TILES) != 0
-                )
-                shift = _per_channel(
-                    stats_ptr + 4 * C, channel, known, J % (BLOCK_J * J_TILES) != 0
-                )
+                scale = per_channel(stats_ptr + 3 * C, channel, known, J % (BLOCK_J * J_TILES) != 0)
+                shift = per_channel(stats_ptr + 4 * C, channel, known, J % (BLOCK_J * J_TILES) != 0)
                 z = activate(z.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
                 if not (SAME_ROWS and EVEN_M):
                     z = tl.where(mask, z, 0.0)
@@ -228,46 +195,70 @@ def _conv_wgrad_kernel(
             new = new + (acc,)  # type: ignore[assignment] # noqa: RUF005
         accs = new
 
-    own = workspace_ptr + split.to(tl.int64) * SIZE
-    for t in tl.static_range(J_TILES):
-        at, mask, _, _ = _products(k, (j_group * J_TILES + t) * BLOCK_J, J, K, BLOCK_J, SWAP)
-        tl.store(own + at, accs[t], mask=mask)
-    known_bias = known_k & (j_group == 0)
-    if dbias_ptr is not None:
-        tl.store(own + K * J + k, bias, mask=known_bias)
-
+    j = j_group * J_TILES * BLOCK_J + tl.arange(0, BLOCK_J)
+    first_columns = j_group == 0
+    store_products(
+        workspace_ptr + split.to(tl.int64) * SIZE,
+        accs,
+        (bias,),
+        dbias_ptr,
+        k,
+        j,
+        first_columns,
+        K,
+        J,
+        0,
+        BLOCK_J,
+        J_TILES,
+        SWAP,
+    )
     groups = (splits + group - 1) // group
     number = split // group
     first = number * group
     stop = tl.minimum(first + group, splits)
     counters_ptr += program % (J_GROUPS * K_BLOCKS) * (groups + 1)
     if arrive(counters_ptr + number, stop - first):
-        own = workspace_ptr + (splits + number).to(tl.int64) * SIZE
-        for t in tl.static_range(J_TILES):
-            at, mask, _, _ = _products(k, (j_group * J_TILES + t) * BLOCK_J, J, K, BLOCK_J, SWAP)
-            tl.store(own + at, add_up(workspace_ptr, at, mask, first, stop, SIZE, AT_ONCE), mask)
-        if dbias_ptr is not None:
-            at = K * J + k
-            tl.store(
-                own + at, add_up(workspace_ptr, at, known_bias, first, stop, SIZE, 8), known_bias
-            )
+        merge_products(
+            workspace_ptr,
+            workspace_ptr + (splits + number).to(tl.int64) * SIZE,
+            dbias_ptr,
+            first,
+            stop,
+            k,
+            j,
+            first_columns,
+            K,
+            J,
+            0,
+            BLOCK_J,
+            J_TILES,
+            SWAP,
+            SIZE,
+            AT_ONCE,
+        )
         if arrive(counters_ptr + groups, groups):
-            stop = splits + groups
-            for t in tl.static_range(J_TILES):
-                at, mask, j, row = _products(
-                    k, (j_group * J_TILES + t) * BLOCK_J, J, K, BLOCK_J, SWAP
-                )
-                total = add_up(workspace_ptr, at, mask, splits, stop, SIZE, AT_ONCE)
-                if coef_ptr is not None:
-                    total *= tl.load(coef_ptr + row, mask=row < K, other=0.0)
-                offsets = row * stride_k + j % C * stride_c
-                offsets += j // (C * CONV.S) * stride_r + j // C % CONV.S * stride_s
-                tl.store(dweight_ptr + offsets, cast(total, dweight_ptr.dtype.element_ty), mask)
-            if dbias_ptr is not None:
-                total = add_up(workspace_ptr, K * J + k, known_bias, splits, stop, SIZE, 8)
-                if coef_ptr is not None:
-                    total *= tl.load(coef_ptr + k, mask=known_k, other=0.0)
-                tl.store(dbias_ptr + k, cast(total, dbias_ptr.dtype.element_ty), known_bias)
+            write_products(
+                workspace_ptr,
+                coef_ptr,
+                dweight_ptr,
+                dbias_ptr,
+                stride_k,
+                stride_c,
+                stride_r,
+                stride_s,
+                splits,
+                splits + groups,
+                k,
+                j,
+                first_columns,
+                CONV,
+                0,
+                BLOCK_J,
+                J_TILES,
+                SWAP,
+                SIZE,
+                AT_ONCE,
+            )
 
 
 def conv_wgrad(

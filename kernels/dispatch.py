@@ -276,6 +276,7 @@ class TritonEngine(AtenEngine):
 
     def __init__(self) -> None:
         from . import (
+            conv_backward,
             conv_dgrad,
             conv_forward,
             conv_wgrad,
@@ -291,6 +292,7 @@ class TritonEngine(AtenEngine):
         self._norm_act = norm_act
         self._norm_backward = norm_backward
         self._conv_forward = conv_forward
+        self._conv_backward = conv_backward
         self._conv_dgrad = conv_dgrad
         self._conv_wgrad = conv_wgrad
 
@@ -492,6 +494,8 @@ class TritonEngine(AtenEngine):
         """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
         how = implementation(weight.shape, geometry)
         z, norm = h, stats
+        q: Tensor | None
+        sums: NormGrads | None
         if how != FUSED and (grad.coef is not None or grad.q.dtype != dtype):
             if need_weight or need_bias:
                 g, z = self._operands(grad, h, stats, act, dtype)
@@ -506,30 +510,54 @@ class TritonEngine(AtenEngine):
             del grad, z
             if dz is None:
                 return ConvGrads(None, dweight, dbias, None, None)
-            q, (coef, dgamma, dbeta) = self._act_backward(dz, h, stats, act, add, training)
+            q, sums = self._act_backward(dz, h, stats, act, add, training)
             twice = False
         else:
-            dweight = dbias = None
-            if need_weight or need_bias:
-                dweight, dbias = self._weight_grad(
-                    how, grad, z, weight, geometry,
-                    dtype=dtype, stats=norm, act=act, with_bias=need_bias,
-                )  # fmt: skip
-            del z
-            if not need_input:
-                return ConvGrads(None, dweight, dbias, None, None)
             twice = final and runs_twice(weight)
-            dgrad = functools.partial(
-                self._dgrad, grad, weight, h, geometry,
-                dtype=dtype, stats=stats, act=act, add=add, training=training,
-            )  # fmt: skip
-            q, (coef, dgamma, dbeta) = dgrad(write=not twice)
+            need_weight = need_weight or need_bias
+            options = {"dtype": dtype, "stats": stats, "act": act, "add": add, "training": training}
+            dgrad = functools.partial(self._dgrad, grad, weight, h, geometry, **options)
+
+            def apart() -> tuple[Tensor | None, NormGrads | None, Tensor | None, Tensor | None]:
+                nonlocal z
+                dweight = dbias = q = sums = None
+                if need_weight:
+                    dweight, dbias = self._weight_grad(
+                        how, grad, z, weight, geometry,
+                        dtype=dtype, stats=norm, act=act, with_bias=need_bias,
+                    )  # fmt: skip
+                z = None
+                if need_input:
+                    q, sums = dgrad(write=not twice)
+                return q, sums, dweight, dbias
+
+            tile = None
+            if how == FUSED and need_input and need_weight:
+                tile = self._conv_backward.tile(
+                    grad, weight, h, geometry, dtype=dtype, act=act, add=add
+                )
+            if tile is None:
+                q, sums, dweight, dbias = apart()
+            else:
+                q, sums, dweight, dbias = self._run(
+                    "conv backward", h, (h.shape, weight.shape, geometry, dtype),
+                    lambda smaller: self._conv_backward.conv_backward(
+                        grad, weight, h, geometry, write=not twice, with_bias=need_bias,
+                        config=tile, smaller=smaller, **options,
+                    ),
+                    apart,
+                    instead="by a kernel for each gradient",
+                )  # fmt: skip
+            if sums is None:
+                return ConvGrads(None, dweight, dbias, None, None)
+        coef, dgamma, dbeta = sums
         if sync is not None:
             everywhere = ranks.gather_sums(dbeta, dgamma, sync.gather)
             coef, _, _ = self._norm_grad(everywhere, stats, training, sync.total)
         if twice:
             dx, _ = dgrad(coef=coef, identity=identity, out_dtype=h.dtype)
             return ConvGrads(Grad(dx), dweight, dbias, dgamma, dbeta)
+        assert q is not None
         grad = Grad(q, h if training else None, coef)
         if final:
             grad = Grad(self._input_grad(grad, identity, h.dtype))

@@ -50,6 +50,7 @@ class Fallbacks:
         kernel: Callable[[int], T],
         aten: Callable[[], T],
         tiled: bool = True,
+        instead: str = "by ATen",
     ) -> T:
         """``kernel(0)``, or what is left of it.
 
@@ -59,6 +60,7 @@ class Fallbacks:
             kernel: the operation with its tile halved so many times.
             aten: the same by ATen.
             tiled: whether there are smaller tiles.
+            instead: what ``aten`` computes with, for the warning.
         """
         level = 0
         if self._levels:
@@ -74,7 +76,7 @@ class Fallbacks:
             # Not in the handler: what fails here is no consequence of the kernel's error.
             number, result = _ATEN, aten()
         if reason is not None:
-            how = "computed by ATen" if number == _ATEN else "computed with a smaller tile"
+            how = f"computed {instead}" if number == _ATEN else "computed with a smaller tile"
             described = ", ".join(_describe(part) for part in shape)
             warnings.warn(
                 f"{op} of {described} on {launch.describe(x)} is {how} from now on: {reason}",

@@ -258,6 +258,72 @@ def store_norm_grad(
 
 
 @triton.jit
+def store_sums(
+    data_ptr,
+    s1,
+    s2,
+    columns,
+    known,
+    C: tl.constexpr,
+):
+    """Leave S1 and S2 of a tile, or of a group, at ``data_ptr``."""
+    tl.store(data_ptr + columns, s1, mask=known)
+    tl.store(data_ptr + C + columns, s2, mask=known)
+
+
+@triton.jit
+def merge_group_sums(
+    data_ptr,
+    tiles,
+    first,
+    stop,
+    number,
+    columns,
+    known,
+    C: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """S1 and S2 of the tiles [first, stop), left behind all tiles' as those of group ``number``."""
+    s1, s2 = merge_sums(
+        data_ptr + first.to(tl.int64) * (2 * C),
+        stop - first,
+        columns,
+        known,
+        C,
+        BLOCK_TILES,
+        BLOCK_C,
+    )
+    store_sums(data_ptr + (tiles + number).to(tl.int64) * (2 * C), s1, s2, columns, known, C)
+
+
+@triton.jit
+def write_norm_grad(
+    data_ptr,
+    stats_ptr,
+    coef_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    M,
+    tiles,
+    groups,
+    columns,
+    known,
+    C: tl.constexpr,
+    TRAINING: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """What the groups' sums give (``store_norm_grad``)."""
+    behind = data_ptr + tiles.to(tl.int64) * (2 * C)
+    s1, s2 = merge_sums(behind, groups, columns, known, C, BLOCK_TILES, BLOCK_C)
+    inverse = 1.0 / M.to(tl.float32)
+    store_norm_grad(
+        coef_ptr, dweight_ptr, dbias_ptr, stats_ptr, inverse, s1, s2, columns, known, C, TRAINING
+    )
+
+
+@triton.jit
 def finish_sums(
     data_ptr,
     counters_ptr,
@@ -277,41 +343,35 @@ def finish_sums(
     BLOCK_TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Behind a tile's S1 and S2: coefficients, by the last program of a block of channels.
+    """Behind a tile's ``store_sums``: coefficients, by the last program of a block of channels.
 
     data: (tiles + groups, 2, C). The rest as in ``finish_moments``.
     """
     groups = (tiles + group - 1) // group
     number = tile // group
     first = number * group
+    stop = tl.minimum(first + group, tiles)
     counters_ptr += block * (groups + 1)
-    if arrive(counters_ptr + number, tl.minimum(group, tiles - first)):
-        s1, s2 = merge_sums(
-            data_ptr + first.to(tl.int64) * (2 * C),
-            tl.minimum(group, tiles - first),
-            columns,
-            known,
-            C,
-            BLOCK_TILES,
-            BLOCK_C,
+    if arrive(counters_ptr + number, stop - first):
+        merge_group_sums(
+            data_ptr, tiles, first, stop, number, columns, known, C, BLOCK_TILES, BLOCK_C
         )
-        behind = data_ptr + tiles.to(tl.int64) * (2 * C)
-        tl.store(behind + number * (2 * C) + columns, s1, mask=known)
-        tl.store(behind + number * (2 * C) + C + columns, s2, mask=known)
         if arrive(counters_ptr + groups, groups):
-            s1, s2 = merge_sums(behind, groups, columns, known, C, BLOCK_TILES, BLOCK_C)
-            store_norm_grad(
+            write_norm_grad(
+                data_ptr,
+                stats_ptr,
                 coef_ptr,
                 dweight_ptr,
                 dbias_ptr,
-                stats_ptr,
-                1.0 / M.to(tl.float32),
-                s1,
-                s2,
+                M,
+                tiles,
+                groups,
                 columns,
                 known,
                 C,
                 TRAINING,
+                BLOCK_TILES,
+                BLOCK_C,
             )
 
 

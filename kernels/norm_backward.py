@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import recording
-from .activations import activation_grad, cast, sums
+from .activations import activation_grad, cast, norm_gradient, sums
 from .checks import (
     check_activation,
     check_floating,
@@ -35,7 +35,14 @@ from .checks import (
 )
 from .integers import cdiv
 from .launch import device_of, launch
-from .merging import block_tiles, finish_sums, group_size, merge_sums, store_norm_grad
+from .merging import (
+    block_tiles,
+    finish_sums,
+    group_size,
+    merge_sums,
+    store_norm_grad,
+    store_sums,
+)
 from .moments import (
     MAX_TILES,
     MERGE_CHANNELS,
@@ -97,8 +104,7 @@ def _act_backward_kernel(
         s2 += q * (h - mean[None, :])
     at = data_ptr + tile.to(tl.int64) * (2 * C)
     s1, s2 = sums(s1, s2)
-    tl.store(at + columns, s1, mask=known)
-    tl.store(at + C + columns, s2 * rstd, mask=known)
+    store_sums(at, s1, s2 * rstd, columns, known, C)
     finish_sums(
         data_ptr,
         counters_ptr,
@@ -166,14 +172,15 @@ def _write_g(
     known = columns < C
     g = tl.load(q_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if coef_ptr is not None:
+        a = tl.load(coef_ptr + columns, mask=known, other=0.0)
         if h_ptr is not None:
-            b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)[None, :]
-            c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)[None, :]
-            center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)[None, :]
-            h = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-            # Where B is 0, an Inf in h must not become a NaN.
-            g = (g - c) - tl.where(b == 0.0, 0.0, b * (h - center))
-        g *= tl.load(coef_ptr + columns, mask=known, other=0.0)[None, :]
+            b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)
+            c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)
+            center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)
+            h = tl.load(h_ptr + base + offsets, mask=mask, other=0.0)
+            g = norm_gradient(g, h, a, b, c, center)
+        else:
+            g = norm_gradient(g, None, a, None, None, None)
     if identity_ptr is not None:
         g += tl.load(identity_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(g_ptr + base + offsets, cast(g, g_ptr.dtype.element_ty), mask=mask)

@@ -533,8 +533,8 @@ def conv_dgrad(
         add: (N, C, H, W), a further gradient of z (a shortcut that reads z), or None.
         write: False computes the sums alone and returns (None, what they give).
         coef: (4, C): finish instead with dx = A*(q - C - B*(h - mean)) + identity, and return
-            (dx, None). Rows B and C may be zero, and h is then not multiplied (running statistics).
-        training: whether ``stats`` depend on h.
+            (dx, None).
+        training: whether ``stats`` depend on h. If not, B = C = 0, and h is no part of dx.
         out_dtype: of the result, ``dtype`` if None.
     """
     out_dtype = dtype if out_dtype is None else out_dtype
@@ -546,9 +546,7 @@ def conv_dgrad(
         return (dz if add is None else dz + add).to(out_dtype), None
     q, grads = act_backward(dz, h, stats, act, add, training)
     if coef is not None:
-        # Asking whether B is 0 would have the host wait for the device.
-        h = torch.where(_per_channel(coef[1]) == 0, 0.0, h)
-        return input_grad(Grad(q, h, coef), identity, out_dtype), None
+        return input_grad(Grad(q, h if training else None, coef), identity, out_dtype), None
     return (cast(q, out_dtype) if write else None), grads
 
 

@@ -67,6 +67,9 @@ def tile_bytes(launch: dryrun.Launch) -> float:
         parts["h_ptr"] = -(-size["K"] // size["BLOCK_N"])
     elif launch.kernel.name == "_conv_dgrad_kernel":
         parts["grad_ptr"] = parts["grad_h_ptr"] = -(-size["C"] // size["BLOCK_N"])
+    elif launch.kernel.name == "_conv_backward_kernel":
+        parts["q_ptr"] = parts["gh_ptr"] = -(-size["C"] // size["BLOCK_N"])
+        del nbytes["workspace_ptr"]
     elif launch.kernel.name == "_conv_wgrad_kernel":
         columns = size["BLOCK_J"] * size["J_TILES"]
         groups = -(-size["R"] * size["S"] * size["C"] // columns)

@@ -39,8 +39,8 @@ class Row:
 
     @property
     def convolution(self) -> str:
-        """ "forward", "dgrad" or "wgrad" for a kernel that convolves, else ""."""
-        found = re.fullmatch(r"_conv_(forward|dgrad|wgrad)_kernel", self.kernel)
+        """ "forward", "dgrad", "wgrad" or "backward" for a kernel that convolves, else ""."""
+        found = re.fullmatch(r"_conv_(forward|dgrad|wgrad|backward)_kernel", self.kernel)
         return found[1] if found else ""
 
     @property

@@ -33,7 +33,7 @@ BLOCKS = {"bottleneck": (BottleneckPreActBlock, 4 * WIDTH), "basic": (PreActBloc
 # gradient made of two tensors (A*q + B*h + C) is read once where it was read twice by then.
 BUDGET = {
     ("bottleneck", "forward"): (16, 3),
-    ("bottleneck", "backward"): (43, 6),
+    ("bottleneck", "backward"): (32, 4),
     ("basic", "forward"): (5, 2),
     ("basic", "backward"): (15, 4),
 }

@@ -17,9 +17,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from resnetv2.kernels import launch
+from resnetv2.kernels.conv_backward import conv_backward
 from resnetv2.kernels.conv_dgrad import conv_dgrad
 from resnetv2.kernels.conv_forward import conv_forward
 from resnetv2.kernels.conv_wgrad import conv_wgrad
+from resnetv2.kernels.launch import Config
 from resnetv2.kernels.moments import moments, norm_stats
 from resnetv2.kernels.norm_act import norm_act
 from resnetv2.kernels.norm_backward import act_backward, input_grad, norm_grad
@@ -63,6 +65,11 @@ CALLS: dict[Any, Callable[[], dict[str, Any]]] = {
         "h": x(), "weight": weight(), "bias": per_channel(K), "geometry": GEOMETRY, "dtype": F32,
         "stats": per_channel(5, C), "act": RELU, "residual": x(K),
         "residual_stats": per_channel(5, K), "out_dtype": F32,
+    },
+    conv_backward: lambda: {
+        "grad": grad(), "weight": per_channel(K, C, 1, 1), "h": x(), "geometry": Geometry(),
+        "dtype": F32, "stats": per_channel(5, C), "act": RELU, "add": x(),
+        "config": Config(16, 16, 16),
     },
     conv_dgrad: lambda: {
         "grad": grad(), "weight": weight(), "h": x(), "geometry": GEOMETRY, "dtype": F32,
@@ -175,6 +182,11 @@ CHANGES: dict[Any, list[Change]] = {
     conv_forward: [
         *_CONVOLUTION, *_layout("h", C), *_vector("bias", K), *_per_channel("stats", 5, C),
         *_activation("residual", K), *_per_channel("residual_stats", 5, K), _OUT_DTYPE,
+    ],
+    conv_backward: [
+        *_layout("h", C), *_grad(SHAPE_24), *_per_channel("stats", 5, C), *_activation("add", C),
+        Change("geometry", lambda: GEOMETRY, ValueError, "expects a 1x1 kernel, stride 1"),
+        Change("config", lambda: None, ValueError, "no tile for a weight of (24, 16, 1, 1)"),
     ],
     conv_dgrad: [
         *_CONVOLUTION, *_layout("h", C), *_grad(SHAPE_24), *_per_channel("stats", 5, C),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -21,7 +22,7 @@ from resnetv2.kernels import dispatch, launch, reference, tuning
 from resnetv2.kernels.fallback import FallbackWarning
 from resnetv2.kernels.inspect import stub_driver
 from resnetv2.kernels.launch import Config, KernelError
-from resnetv2.kernels.operands import Act, Geometry
+from resnetv2.kernels.operands import Act, Geometry, Grad, running_stats
 from tests.support.compiled import checked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,6 +155,33 @@ def test_aten_where_no_tile_can_be_had(
         f"on {launch.describe(out)} is computed by ATen from now on: "
         f"{CONV_KERNELS[op]}: out of resource: shared memory"
     )
+
+
+def test_a_kernel_for_each_gradient_where_the_one_for_both_cannot_be_had(
+    engine: dispatch.TritonEngine,
+) -> None:
+    torch.manual_seed(0)
+    h, g, w = activation(64), activation(16), torch.randn(16, 64, 1, 1, device=DEVICE) / 8
+    stats = running_stats(*torch.rand(2, 64, device=DEVICE), None, None, 1e-5)
+    names: list[str] = []
+
+    def run() -> Any:
+        names.clear()
+        with launch.record(lambda name, grid, constants: names.append(name)):
+            return engine.norm_conv_backward(
+                Grad(g), h, stats, RELU, w, Geometry(), training=True, gamma=None,
+                dtype=torch.float32, need_input=True, need_weight=True, need_bias=True,
+            )  # type: ignore[no-untyped-call]  # fmt: skip
+
+    expected = run()
+    assert names == ["_conv_backward_kernel"]
+    with failing("_conv_backward_kernel"):
+        with pytest.warns(FallbackWarning, match="is computed by a kernel for each gradient from"):
+            found = run()
+        run()
+        assert names == ["_conv_wgrad_kernel", "_conv_dgrad_kernel"]
+    for value, wanted in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
 
 
 def block() -> nn.Module:

@@ -442,6 +442,7 @@ def test_running_statistics_do_not_multiply_h() -> None:
         act=ACTS["relu"],
         coef=coef,
         identity=case.input(),
+        training=False,
     )
     assert dx.isfinite().all()
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from resnetv2.kernels import (
+    conv_backward,
     conv_dgrad,
     conv_forward,
     conv_wgrad,
@@ -83,11 +84,22 @@ def _wgrad(h: Tensor) -> list[Tensor]:
     return [dweight, dbias]
 
 
+def _backward(h: Tensor) -> list[Tensor]:
+    q, sums, dweight, dbias = conv_backward.conv_backward(
+        Grad(activation((2, 24, 5, 16), BF16)), per_channel(24, 20, 1, 1), h, Geometry(),
+        dtype=BF16, stats=per_channel(5, 20), act=RELU, with_bias=True, config=TILE,
+    )  # fmt: skip
+    assert q is not None
+    assert dbias is not None
+    return [q, *sums, dweight, dbias]
+
+
 CALLS: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "moments": lambda h: [moments.moments(_longer(), Norm(None, None, 1e-5))],  # type: ignore[list-item]
     "forward": _forward,
     "dgrad": _dgrad,
     "wgrad": _wgrad,
+    "backward": _backward,
     "act-backward": lambda h: list(
         norm_backward.act_backward(_longer(), _longer(), per_channel(5, 20), Act("silu"))[1]
     ),

@@ -10,6 +10,7 @@ RATIOS = {
     ("1x1", "forward"): 0.6,
     ("1x1", "dgrad"): 0.6,
     ("1x1", "wgrad"): 0.6,
+    ("1x1", "backward"): 0.6,
     ("3x3", "forward"): 1.6,
     ("3x3", "dgrad"): 1.6,
     ("3x3", "wgrad"): 2.0,
