@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import network
 from bench.suites import limit_rows
+from resnetv2.measuring.cases import network
 
 # Bytes for parameters, momentum, gradients and all else, without a GPU and with one.
 BUDGET = {False: 64 * 10**6, True: 8 * 10**9}

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from bench import cases, report, schema
-from bench.measure import Bench, Outcome, Settings, quantiles
 from bench.providers import all_providers, host_providers
 from bench.schema import SUITES, Row
 from bench.suites import timed_rows
+from resnetv2.measuring.rounds import Bench, Outcome, Settings, quantiles
 
 # What compiling may take in a quick run on a CPU: units are small, and a net of 20 layers is
 # compiled whatever it takes, being the first.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from bench.cases import Case
-from bench.measure import Bench, Outcome, Times
-from bench.providers import COMPILE, EAGER
+from resnetv2.measuring.cases import Case
+from resnetv2.measuring.providers import COMPILE, EAGER
+from resnetv2.measuring.rounds import Bench, Outcome, Times
 
 FEW = 4  # units of the shorter stage
 ROUNDS = 10

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import Case, device
 from resnetv2.core.chain import Chain
 from resnetv2.core.reading import Reading
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
 from resnetv2.kernels.dispatch import AtenEngine, engine
 from resnetv2.kernels.operands import Geometry
+from resnetv2.measuring.cases import Case, device
 from resnetv2.names import DTYPES
 from resnetv2.planning.cost import Cost, Rates, call_costs, copy_rate, floor_seconds, multiply_rate
 

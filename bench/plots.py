@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from bench.cases import network_of
-from bench.providers import COMPILE, EAGER
 from bench.schema import MODE, Row, Rows
+from resnetv2.measuring.providers import COMPILE, EAGER
 from resnetv2.studies.demo import MODES, draw
 
 # Okabe and Ito's palette: told apart with any colour vision; markers and lines tell in print.

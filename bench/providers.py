@@ -5,41 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from bench.cases import Case, device
 from resnetv2.kernels.inspect import stub_driver
-
-EAGER = "eager"
-COMPILE = "compile"
-MEMORY_MODES = ("recompute", "invert_h1", "invert", "segment")
-
-
-class Provider(NamedTuple):
-    """prepare: a case to the module that computes it. ours: this project's. compiles: by
-    torch.compile, which takes its time. graph: the whole step in a CUDA graph. missing: why it
-    cannot run here, or "".
-    """
-
-    name: str
-    prepare: Callable[[Case], Any]
-    ours: bool = False
-    compiles: bool = False
-    graph: bool = False
-    missing: str = ""
-
-
-def _eager(case: Case) -> nn.Module:
-    return case.build(backend="eager")
-
-
-def _compiled(case: Case, mode: str | None = None) -> Any:
-    torch._dynamo.reset()
-    return torch.compile(_eager(case), mode=mode, dynamic=False)
+from resnetv2.measuring.cases import Case, device
+from resnetv2.measuring.providers import COMPILE, EAGER, Provider, compiled, eager, memory_mode
+from resnetv2.names import MEMORY_MODES
 
 
 class _Checkpointed(nn.Sequential):
@@ -55,18 +30,13 @@ class _Checkpointed(nn.Sequential):
 
 
 def _checkpointed(case: Case) -> nn.Module:
-    module = _eager(case)
+    module = eager(case)
     if not case.depth:
         return _Checkpointed(*module)
     for number in range(1, module.num_stages + 1):
         name = f"stage{number}"
         setattr(module, name, _Checkpointed(*getattr(module, name)))
     return module
-
-
-def _memory_mode(case: Case, memory: str) -> nn.Module:
-    backend = "triton" if device().type == "cuda" else "aten"
-    return case.build(memory=memory, backend=backend)
 
 
 def _inplace_abn(case: Case) -> nn.Module:
@@ -76,7 +46,7 @@ def _inplace_abn(case: Case) -> nn.Module:
     """
     from inplace_abn import InPlaceABN
 
-    module = _eager(case)
+    module = eager(case)
     for unit in [m for m in module.modules() if hasattr(m, "bn1")]:
         for name, norm in list(unit.named_children()):
             if isinstance(norm, nn.BatchNorm2d):
@@ -90,7 +60,7 @@ def _attorch(case: Case) -> nn.Module:
     """Eager with attorch's batch norm and activation in one kernel."""
     import attorch
 
-    module = _eager(case)
+    module = eager(case)
     for unit in [m for m in module.modules() if hasattr(m, "bn1")]:
         for name, child in list(unit.named_children()):
             if isinstance(child, nn.BatchNorm2d):
@@ -109,7 +79,7 @@ def _on_path(case: Case, memory: str, backend: str) -> nn.Module:
 
 def host_providers() -> list[Provider]:
     """Whose host time is measured: eager, torch.compile, and the modes on Triton and on ATen."""
-    result = [Provider(EAGER, _eager), Provider(COMPILE, _compiled, compiles=True)]
+    result = [Provider(EAGER, eager), Provider(COMPILE, compiled, compiles=True)]
     for backend, name in (("triton", "Triton"), ("aten", "ATen")):
         missing = stub_driver.missing() if (backend, device().type) == ("triton", "cpu") else ""
         for memory in MEMORY_MODES:
@@ -131,13 +101,13 @@ def all_providers(graphs: bool = False) -> list[Provider]:
     graphs: also each in a whole-step CUDA graph.
     """
     result = [
-        Provider(EAGER, _eager),
-        Provider(COMPILE, _compiled, compiles=True),
+        Provider(EAGER, eager),
+        Provider(COMPILE, compiled, compiles=True),
         Provider(
             "compile max-autotune",
             # The same kernels as "max-autotune"; CUDA graphs are a column of their own.
             functools.partial(
-                _compiled,
+                compiled,
                 mode="max-autotune-no-cudagraphs" if device().type == "cuda" else "max-autotune",
             ),
             compiles=True,
@@ -145,7 +115,7 @@ def all_providers(graphs: bool = False) -> list[Provider]:
         Provider("checkpoint", _checkpointed),
     ]
     for memory in MEMORY_MODES:
-        result.append(Provider(memory, functools.partial(_memory_mode, memory=memory), ours=True))
+        result.append(Provider(memory, functools.partial(memory_mode, memory=memory), ours=True))
     if graphs:
         missing = "" if device().type == "cuda" else "CUDA graphs need a GPU"
         result += [

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bench.cases import network_of
 from bench.plots import demo_figures, depth_cases, plot_demo, plot_depth, plot_roofline
-from bench.providers import EAGER
-from bench.providers import MEMORY_MODES as OURS
 from bench.schema import CSV_NAME, MODE, REPORTS, Rows, read
+from resnetv2.measuring.providers import EAGER
+from resnetv2.names import MEMORY_MODES as OURS
 
 PAGE = "README.md"
 DEMO_PICTURE = "demo.png"

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from resnetv2.measuring.cases import STEP
+
 SUITES = ("unit", "depth", "models", "limits", "kernel", "accuracy", "host", "extreme depth")
-MODE = "forward+backward"  # a training step, but for the optimizer's
 REPORTS = Path(__file__).parent / "reports"
 CSV_NAME = "report.csv"
+MODE = STEP
 
 
 @dataclass(frozen=True)

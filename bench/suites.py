@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from bench.cases import Case
 from bench.host import HostTime
 from bench.kernel_steps import KernelTime
-from bench.measure import Bench, Outcome, quantiles, spread
-from bench.providers import COMPILE, EAGER
 from bench.schema import MODE, Row, versions
-from bench.worker import Failure
+from resnetv2.measuring.cases import Case
+from resnetv2.measuring.providers import COMPILE, EAGER
+from resnetv2.measuring.rounds import Bench, Outcome, quantiles, spread
+from resnetv2.measuring.worker import Failure
 
 
 def timed_rows(suite: str, case: Case, outcomes: dict[str, Outcome]) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from .blocks import BottleneckPreActBlock, PreActBlock
 from .core.memory import BudgetError
 from .core.sync import SyncBatchNorm, convert_sync_batchnorm
 from .data import _torchvision as _torchvision  # mends later imports of torchvision
+from .doctor import doctor
 from .fuse.rewrite import BlockReport, Report, explain, fuse, unfuse
 from .fuse.weights import load_weights
 from .models import (
@@ -38,6 +39,7 @@ __all__ = [
     "Report",
     "SyncBatchNorm",
     "convert_sync_batchnorm",
+    "doctor",
     "explain",
     "fuse",
     "load_weights",

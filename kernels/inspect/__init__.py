@@ -1,4 +1,4 @@
-"""What looks at the kernels without a GPU: compiled code, launches counted, a dry run.
+"""What looks at the kernels: compiled code, launches counted, a dry run, errors against float64.
 
-Tests and benchmarks import it; the library does not.
+Tests, benchmarks and ``resnetv2.doctor`` import it; the rest of the library does not.
 """

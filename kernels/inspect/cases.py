@@ -1,4 +1,4 @@
-"""What is compiled where no GPU is at hand: the steps of residual units, and in which dtypes.
+"""What is compiled where no GPU is at hand, and checked where one is: the steps of residual units.
 
 A unit's steps go through ``dispatch.TritonEngine``, as a chain's do, so the kernels, their options
 and their tiles are those that a model launches.
@@ -6,6 +6,7 @@ and their tiles are those that a model launches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, norm_backward, ranks
-from ..operands import Act, Geometry, Grad, Norm, stats_dtype
+from .. import dispatch, norm_backward, ranks, reference
+from ..operands import Act, Geometry, Grad, Norm, running_stats
 
 # name: dtype of the multiplication, dtype of the residual stream, TF32.
 DTYPES = {
@@ -25,6 +26,8 @@ DTYPES = {
     "bf16+fp32": (torch.bfloat16, torch.float32, False),
 }
 _RELU = Act("relu")
+# A residual stream has a mean; around 0 that of bfloat16 numbers is ATen's without any rounding.
+_STREAM_MEAN = 0.5
 # Targets with sm_80's matrix unit.
 _LIKE_SM_80 = ("sm_86", "sm_89", "sm_120")
 
@@ -125,97 +128,186 @@ def selected(target: str, dtype: str, everything: bool = False) -> list[Unit]:
     return [unit for unit in UNITS if unit.reach in reach]
 
 
+# For doctor: channels and sizes that no tile divides, a norm with running statistics, strides,
+# projections, another activation, and a 3x3 that is left to ATen.
+ODD = (
+    _basic("odd basic", 17, 17, 13, 3, act=Act("silu"), training=False, reach=2),
+    _bottleneck("odd bottleneck", 24, 68, 9, 3, 2),
+    _basic("odd entry", 3, 19, 11, 2, 2, act=Act("gelu")),
+    _basic("wide", 130, 130, 5, 2),
+)
+
+
+class Tensors:
+    """Operands that hold whatever their memory held: nothing runs on them."""
+
+    def wide(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a step is asked to compute."""
+        return dtype
+
+    def activation(self, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+        """(N, C, H, W), channels_last."""
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+    def stats(self, channels: int) -> tuple[Tensor, Tensor]:
+        """(5, C), a norm's in float32, and its weight (C,)."""
+        return torch.empty(5, channels), torch.empty(channels)
+
+    def values(self, *shape: int) -> Tensor:
+        """float32: of weights, affine parameters and coefficients."""
+        return torch.empty(shape)
+
+
+class Random(Tensors):
+    """Random operands on a device, the same for the same seed; in float64 where ``exact``."""
+
+    def __init__(self, seed: int, device: torch.device, exact: bool = False) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+        self.exact = exact
+
+    def _draw(self, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+        values = torch.randn(shape, generator=self.generator) + mean
+        return values.to(self.device, dtype)
+
+    def _given(self, values: Tensor) -> Tensor:
+        return values.double() if self.exact else values
+
+    def wide(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if self.exact else dtype
+
+    def activation(self, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+        values = self._draw(shape, dtype, mean).contiguous(memory_format=torch.channels_last)
+        return self._given(values)
+
+    def stats(self, channels: int) -> tuple[Tensor, Tensor]:
+        mean, deviation, weight, bias = self._draw((4, channels), torch.float32)
+        stats = running_stats(mean, deviation.square() + 0.5, weight, bias, 1e-5)
+        return self._given(stats), self._given(weight)
+
+    def values(self, *shape: int) -> Tensor:
+        # A weight's sums over C*R*S are of the size of what they are summed from.
+        return self._given(self._draw(shape, torch.float32) * math.prod(shape[1:]) ** -0.5)
+
+
 def steps(
-    unit: Unit, dtype: torch.dtype, stream: torch.dtype
+    unit: Unit,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    tensors: Tensors | None = None,
+    engine: dispatch.AtenEngine | None = None,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """(label, what a chain does there) for each step of a unit's forward and backward.
 
-    Tensors hold whatever their memory held: nothing runs on them.
-    """
-    engine = dispatch.TritonEngine()
+    A step returns what the engine gave, of moments the statistics (5, C). It belongs to its place
+    in the iteration, and draws from ``tensors`` when it runs.
 
-    def activation(channels: int, size: int, dtype: torch.dtype) -> Tensor:
-        shape = (unit.batch, channels, size, size)
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    Args:
+        dtype, stream: of the multiplication and of the residual stream.
+        tensors: makes the operands; None for those that nothing runs on.
+        engine: None for the kernels'.
+    """
+    tensors = tensors or Tensors()
+    engine = engine or dispatch.TritonEngine()
+    functions = norm_backward if engine.name == "triton" else reference
+    compute = tensors.wide(dtype)
+
+    def activation(channels: int, size: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+        return tensors.activation((unit.batch, channels, size, size), dtype, mean)
 
     def stats_of(channels: int) -> Tensor:
-        return torch.empty(5, channels, dtype=stats_dtype(dtype))
+        return tensors.stats(channels)[0]
+
+    def norm_of(channels: int) -> Norm:
+        return Norm(tensors.values(channels), tensors.values(channels), 1e-5)
+
+    def moments(x: Tensor) -> object:
+        norm = norm_of(x.shape[1])
+        return engine.norm_stats(engine.moments(x, norm), *norm)
 
     def forward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, residual: Tensor | None
-    ) -> None:
-        affine = torch.empty(weight.shape[0])
-        engine.conv_forward(
-            h, weight, None, geometry, dtype=dtype, stats=stats_of(h.shape[1]), act=unit.act,
-            residual=residual, out_dtype=out.dtype, with_moments=True,
-            norm=Norm(affine, affine, 1e-5),
+    ) -> object:
+        norm = norm_of(weight.shape[0])
+        result, found = engine.conv_forward(
+            h, weight, None, geometry, dtype=compute, stats=stats_of(h.shape[1]), act=unit.act,
+            residual=residual, out_dtype=out.dtype, with_moments=True, norm=norm,
         )  # fmt: skip
+        return result, engine.norm_stats(found, *norm)
 
     def backward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool
-    ) -> None:
+    ) -> object:
         grad = Grad(out)
         if not last:
-            coef = torch.empty(4, out.shape[1], dtype=stats_dtype(dtype))
-            grad = Grad(out, torch.empty_like(out) if unit.training else None, coef)
-        other = torch.empty_like(h) if first else None
-        engine.norm_conv_backward(
-            grad, h, stats_of(h.shape[1]), unit.act, weight, geometry, training=unit.training,
-            gamma=torch.empty(h.shape[1]), dtype=dtype, need_input=True, need_weight=True,
+            coef = tensors.values(4, out.shape[1])
+            normed = tensors.activation(tuple(out.shape), dtype) if unit.training else None
+            grad = Grad(out, normed, coef)
+        other = tensors.activation(tuple(h.shape), stream) if first else None
+        stats, gamma = tensors.stats(h.shape[1])
+        return engine.norm_conv_backward(
+            grad, h, stats, unit.act, weight, geometry, training=unit.training,
+            gamma=gamma, dtype=compute, need_input=True, need_weight=True,
             need_bias=False, final=first,
             add=other if unit.projection else None, identity=None if unit.projection else other,
         )  # fmt: skip
 
-    def between_ranks(h: Tensor) -> None:
-        channels = h.shape[1]
-        affine = torch.empty(channels)
+    def act_backward(h: Tensor) -> object:
+        dz = tensors.activation(tuple(h.shape), stream)
+        return functions.act_backward(dz, h, stats_of(h.shape[1]), unit.act)
+
+    def norm_gradient(h: Tensor) -> object:
+        coef = tensors.values(4, h.shape[1])
+        other = tensors.activation(tuple(h.shape), stream)
+        return functions.input_grad(Grad(other, h, coef), None, compute)
+
+    def between_ranks(like: Tensor) -> object:
+        h = tensors.activation(tuple(like.shape), stream, _STREAM_MEAN)
+        affine = tensors.values(h.shape[1])
 
         def gather(values: Tensor) -> Tensor:
-            return torch.empty(8, values.numel())
+            return values.view(1, -1).repeat(8, 1)
 
-        rows = h.numel() // channels
+        rows = h.numel() // h.shape[1]
         stats, total = engine.synced_stats(
             engine.rank_moments(h), rows, gather, affine, affine, 1e-5
         )
         sums = ranks.gather_sums(affine, affine, gather)
-        norm_backward.norm_grad(sums, stats, True, total)
+        return stats, functions.norm_grad(sums, stats, True, total)
+
+    def shortcut(x: Tensor, weight: Tensor, geometry: Geometry) -> object:
+        return engine.conv_forward(
+            x, weight, None, geometry, dtype=compute, stats=stats_of(x.shape[1]), act=unit.act
+        )
+
+    def shortcut_backward(h: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> object:
+        return engine.conv_backward(
+            h, x, weight, geometry, dtype=compute, stats=stats_of(x.shape[1]), act=unit.act,
+            need_input=True, need_weight=True, need_bias=False,
+        )  # fmt: skip
 
     size, last = unit.size, len(unit.convs) - 1
-    x = h = activation(unit.convs[0][0], size, stream)
-    affine = torch.empty(x.shape[1])
-    yield "moments", lambda: engine.moments(x, Norm(affine, affine, 1e-5))
+    x = h = activation(unit.convs[0][0], size, stream, _STREAM_MEAN)
+    yield "moments", lambda: moments(x)
     for i, (c, k, kernel, stride) in enumerate(unit.convs):
         geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
         size = geometry.output_size((size, size), (kernel, kernel))[0]
         out = activation(k, size, stream if i == last else dtype)
-        weight = torch.empty(k, c, kernel, kernel).to(memory_format=unit.weights)
+        weight = tensors.values(k, c, kernel, kernel).to(memory_format=unit.weights)
         label = f"{kernel}x{kernel} {c}>{k}" + (f" /{stride}" if stride > 1 else "")
-        residual = torch.empty_like(out) if i == last else None
+        residual = activation(k, size, stream) if i == last else None
         yield f"{label} forward", partial(forward, h, weight, geometry, out, residual)
         yield f"{label} backward", partial(backward, h, weight, geometry, out, i == 0, i == last)
         h = out
     # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
-    yield "act backward", lambda: norm_backward.act_backward(h, h, stats_of(h.shape[1]), unit.act)
+    yield "act backward", partial(act_backward, h)
     if unit.reach >= 2:
         # Where a 3x3's weight is frozen, its gradient is written alone.
-        coef = torch.empty(4, h.shape[1], dtype=stats_dtype(dtype))
-        yield "norm gradient", lambda: norm_backward.input_grad(Grad(h, h, coef), None, dtype)
-        yield "merged over ranks", lambda: between_ranks(h)
+        yield "norm gradient", partial(norm_gradient, h)
+        yield "merged over ranks", partial(between_ranks, h)
     if unit.projection:
         geometry = Geometry((unit.projection, unit.projection))
-        weight = torch.empty(h.shape[1], x.shape[1], 1, 1).to(memory_format=unit.weights)
+        weight = tensors.values(h.shape[1], x.shape[1], 1, 1).to(memory_format=unit.weights)
         label = f"shortcut {x.shape[1]}>{h.shape[1]} /{unit.projection}"
-        stats = stats_of(x.shape[1])
-        yield (
-            f"{label} forward",
-            lambda: engine.conv_forward(
-                x, weight, None, geometry, dtype=dtype, stats=stats, act=unit.act
-            ),
-        )
-        yield (
-            f"{label} backward",
-            lambda: engine.conv_backward(
-                h, x, weight, geometry, dtype=dtype, stats=stats, act=unit.act,
-                need_input=True, need_weight=True, need_bias=False,
-            ),
-        )  # fmt: skip
+        yield f"{label} forward", partial(shortcut, x, weight, geometry)
+        yield f"{label} backward", partial(shortcut_backward, h, x, weight, geometry)

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "resnetv2.cli.plan:plan",
     "demo": "resnetv2.cli.demo:demo",
     "study": "resnetv2.cli.study:study",
+    "doctor": "resnetv2.cli.doctor:doctor",
 }
 
 

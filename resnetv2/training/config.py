@@ -14,6 +14,7 @@ from .recipe import read_recipe
 from .schedule import SCHEDULES
 
 DEFAULT_EPOCHS = 30
+GRAPHS = ("auto", "on", "off")
 
 # A message about differing options names so many of them, and counts the rest.
 _SHOWN = 3
@@ -171,13 +172,14 @@ class TrainConfig:
         Option("cpu, cuda, cuda:1, ...", default="a GPU if there is one", resume="rounds"),
     ] = "auto"
     graph: Annotated[
-        bool,
+        str,
+        Choice(GRAPHS),
         Option(
-            "Capture the whole step as a CUDA graph, where that is possible.",
-            off="no-graph",
-            resume="rounds",
+            "Capture the whole step as a CUDA graph and say why where that is not possible; auto: "
+            "on a GPU.",
+            resume="free",
         ),
-    ] = False
+    ] = "auto"
     sync_bn: Annotated[
         bool,
         Option("Batch norms take the moments of all processes' images.", off="no-sync-bn"),

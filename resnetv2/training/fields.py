@@ -110,6 +110,8 @@ class Field:
         if self.optional and value is None:
             return None
         rule = self.rule
+        if isinstance(value, bool) and isinstance(rule, Choice) and {"on", "off"} <= {*rule}:
+            value = "on" if value else "off"  # as which YAML reads the bare words
         message = f"{where}{self.name} must be {self._expected()}, got {show(value)}"
         if isinstance(rule, Choice) and isinstance(value, str) and value not in rule:
             raise InputError(message + nearest(value, rule))

@@ -112,7 +112,7 @@ class Loop:
             label_smoothing=config.label_smoothing,
             ema=run.ema,
             memory_format=memory_format_of(config),
-            graph=config.graph,
+            graph=run.graph,
         )
         if run.sums is not None:
             step.sums.copy_(run.sums)

@@ -95,13 +95,15 @@ class RunState:
                 f"the last batch of an epoch has {last} images, which {world.size} processes "
                 "cannot share equally: leave it out by --drop-last"
             )
-        graphed = config.graph and device.type == "cuda"
+        cuda = device.type == "cuda"
+        self.graph = config.graph == "on" or (config.graph == "auto" and cuda)
         self.optimizer = torch.optim.SGD(
             optimizer_groups(model, config.weight_decay, config.decay_all),
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
-            fused=True if graphed else None,
+            # What a graph needs; without one too, so that both compute the same bits.
+            fused=True if cuda else None,
         )
         # float16 alone underflows: its gradients need scaling, bfloat16's do not.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")

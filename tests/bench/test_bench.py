@@ -8,11 +8,13 @@ import torch
 from bench import cases, compare, report, schema
 from bench.conftest import record
 from bench.kernel_steps import measure as measure_kernels
-from bench.measure import Bench, Settings, disagreement, quantiles, spread
-from bench.providers import EAGER, Provider, all_providers
+from bench.providers import all_providers
 from bench.schema import Row
 from bench.suites import accuracy_rows, kernel_rows, largest, limit_rows, timed_rows
-from bench.worker import Inline, Process
+from resnetv2.measuring.cases import device
+from resnetv2.measuring.providers import EAGER, Provider
+from resnetv2.measuring.rounds import Bench, Settings, disagreement, quantiles, spread
+from resnetv2.measuring.worker import Inline, Process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,7 +242,7 @@ def test_kernel_rows():
     case = cases.unit("toy", "bottleneck", 16, 8, 2, "fp32")
     times = measure_kernels(case, 5, 0.0, lambda label: None)
     # On a CPU ATen's norm takes its moments itself.
-    first = ["moments"] if cases.device().type == "cuda" else []
+    first = ["moments"] if device().type == "cuda" else []
     assert [t.name for t in times] == [
         *first,
         "1x1 16>4 forward",

@@ -3,11 +3,12 @@
 import pytest
 
 from bench import cases, host, report, schema
-from bench.measure import Bench, Settings
-from bench.providers import EAGER, Provider, host_providers
+from bench.providers import host_providers
 from bench.suites import host_rows
-from bench.worker import Inline, Process
 from resnetv2.kernels.inspect import host_time, stub_driver
+from resnetv2.measuring.providers import EAGER, Provider
+from resnetv2.measuring.rounds import Bench, Settings
+from resnetv2.measuring.worker import Inline, Process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,20 +8,17 @@ import copy
 import importlib.util
 import math
 import os
-import statistics
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnetv2.kernels.inspect.yardstick import allowed, distance
+from resnetv2.kernels.inspect.yardstick import MOST_DRAWS, Draw, judged
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Where few draws exceed the yardstick, so many in all tell an error from luck.
-MOST_DRAWS = 27
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
@@ -128,106 +125,9 @@ def step(
     return result
 
 
-class Draw(NamedTuple):
-    """Recordings by ``step`` of one random input.
-
-    fused: None where only eager's usual error is asked for. exact: in float64. terms: per name the
-    norm of what is added up to the tensor (``record_terms``).
-    """
-
-    fused: dict[str, Tensor] | None
-    eager: dict[str, Tensor]
-    exact: dict[str, Tensor]
-    terms: dict[str, float]
-
-
-class _Errors:
-    """One tensor's errors over draws, and what a draw's size and terms usually are."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.fused: list[float] = []
-        self.paired: list[float] = []  # eager's on the inputs that ``fused`` had
-        self.eager: list[float] = []
-        self.sizes: list[float] = []
-        self.terms: list[float] = []
-
-    def excess(self) -> float:
-        """The error over what is allowed, in the better of two estimates of how large errors are.
-
-        The root of the mean square over the inputs that both had is the sharper where errors are
-        rounding. In half precision a ReLU's sign may flip at a value near 0, in eager as here, and
-        one flip outweighs all rounding: where flips are rare, medians tell more. NaN is excess, and
-        so is a tensor that no draw compared (a branch that was dropped): others have to be drawn.
-        """
-        if not self.fused or not all(map(math.isfinite, self.fused)):
-            return math.inf
-        size, terms = statistics.median(self.sizes), statistics.median(self.terms)
-        found = []
-        for usual, eager in ((_mean_square, self.paired), (statistics.median, self.eager)):
-            most = allowed(usual(eager), size, self.dtype, terms)
-            found.append(usual(self.fused) / most if most else math.inf if any(self.fused) else 0.0)
-        return min(found)
-
-
-def _mean_square(errors: list[float]) -> float:
-    return statistics.fmean(e * e for e in errors) ** 0.5
-
-
-class Yardstick:
-    """Holds every recorded tensor to the yardstick, over several draws; integers must be equal."""
-
-    def __init__(self) -> None:
-        self.errors: dict[str, _Errors] = {}
-
-    def add(self, draw: Draw) -> None:
-        for name, expected in draw.eager.items():
-            if draw.fused is not None:
-                assert draw.fused.keys() == draw.eager.keys()
-                mine = draw.fused[name]
-                assert mine.dtype == expected.dtype, name
-                assert mine.shape == expected.shape, name
-            if not expected.is_floating_point():
-                assert draw.fused is None or torch.equal(draw.fused[name], expected), name
-                continue
-            errors = self.errors.setdefault(name, _Errors(expected.dtype))
-            exact = draw.exact[name]
-            errors.eager.append(distance(expected, exact))
-            if draw.fused is not None:
-                errors.fused.append(distance(draw.fused[name], exact))
-                errors.paired.append(errors.eager[-1])
-            errors.sizes.append(float(exact.norm()))
-            errors.terms.append(draw.terms.get(name, 0.0))
-
-    def failures(self) -> list[str]:
-        """What is further off than the yardstick allows, one line a tensor."""
-        return [
-            f"{name}: {errors.excess():.2f} of the allowed error; errors {errors.fused}, eager's "
-            f"{errors.paired}, usually {statistics.median(errors.eager):.3e}"
-            for name, errors in self.errors.items()
-            if not errors.excess() <= 1
-        ]
-
-
 def assert_yardstick(take: Callable[[int, bool], Draw], draws: int, eager_draws: int) -> None:
-    """Hold the recordings of several draws to the yardstick.
-
-    Args:
-        take: the draw of a seed; also of the fused side if its second argument is True.
-        draws: how many are drawn at first. Where they fail, three times as many decide, up to
-            ``MOST_DRAWS``: of a tensor of six numbers, one draw in fifty is off by luck.
-        eager_draws: how many for eager, where they are more: its usual error.
-    """
-    yardstick = Yardstick()
-    for seed in range(max(draws, eager_draws)):
-        yardstick.add(take(seed, seed < draws))
-    seed = max(draws, eager_draws)
-    while (failures := yardstick.failures()) and draws < MOST_DRAWS:
-        more = min(2 * draws, MOST_DRAWS - draws)
-        for _ in range(more):
-            yardstick.add(take(seed, True))
-            seed += 1
-        draws += more
+    """Hold the recordings of several draws to the yardstick (``inspect.yardstick.judged``)."""
+    failures = judged(take, draws, eager_draws, MOST_DRAWS).failures()
     assert not failures, "\n".join(failures)
 
 

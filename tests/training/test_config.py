@@ -91,6 +91,9 @@ def test_every_option_is_documented_and_on_the_command_line() -> None:
         ("flip", None, None),
         ("root", Path("images"), "images"),
         ("device", torch.device("cuda", 1), "cuda:1"),
+        ("graph", "auto", "auto"),
+        ("graph", True, "on"),
+        ("graph", False, "off"),
     ],
     ids=lambda value: f"{type(value).__name__} {value}",
 )

@@ -1,8 +1,6 @@
 """One training step: the bits of the plain loop, its sums and average, and the whole-step graph.
 
-Where there is no GPU, ``Tape`` stands in for the CUDA graph: it records the operators of a step,
-undoes what they did, and replays them on the tensors of then. What a graph would bake in, it bakes
-in; where a graph could not be captured because the host reads a value, it raises.
+Where there is no GPU, ``Tape`` stands in for the CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,15 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from resnetv2 import PreActResNet
+from resnetv2.data.datasets import create_synthetic_dataset
+from resnetv2.training import loop
 from resnetv2.training import step as step_module
 from resnetv2.training.average import averaged_model
 from resnetv2.training.capture import CudaRecorder, StaticBatch
 from resnetv2.training.optimizer import load_optimizer_state, optimizer_state
+from resnetv2.training.run import train_resnet_v2
 from resnetv2.training.step import WARMUP_STEPS, Step
+from tests.support.tape import HostReads, Tape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,83 +38,6 @@ BATCH = 6
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="a CUDA graph is captured on a GPU, there is none"
 )
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class HostReads(TorchDispatchMode):
-    """Refuses what makes the host wait for the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the host reads a value of the device\nas no graph can")
-        return func(*args, **(kwargs or {}))
-
-
-class Tape(HostReads):
-    """A recorder for tensors on a CPU; see the module's docstring."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.ran = self.replayed = 0
-        self.captures = 0
-
-    def run(self, work: Callable[[], Tensor]) -> Tensor:
-        self.ran += 1
-        return work()
-
-    def capture(self, work: Callable[[], Tensor]) -> Tensor:
-        self.captures += 1
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-        self.made: set[int] = set()
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        try:
-            with self:
-                return work()
-        finally:
-            with torch.no_grad():
-                for whole, content in self.before.values():
-                    whole.copy_(content)
-            self.before.clear()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = {storage(tensor) for tensor in tensors((args, kwargs))}
-        named = {**dict(zip([a.name for a in func._schema.arguments], args)), **kwargs}
-        for argument in func._schema.arguments:
-            # native_batch_norm writes these two, and its schema does not say so.
-            silent = argument.name in ("running_mean", "running_var")
-            if silent or (argument.alias_info is not None and argument.alias_info.is_write):
-                for tensor in tensors(named.get(argument.name)):
-                    self.keep(tensor)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.made |= {storage(tensor) for tensor in tensors(result)} - inputs
-        self.calls.append((func, args, kwargs, result))
-        return result
-
-    def keep(self, tensor: Tensor) -> None:
-        """Remember all of the memory that a tensor from outside lies in."""
-        where = storage(tensor)
-        if where not in self.made and where not in self.before:
-            memory = tensor.untyped_storage()
-            whole = torch.empty(0, dtype=torch.uint8).set_(memory, 0, (memory.nbytes(),))
-            self.before[where] = (whole, whole.clone())
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        self.replayed += 1
-        for func, args, kwargs, recorded in self.calls:
-            inputs = {storage(tensor) for tensor in tensors((args, kwargs))}
-            result = func(*args, **kwargs)
-            for old, new in zip(tensors(recorded), tensors(result), strict=True):
-                if storage(old) not in inputs:
-                    old.copy_(new)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
@@ -710,3 +633,44 @@ def test_after_a_fallback_nothing_is_kept(
     gc.collect()
     assert len(made) == 2
     assert [reference() for reference in made] == [None, None]
+
+
+class FusedSGD(torch.optim.SGD):
+    """As a run makes it on a GPU."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "fused": True})
+
+
+def test_a_run_captures_its_steps_on_a_gpu_unless_told_not_to(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its losses and weights are those of the run that captures nothing. On a CPU "auto" is off."""
+    data = create_synthetic_dataset(num_samples=40, image_size=8, num_classes=2)
+    options = {"depth": 8, "batch_size": 8, "epochs": 2, "device": str(device), "progress": False}
+    graph = "auto"
+    if device.type == "cpu":
+        assert train_resnet_v2(data, **options).step_losses
+        assert "graph" not in capsys.readouterr().out
+        monkeypatch.setattr(torch.optim, "SGD", FusedSGD)
+        graph = "on"
+    steps: list[Step] = []
+
+    def recorded(*args: Any, **given: Any) -> Step:
+        steps.append(Step(*args, recorder=Tape if device.type == "cpu" else None, **given))
+        return steps[-1]
+
+    monkeypatch.setattr(loop, "Step", recorded)
+    found = [train_resnet_v2(data, graph=word, **options) for word in (graph, "off")]
+    assert [step.graphed for step in steps] == [True, False]
+    assert len(found[0].step_losses) == 8
+    assert found[0].step_losses == found[1].step_losses
+    assert_same_bits(found[0].model.state_dict(), found[1].model.state_dict())
+
+
+def test_where_a_run_was_asked_to_capture_and_cannot_it_says_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = create_synthetic_dataset(num_samples=20, image_size=8, num_classes=2)
+    train_resnet_v2(data, depth=8, batch_size=8, epochs=1, device="cpu", graph="on", progress=False)
+    assert "not graphed: a CUDA graph needs a GPU, the model is on cpu" in capsys.readouterr().out

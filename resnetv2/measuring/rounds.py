@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Case
-from bench.providers import COMPILE, EAGER, Provider
-from bench.worker import Failure, Process
-from resnetv2.kernels.inspect.yardstick import allowed
-from resnetv2.names import DTYPES
+from ..kernels.inspect.yardstick import allowed
+from ..names import DTYPES
+from .cases import Case
+from .providers import COMPILE, EAGER, Provider
+from .worker import Failure, Process
 
 # A value within rounding of 0 may get the other sign, and its gradient passes a ReLU or does not:
 # in eager as anywhere, but not the same values. So many of the smallest activated tensor's

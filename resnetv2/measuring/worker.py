@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, device
-from bench.providers import Provider
-from bench.schema import MODE
-from resnetv2.data.host import keep_freed_memory
-from resnetv2.kernels.inspect import host_time
-from resnetv2.names import DTYPES
-from resnetv2.planning.memory import peak_bytes
+from ..data.host import keep_freed_memory
+from ..kernels.inspect import host_time
+from ..names import DTYPES
+from ..planning.memory import peak_bytes
+from ..training.capture import CudaRecorder, Recorder
+from ..training.step import WARMUP_STEPS
+from .cases import STEP, Case, device
+from .providers import Provider
 
 
 class Failure(Exception):  # noqa: N818 - an outcome to report, not an error of the benchmark
@@ -32,7 +33,7 @@ class Failure(Exception):  # noqa: N818 - an outcome to report, not an error of 
 
 def launched(step: Callable[[], Any]) -> int | None:
     """Kernels that ``step()`` runs on a GPU; None on a CPU, where nothing is launched."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     if not torch.cuda.is_available():
@@ -48,11 +49,16 @@ def launched(step: Callable[[], Any]) -> int | None:
 
 
 class Worker:
-    """One provider's side: holds a case and answers orders. Runs inline or in a process."""
+    """One provider's side: holds a case and answers orders. Runs inline or in a process.
 
-    def __init__(self) -> None:
+    recorder: what captures a step in a CUDA graph, for tests.
+    """
+
+    def __init__(self, recorder: Callable[[torch.device], Recorder] = CudaRecorder) -> None:
+        self.recorder = recorder
         self.case: Case | None = None
-        self.graphs: dict[str, Any] = {}
+        self.module: Any = None
+        self.graphs: dict[str, Recorder] = {}
         self.graph_outs: dict[str, Tensor] = {}
         self.graph_bytes: dict[str, int] = {}
         self.built: list[tuple[Case, Any, Tensor, Tensor]] = []
@@ -66,7 +72,10 @@ class Worker:
 
     def drop(self) -> None:
         """Forget the case."""
-        self.case = self.module = self.x = self.target = None
+        if self.module is None and not self.built:
+            return  # collecting garbage takes tenths of a second
+        self.case = self.module = None
+        self.x = self.target = None  # type: ignore[assignment]
         self.built = []
         self.graphs.clear()
         self.graph_outs.clear()
@@ -104,31 +113,32 @@ class Worker:
 
             return run
         if mode not in self.graphs:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self._clear()
-                    self._step(mode)
-            torch.cuda.current_stream().wait_stream(side)
+            recorder = self.recorder(device())
+
+            def step() -> Tensor:
+                self._clear()
+                return self._step(mode)
+
+            for _ in range(WARMUP_STEPS):
+                recorder.run(step)
             self._clear()
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            with torch.cuda.graph(graph):
-                self.graph_outs[mode] = self._step(mode)
-            self.graph_bytes[mode] = torch.cuda.max_memory_allocated() - before
-            self.graphs[mode] = graph
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() if cuda else 0
+            self.graph_outs[mode] = recorder.capture(step)
+            self.graph_bytes[mode] = (torch.cuda.max_memory_allocated() if cuda else 0) - before
+            self.graphs[mode] = recorder
         return self.graphs[mode].replay
 
     def results(self) -> dict[str, Tensor]:
         """One forward and backward: "out", "dx", "grad NAME" and "buffer NAME", in float64."""
         if self.provider.graph:
-            self._runner(MODE)()
-            out = self.graph_outs[MODE]
+            self._runner(STEP)()
+            out = self.graph_outs[STEP]
         else:
             self._clear()
-            out = self._step(MODE)
+            out = self._step(STEP)
         result = {"out": out}
         if self.x.grad is not None:
             result["dx"] = self.x.grad
@@ -205,7 +215,7 @@ class Worker:
         for built in self.built:
             self.case, self.module, self.x, self.target = built
             self._clear()
-            result.append(figure(lambda: self._step(MODE)))
+            result.append(figure(lambda: self._step(STEP)))
         return result
 
     def host_seconds(self) -> list[float]:
@@ -230,6 +240,11 @@ class Worker:
             return 0
         return sum(p.numel() * p.element_size() for p in _plain(self.module).parameters())
 
+    def host(self, mode: str) -> float:
+        """Processor time of a run in seconds, the least of three: on a CPU, all of it."""
+        run = self._runner(mode)
+        return min(host_time.seconds(run) for _ in range(3))
+
     def launches(self, mode: str) -> int | None:
         """Kernels a step runs on a GPU."""
         return launched(self._runner(mode))
@@ -242,9 +257,9 @@ class Worker:
         self.build(case, provider)
         try:
             if torch.cuda.is_available():  # the first step also allocates cuDNN's workspaces
-                self.sample(MODE, 1)
-            peak = self.peak(MODE)
-            parameters = self._gradient_bytes(MODE)
+                self.sample(STEP, 1)
+            peak = self.peak(STEP)
+            parameters = self._gradient_bytes(STEP)
             buffers = sum(b.numel() * b.element_size() for b in _plain(self.module).buffers())
             return peak + 3 * parameters + buffers
         finally:
@@ -261,7 +276,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line for a row: what went wrong."""
     if isinstance(error, Failure):
         return str(error)
@@ -285,7 +300,7 @@ def _serve(pipe: Any, threads: int) -> None:
         try:
             pipe.send((True, getattr(worker, order)(*arguments)))
         except Exception as error:  # whatever a provider raises is a row, not a crash
-            reason = _reason(error)
+            reason = reason_of(error)
             del error
             worker.drop()
             pipe.send((False, reason))
@@ -302,7 +317,7 @@ class Inline:
         try:
             self.answers.append((True, getattr(self.worker, order)(*arguments)))
         except Exception as error:  # as in _serve
-            self.answers.append((False, _reason(error)))
+            self.answers.append((False, reason_of(error)))
 
     def receive(self, patience: float) -> Any:
         right, answer = self.answers.pop(0)

@@ -1,0 +1,1 @@
+"""How units, stages and networks are checked and timed, for ``doctor`` and the benchmarks."""
