@@ -26,6 +26,13 @@ def verdict(checks: Sequence[Check], facts: dict[str, Any], ours: str, eager: st
         return f"wrong: {len(wrong)} of {len(checks)} checks failed: {shown}{more}"
     if checks and all(check.state == NOT_CHECKED for check in checks):
         return f"nothing was checked: {checks[-1].detail}"
+    left_out = sum(check.state == NOT_CHECKED for check in checks)
+    suffix = f"; {left_out} of {len(checks)} checks could not be made" if left_out else ""
+    return _of_speed(checks, facts, ours, eager) + suffix
+
+
+def _of_speed(checks: Sequence[Check], facts: dict[str, Any], ours: str, eager: str) -> str:
+    """What is right, and how fast."""
     speeds = {check.name: check for check in checks if check.part == "speed" and check.figures}
     suffix = f", {ours}"
     mine = {n.removesuffix(suffix): c for n, c in speeds.items() if n.endswith(suffix)}

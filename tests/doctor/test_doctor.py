@@ -181,7 +181,8 @@ EAGER = speed("a net, eager", 1.0)
         ([EAGER, speed("a net, recompute", 2.0)], GPU, "report it"),
         ([Check("bits", "recompute, twice", WRONG, "other bits in dx"), EAGER], GPU,
          "wrong: 1 of 2 checks failed: recompute, twice: other bits in dx"),
-        ([Check("bits", "a", RIGHT)], GPU, "right; nothing was timed"),
+        ([Check("bits", "a", RIGHT), Check("bits", "b", NOT_CHECKED, "no GPU")], GPU,
+         "right; nothing was timed; 1 of 2 checks could not be made"),
     ],
 )  # fmt: skip
 def test_the_verdict(checks: list[Check], facts: dict[str, Any], expected: str) -> None:

@@ -647,7 +647,7 @@ def test_a_run_captures_its_steps_on_a_gpu_unless_told_not_to(
 ) -> None:
     """Its losses and weights are those of the run that captures nothing. On a CPU "auto" is off."""
     data = create_synthetic_dataset(num_samples=40, image_size=8, num_classes=2)
-    options = {"depth": 8, "batch_size": 8, "epochs": 2, "device": str(device), "progress": False}
+    options = {"depth": 8, "batch_size": 8, "epochs": 2, "device": str(device), "backend": "aten"}
     graph = "auto"
     if device.type == "cpu":
         assert train_resnet_v2(data, **options).step_losses
@@ -672,5 +672,5 @@ def test_where_a_run_was_asked_to_capture_and_cannot_it_says_why(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = create_synthetic_dataset(num_samples=20, image_size=8, num_classes=2)
-    train_resnet_v2(data, depth=8, batch_size=8, epochs=1, device="cpu", graph="on", progress=False)
+    train_resnet_v2(data, depth=8, batch_size=8, epochs=1, device="cpu", graph="on", backend="aten")
     assert "not graphed: a CUDA graph needs a GPU, the model is on cpu" in capsys.readouterr().out
