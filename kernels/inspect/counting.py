@@ -140,7 +140,7 @@ def count() -> Iterator[Counted]:
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor) and value.data_ptr() not in seen:
                 seen.add(value.data_ptr())
-                span = value.data_ptr(), value.untyped_storage().nbytes()
+                span = value.data_ptr(), _extent(value)
                 tensors[name] = Access(
                     reads.within(*span), writes.within(*span), value.numel(), tuple(value.shape)
                 )
@@ -174,6 +174,15 @@ def count() -> Iterator[Counted]:
         for name, function in previous.items():
             setattr(InterpreterBuilder, name, function)
     counted.aten = aten_kernels(profiler.function_events or [])
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last: its storage may hold, and what lies behind
+    that may be, another tensor's."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size()
 
 
 def aten_kernels(events: Sequence[FunctionEvent]) -> list[AtenCount]:
