@@ -36,9 +36,9 @@ class Unit(NamedTuple):
     """A residual unit: channels in and out, inner width, input size, stride, images a batch.
 
     ``act`` and ``training`` are those of its norms; ``reach`` says for what it is compiled by
-    default: 0 for sm_90 in bf16, 1 for sm_90 in every dtype, 2 for every kind of matrix unit,
-    3 for every target in bf16; -1 for none, since its kernels are like those of other units and
-    only their loops over channels are longer.
+    default: 0 for sm_90 in bf16, 1 for every kind of matrix unit and of dtype, 2 for every target
+    in bf16; -1 for none, since its kernels are like those of other units and only
+    their loops over channels are longer.
     """
 
     name: str
@@ -75,29 +75,29 @@ UNITS = (
     _bottleneck("resnet1001/2", 128, 128, 16, 128),
     _bottleneck("resnet1001/3", 256, 256, 8, 128),
     _bottleneck("resnet1001/1 entry", 16, 64, 32, 128),
-    _bottleneck("resnet1001/2 entry", 64, 128, 32, 128, 2, reach=2),
+    _bottleneck("resnet1001/2 entry", 64, 128, 32, 128, 2, reach=1),
     _bottleneck("resnet1001/3 entry", 128, 256, 16, 128, 2),
-    _basic("resnet110/1", 16, 16, 32, 128, reach=2),
+    _basic("resnet110/1", 16, 16, 32, 128, reach=1),
     _basic("resnet110/2", 32, 32, 16, 128),
     _basic("resnet110/3", 64, 64, 8, 128),
     _basic("resnet110/2 entry", 16, 32, 32, 128, 2),
     _basic("resnet110/3 entry", 32, 64, 16, 128, 2),
     _bottleneck("imagenet/1", 256, 256, 56, 32, reach=-1),
-    _bottleneck("imagenet/2", 512, 512, 28, 32, reach=1),
+    _bottleneck("imagenet/2", 512, 512, 28, 32),
     _bottleneck("imagenet/3", 1024, 1024, 14, 32, reach=-1),
     _bottleneck("imagenet/4", 2048, 2048, 7, 32, reach=-1),
-    _bottleneck("imagenet/1 entry", 64, 256, 56, 32),
-    _bottleneck("imagenet/2 entry", 256, 512, 56, 32, 2, reach=3),
+    _bottleneck("imagenet/1 entry", 64, 256, 56, 32, reach=-1),
+    _bottleneck("imagenet/2 entry", 256, 512, 56, 32, 2, reach=2),
     _bottleneck("imagenet/3 entry", 512, 1024, 28, 32, 2, reach=-1),
     _bottleneck("imagenet/4 entry", 1024, 2048, 14, 32, 2, reach=-1),
-    _basic("imagenet basic/1", 64, 64, 56, 32),
+    _basic("imagenet basic/1", 64, 64, 56, 32, reach=-1),
     _basic("imagenet basic/2", 128, 128, 28, 32, reach=-1),
     _basic("imagenet basic/3", 256, 256, 14, 32, reach=-1),
     _basic("imagenet basic/4", 512, 512, 7, 32, reach=-1),
     _basic("imagenet basic/2 entry", 64, 128, 56, 32, 2, reach=-1),
     _basic("imagenet basic/3 entry", 128, 256, 28, 32, 2, reach=-1),
     _basic("imagenet basic/4 entry", 256, 512, 14, 32, 2, reach=-1),
-    _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, reach=2),
+    _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, reach=1),
     _bottleneck("gelu", 48, 48, 15, 3, act=Act("gelu")),
     _basic("leaky_relu", 80, 80, 9, 8, act=Act("leaky_relu", 0.1)),
 )
@@ -118,20 +118,19 @@ def selected(target: str, dtype: str, everything: bool = False) -> list[Unit]:
         return list(UNITS)
     if (target, dtype) == ("sm_90", "bf16"):
         return [unit for unit in UNITS if unit.reach >= 0]
-    reach = {3} if dtype == "bf16" else set()
-    if target == "sm_90":
-        reach = {1, 2}
-    elif (target, dtype) == ("sm_80", "tf32") or (
-        target not in _LIKE_SM_80 and dtype in ("fp32", "fp16", "bf16")
-    ):
-        reach.add(2)
+    # fp16's code is bf16's, and fp32's the same wherever no matrix unit takes it.
+    dtypes = ("bf16", "tf32") if target in ("sm_80", "sm_90") else ("bf16",)
+    dtypes += ("fp32", "bf16+fp32") if target == "sm_90" else ()
+    reach = {2} if dtype == "bf16" and target != "sm_90" else set()
+    if target not in _LIKE_SM_80 and dtype in dtypes:
+        reach.add(1)
     return [unit for unit in UNITS if unit.reach in reach]
 
 
 # For doctor: channels and sizes that no tile divides, a norm with running statistics, strides,
 # projections, another activation, and a 3x3 that is left to ATen.
 ODD = (
-    _basic("odd basic", 17, 17, 13, 3, act=Act("silu"), training=False, reach=2),
+    _basic("odd basic", 17, 17, 13, 3, act=Act("silu"), training=False, reach=1),
     _bottleneck("odd bottleneck", 24, 68, 9, 3, 2),
     _basic("odd entry", 3, 19, 11, 2, 2, act=Act("gelu")),
     _basic("wide", 130, 130, 5, 2),
@@ -301,7 +300,7 @@ def steps(
         h = out
     # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
     yield "act backward", partial(act_backward, h)
-    if unit.reach >= 2:
+    if unit.reach >= 1:
         # Where a 3x3's weight is frozen, its gradient is written alone.
         yield "norm gradient", partial(norm_gradient, h)
         yield "merged over ranks", partial(between_ranks, h)

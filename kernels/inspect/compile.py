@@ -3,7 +3,7 @@
     python -m resnetv2.kernels.inspect.compile   # every kernel, all targets
     python -m resnetv2.kernels.inspect.compile --target sm_90 --dtype bf16  # the static ratios
     python -m resnetv2.kernels.inspect.compile --target sm_90 --dtype bf16 --case 1x1 --kernel wgrad
-    python -m resnetv2.kernels.inspect.compile --all --report bench/reports/compile   # hours
+    python -m resnetv2.kernels.inspect.compile --report bench/reports/compile   # --all: hours
 
 The steps out of which a chain is made run on CPU tensors through the project's own launch path, in
 a dry run (dryrun.py): what is listed is what that GPU would launch for these shapes. sm_90 in bf16

@@ -22,7 +22,8 @@ COLUMNS = (
 Entry = dict[str, str]
 
 _ABOUT = """Compiled without a GPU for the launches of the units in kernels/inspect/cases.py, by
-`python -m resnetv2.kernels.inspect.compile --all --report bench/reports/compile` ({}). Every
+`python -m resnetv2.kernels.inspect.compile --report bench/reports/compile` ({}), with `--all` for
+every unit, target and dtype instead of a selection. Every
 distinct kernel is a row of kernels.csv. Registers and spilled bytes are a thread's, shared memory
 is a program's in bytes, seconds are of processor time for one kernel. Each column gives the largest
 value; spills are the number of kernels that spill, with the most bytes in brackets."""

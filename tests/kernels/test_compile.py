@@ -60,7 +60,7 @@ def test_no_spills(rows, target):
     assert not spilled, told(spilled)
 
 
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", [dtype for dtype in LOW if selected("sm_90", dtype)])
 def test_wgmma_on_sm_90(rows, dtype):
     convolutions = [r for r in rows if (r.target, r.dtype) == ("sm_90", dtype) and r.convolution]
     assert {r.convolution for r in convolutions} == {"forward", "dgrad", "wgrad", "backward"}
@@ -275,9 +275,9 @@ def test_a_models_step_launches_every_part(step, model):
 
 def test_command_line_prints_the_table(capsys, tmp_path):
     file = tmp_path / "rows.json"
-    arguments = ["--target", "sm_80", "--dtype", "fp16", "--case", "odd channels: moments"]
+    arguments = ["--target", "sm_80", "--dtype", "bf16", "--case", "odd channels: moments"]
     assert matrix.main([*arguments, "--jobs", "1", "--json", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["target", "dtype", "kernel"]
-    assert lines[1].startswith("sm_80  fp16      _moments")
+    assert lines[1].startswith("sm_80  bf16      _moments")
     assert file.read_text().startswith('[{"target": "sm_80"')
