@@ -119,10 +119,9 @@ def selected(target: str, dtype: str, everything: bool = False) -> list[Unit]:
     if (target, dtype) == ("sm_90", "bf16"):
         return [unit for unit in UNITS if unit.reach >= 0]
     # fp16's code is bf16's, and fp32's the same wherever no matrix unit takes it.
-    dtypes = ("bf16", "tf32") if target in ("sm_80", "sm_90") else ("bf16",)
-    dtypes += ("fp32", "bf16+fp32") if target == "sm_90" else ()
+    dtypes = {"sm_80": ("bf16", "tf32"), "sm_90": ("fp32", "tf32", "bf16+fp32")}
     reach = {2} if dtype == "bf16" and target != "sm_90" else set()
-    if target not in _LIKE_SM_80 and dtype in dtypes:
+    if target not in _LIKE_SM_80 and dtype in dtypes.get(target, ("bf16",)):
         reach.add(1)
     return [unit for unit in UNITS if unit.reach in reach]
 
