@@ -475,25 +475,19 @@ def convolution_backward(
     """
     size = z.shape[2:]
     z, padding = _padded(z, geometry)
-    # By default cuDNN may add up a weight's gradient in any order: other bits in each run.
-    cudnn = torch.backends.cudnn
-    before, cudnn.deterministic = cudnn.deterministic, True
-    try:
-        dz, dweight, dbias = _aten.convolution_backward(
-            g,
-            z,
-            cast(weight, g.dtype),
-            [weight.shape[0]],
-            geometry.stride,
-            padding,
-            geometry.dilation,
-            False,
-            [0, 0],
-            geometry.groups,
-            mask,
-        )
-    finally:
-        cudnn.deterministic = before
+    dz, dweight, dbias = _aten.convolution_backward(
+        g,
+        z,
+        cast(weight, g.dtype),
+        [weight.shape[0]],
+        geometry.stride,
+        padding,
+        geometry.dilation,
+        False,
+        [0, 0],
+        geometry.groups,
+        mask,
+    )
     if mask[0] and dz.shape[2:] != size:
         (top, left), (height, width) = geometry.padding, size
         dz = dz[:, :, top : top + height, left : left + width]

@@ -7,6 +7,8 @@ convolutions.
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,3 +189,7 @@ def test_launches_and_bytes_against_eagers(network):
         size //= stride
     assert outside <= most * eager.outside
     assert launches <= eager.launches
+    # As documented, however the lines are broken.
+    text = " ".join((Path(__file__).parents[1] / "kernels/README.md").read_text("utf-8").split())
+    assert f"{outside / eager.outside:.2f}x" in text
+    assert re.search(rf"in {launches} (launches )?for {eager.launches}\b", text)
