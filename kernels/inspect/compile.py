@@ -45,7 +45,7 @@ from .. import tuning
 from ..fallback import FallbackWarning
 from ..launch import Config
 from . import compile_report, dryrun
-from .cases import DTYPES, UNITS, rated, selected, steps
+from .cases import DTYPES, UNITS, Unit, rated, selected, steps
 from .compile_row import Row
 
 TARGETS = tuple(dryrun.DEVICES)
@@ -122,6 +122,7 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch, counted: bool
         kernel=kernel.name,
         constants=constants,
         key=kernel.key,
+        digest=kernel.digest,
         grid=list(launch.grid),
         programs=launch.programs,
         num_warps=warps,
@@ -176,21 +177,35 @@ def rows_of(
     instructions of every kernel, beside those that ``cases.rated`` names.
     """
     count = count or rated(UNITS[number], target, dtype)
+    rows = []
+    for label, step in _steps(dtype, number, case):
+        tiles = _candidates_too() if candidates else contextlib.nullcontext()
+        with dryrun.dry_run(target) as run, tiles, warnings.catch_warnings():
+            # The table is about the kernels that should run, not about what replaces them.
+            warnings.simplefilter("error", FallbackWarning)
+            step()
+        if run.failures:
+            raise RuntimeError(f"{label} does not fit on {target}: {'; '.join(run.failures)}")
+        rows += [row(target, dtype, label, launch, count) for launch in run.launches]
+    return rows
+
+
+def listed(target: str, dtype: str) -> list[dryrun.Listed]:
+    """The distinct launches of ``cases.selected``, for which nothing is compiled: in seconds."""
+    with dryrun.dry_run(target, compiles=lambda digest: False) as run:
+        for unit in selected(target, dtype):
+            for _, step in _steps(dtype, UNITS.index(unit)):
+                step()
+    return list(dict.fromkeys(run.listed))
+
+
+def _steps(dtype: str, number: int, case: str = "") -> Iterator[tuple[str, Callable[[], object]]]:
     compute, stream, tf32 = DTYPES[dtype]
     torch.backends.cudnn.allow_tf32 = tf32
-    rows = []
     for label, step in steps(UNITS[number], compute, stream):
         label = f"{UNITS[number].name}: {label}"
         if case in label:
-            tiles = _candidates_too() if candidates else contextlib.nullcontext()
-            with dryrun.dry_run(target) as run, tiles, warnings.catch_warnings():
-                # The table is about the kernels that should run, not about what replaces them.
-                warnings.simplefilter("error", FallbackWarning)
-                step()
-            if run.failures:
-                raise RuntimeError(f"{label} does not fit on {target}: {'; '.join(run.failures)}")
-            rows += [row(target, dtype, label, launch, count) for launch in run.launches]
-    return rows
+            yield label, step
 
 
 def _serve() -> None:
@@ -224,18 +239,18 @@ def compile_all(
     dtypes: Sequence[str] = tuple(DTYPES),
     case: str = "",
     jobs: int = 2,
-    everything: bool = False,
+    choose: Callable[[str, str], Sequence[Unit]] = selected,
     candidates: bool = False,
     count: bool = False,
 ) -> list[Row]:
-    """The units that ``cases.selected`` names, distinct kernels and grids, by ``jobs`` processes.
+    """The units that ``choose`` names for a target and dtype, distinct kernels and grids.
 
-    With ``everything``, all units for all targets and dtypes; with ``candidates``, also the tiles
-    that the autotuner would time; with ``count``, every kernel's instructions on sm_90.
+    They are compiled by ``jobs`` processes. With ``candidates``, also the tiles that the autotuner
+    would time; with ``count``, every kernel's instructions on sm_90.
     """
     pairs = [(target, dtype) for target in targets for dtype in dtypes]
     tasks: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
-    units = [(pair, unit) for pair in pairs for unit in selected(*pair, everything)]
+    units = [(pair, unit) for pair in pairs for unit in choose(*pair)]
     for number, ((target, dtype), unit) in enumerate(units):
         tasks.put((number, (target, dtype, UNITS.index(unit), case, candidates, count)))
     results: dict[int, list[Row]] = {}
@@ -245,8 +260,7 @@ def compile_all(
     distinct: dict[object, Row] = {}
     for number in sorted(results):
         for r in results[number]:
-            key = (r.target, r.dtype, r.key, tuple(r.grid))
-            distinct.setdefault(key, r)
+            distinct.setdefault(r.identity, r)
     return list(distinct.values())
 
 
@@ -257,8 +271,7 @@ def table(rows: Sequence[Row]) -> str:
         f"{'s':>6}{'mma':>6}{'programs':>9}{'instr':>7}{'ratio':>7}{'tile':>6}  case"
     ]
     for r in rows:
-        tile = "x".join(str(v) for k, v in r.constants.items() if k.startswith("BLOCK"))
-        tile += f" {r.num_warps}w{r.num_stages}s"
+        tile = f"{r.tile} {r.num_warps}w{r.num_stages}s"
         ratios = (
             f"{r.ratio:7.2f}{r.tile_ratio:6.2f}"
             if r.ratio and r.tile_ratio
@@ -307,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.dtype or tuple(DTYPES),
         options.case,
         options.jobs,
-        options.all,
+        (lambda target, dtype: UNITS) if options.all else selected,
         options.candidates,
         options.count,
     )

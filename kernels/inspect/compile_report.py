@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import platform
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -15,10 +18,8 @@ from . import dryrun
 from .cases import DTYPES, UNITS
 from .compile_row import Row
 
-COLUMNS = (
-    "target", "dtype", "case", "kernel", "tile", "warps", "stages",
-    "registers", "spilled", "shared", "seconds", "versions",
-)  # fmt: skip
+# Triton's key of a kernel is of this machine.
+COLUMNS = (*(f.name for f in fields(Row) if f.name != "key"), "versions")
 Entry = dict[str, str]
 
 _ABOUT = """Compiled without a GPU for the launches of the units in kernels/inspect/cases.py, by
@@ -35,13 +36,31 @@ def versions() -> str:
 
 
 def _entry(row: Row) -> Entry:
-    tile = "x".join(str(v) for k, v in row.constants.items() if k.startswith("BLOCK"))
-    seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
-    values = (
-        row.target, row.dtype, row.case, row.kernel, tile, row.num_warps, row.num_stages,
-        row.registers, max(row.spilled, row.local), row.shared, seconds, versions(),
-    )  # fmt: skip
-    return dict(zip(COLUMNS, map(str, values), strict=True))
+    values = {**asdict(row), "versions": versions()}
+    values["spilled"] = max(row.spilled, row.local)
+    values["constants"] = json.dumps(row.constants, separators=(",", ":"))
+    values["grid"] = json.dumps(list(row.grid))
+    return {name: "" if values[name] is None else str(values[name]) for name in COLUMNS}
+
+
+def read(folder: Path) -> tuple[list[Row], set[str]]:
+    """The rows of a folder's kernels.csv, and the versions that compiled them."""
+    with (folder / "kernels.csv").open(newline="") as lines:
+        entries = list(csv.DictReader(lines))
+    convert: dict[str, Callable[[str], Any]] = {
+        "str": str, "int": int, "int | None": int, "float | None": float,
+        "dict[str, Any]": json.loads, "Sequence[int]": json.loads,
+    }  # fmt: skip
+    rows = []
+    for entry in entries:
+        values: dict[str, Any] = {"key": ""}
+        for column in fields(Row):
+            kind, text = str(column.type), entry.get(column.name, "")
+            if column.name != "key":
+                missing = not text and kind.endswith("None")
+                values[column.name] = None if missing else convert[kind](text)
+        rows.append(Row(**values))
+    return rows, {entry["versions"] for entry in entries}
 
 
 def write(folder: Path, rows: Sequence[Row]) -> None:

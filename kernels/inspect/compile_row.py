@@ -10,7 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One distinct kernel and grid of a target and dtype, as the table and the JSON give it."""
+    """One distinct kernel and grid of a target and dtype, as the table and the JSON give it.
+
+    ``key`` is the kernel's in Triton's cache here; a committed table's rows have none.
+    """
 
     target: str
     dtype: str
@@ -18,6 +21,7 @@ class Row:
     kernel: str
     constants: dict[str, Any]
     key: str
+    digest: str
     grid: Sequence[int]
     programs: int
     num_warps: int
@@ -36,6 +40,16 @@ class Row:
     ratio: float | None
     tile_ratio: float | None
     unsure: str
+
+    @property
+    def identity(self) -> tuple[str, str, str, str, tuple[int, ...]]:
+        """Target, dtype, kernel, digest and grid: what one row stands for."""
+        return self.target, self.dtype, self.kernel, self.digest, tuple(self.grid)
+
+    @property
+    def tile(self) -> str:
+        """The sizes of a program's blocks: "128x32x32x8"."""
+        return "x".join(str(v) for k, v in self.constants.items() if k.startswith("BLOCK"))
 
     @property
     def convolution(self) -> str:

@@ -19,7 +19,7 @@ import re
 import resource
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
 
-from . import sass, trips
+from .. import launch
+from . import identity, sass, trips
 
 
 class Device(NamedTuple):
@@ -75,6 +76,7 @@ class Kernel:
 
     ``constants`` has a record's fields (``operands.Convolution``) under their own names.
 
+    ``key`` is Triton's, ``digest`` that of identity.py.
     ``seconds`` of processor time went into compiling it; None if a dry run did not compile it.
     ``files`` maps the stages of compilation (ttgir, ptx, cubin, amdgcn, ...) to their files.
     """
@@ -82,6 +84,7 @@ class Kernel:
     name: str
     target: str
     key: str
+    digest: str
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
@@ -146,12 +149,24 @@ class Launch:
         return total
 
 
+class Listed(NamedTuple):
+    """A launch that nothing was compiled for: the kernel by name and digest (identity.py)."""
+
+    kernel: str
+    digest: str
+    grid: tuple[int, int, int]
+
+
 @dataclass
 class DryRun:
-    """What a dry run saw: launches in order, and kernels that the device could not hold."""
+    """What a dry run saw: launches in order, and kernels that the device could not hold.
+
+    ``listed`` has the launches of kernels that were not compiled.
+    """
 
     device: Device
     launches: list[Launch] = field(default_factory=list)
+    listed: list[Listed] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -161,8 +176,12 @@ class DryRun:
 
 
 @contextlib.contextmanager
-def dry_run(target: str = "sm_90") -> Iterator[DryRun]:
+def dry_run(
+    target: str = "sm_90", compiles: Callable[[str], bool] | None = None
+) -> Iterator[DryRun]:
     """Compile for ``target``, a name in ``DEVICES``, every kernel launched inside the block.
+
+    ``compiles`` says of a kernel's digest (identity.py) whether it is; the others are ``listed``.
 
     Tensors live on the CPU and the backend is ``"triton"``. A kernel that needs more shared memory
     than the device has raises ``triton.runtime.errors.OutOfResources``, as on the device, and is
@@ -185,7 +204,7 @@ def dry_run(target: str = "sm_90") -> Iterator[DryRun]:
     run = DryRun(DEVICES[target])
     config.set_active(_Driver(target, run))
     try:
-        with _compilation_timed(), _Unconvolved():
+        with _compilation_timed(), _listed(run, compiles), _Unconvolved():
             yield run
     finally:
         config._active = previous
@@ -236,6 +255,37 @@ def _compilation_timed() -> Iterator[None]:
     with triton.knobs.runtime.scope(), triton.knobs.compilation.scope():
         triton.knobs.runtime.jit_cache_hook = begin
         triton.knobs.compilation.listener = end
+        yield
+
+
+@contextlib.contextmanager
+def _listed(run: DryRun, compiles: Callable[[str], bool] | None) -> Iterator[None]:
+    """Tell Triton that a kernel which is not wanted needs no compiling, and write it down."""
+    if compiles is None:
+        yield
+        return
+    grid: tuple[int, ...] = ()
+
+    def launched(name: str, size: tuple[int, ...], constants: dict[str, Any]) -> None:
+        nonlocal grid
+        grid = size
+
+    begin = triton.knobs.runtime.jit_cache_hook
+
+    def skip(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found = identity.digest(
+            fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0],
+            compile["num_warps"], compile["num_stages"],
+        )  # fmt: skip
+        if compiles(found):
+            begin()
+            return False
+        x, y, z = (*grid, 1, 1)[:3]
+        run.listed.append(Listed(fn.jit_function.fn.__name__, found, (x, y, z)))
+        return True
+
+    with launch.record(launched), triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = skip
         yield
 
 
@@ -306,6 +356,14 @@ class _Launcher:
             name=metadata.name,
             target=_active().name,
             key=metadata.hash,
+            digest=identity.digest(
+                self.src.fn,
+                signature,
+                self.src.constants,
+                self.src.attrs,
+                metadata.num_warps,
+                metadata.num_stages,
+            ),
             signature={k: str(v) for k, v in signature.items() if v != "constexpr"},
             constants=constants,
             num_warps=metadata.num_warps,

@@ -1,15 +1,18 @@
 """Every kernel compiles for GPUs that are not here, without spills and with their matrix units.
 
-What an H100 would launch for the shapes of ResNet-1001, ResNet-110 and others, in all dtypes, and a
-selection for the other targets (kernels/inspect/cases.py); then a training step of real models,
-ResNet-1001's and ResNet-110's stages at batch 128 (dryrun_models.py). Both in processes of their
-own, since this one may interpret kernels.
+The committed table (bench/reports/compile) says what an H100 would launch for the shapes of
+ResNet-1001, ResNet-110 and others, in all dtypes, and a selection for the other targets
+(kernels/inspect/cases.py). It is that of the present kernels, since their digests are listed anew
+without compiling; a sample of every target is compiled again, and agrees. Where another version of
+Triton is installed, the whole selection is compiled. Then a training step of real models. All in
+processes of their own, since this one may interpret kernels.
 """
 
 import json
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +22,12 @@ triton = pytest.importorskip("triton")
 from triton.runtime.cache import get_cache_manager  # noqa: E402
 
 from resnetv2.kernels.inspect import compile as matrix  # noqa: E402
-from resnetv2.kernels.inspect import dryrun  # noqa: E402
-from resnetv2.kernels.inspect.cases import DTYPES, UNITS, selected  # noqa: E402
+from resnetv2.kernels.inspect import compile_report, dryrun  # noqa: E402
+from resnetv2.kernels.inspect.cases import DTYPES, UNITS, sampled, selected  # noqa: E402
 from tests.support.compile_checks import (  # noqa: E402
     MULTIPROCESSORS,
     RATIOS,
+    TABLE,
     kernel_size,
     over_the_ratio,
     told,
@@ -38,8 +42,46 @@ LOW = ("fp16", "bf16", "bf16+fp32")
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return matrix.compile_all()
+def table():
+    """The committed rows, or None of another version of the compiler."""
+    found, versions = compile_report.read(TABLE)
+    return found if versions == {compile_report.versions()} else None
+
+
+@pytest.fixture(scope="module")
+def rows(table):
+    return matrix.compile_all() if table is None else table
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A sample of all targets, compiled now: what is read in its code and not in the table."""
+    return matrix.compile_all(choose=sampled)
+
+
+@pytest.fixture(scope="module")
+def listed():
+    return json.loads(compiled("-m", "tests.support.dryrun_models"))
+
+
+def test_the_table_is_that_of_these_kernels(table, listed):
+    if table is None:
+        pytest.skip("the committed table is of other versions, so all was compiled")
+    known = {r.identity for r in table}
+    assert len(known) == len(table)
+    now = {(*row[:-1], tuple(row[-1])) for row in listed["matrix"]}
+    command = "python -m resnetv2.kernels.inspect.compile --report bench/reports/compile"
+    changed = sorted({row[2] for row in known ^ now})
+    assert known == now, f"{', '.join(changed)} changed since the table was made: {command}"
+
+
+def test_the_table_says_what_the_compilers_say(table, fresh):
+    if table is None:
+        pytest.skip("the committed table is of other versions")
+    known = {r.identity: r for r in table}
+    for r in fresh:
+        expected = replace(known[r.identity], key=r.key, seconds=r.seconds, case=r.case)
+        assert r == expected
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +110,11 @@ def test_wgmma_on_sm_90(rows, dtype):
     assert not without, told(without)
 
 
-def test_wgmmas_stay_in_flight_in_weight_gradients(rows):
+def test_wgmmas_stay_in_flight_in_weight_gradients(fresh):
     """ptxas waits after each wgmma where what it reads is overwritten in flight, and says so."""
     pointwise = [
         r
-        for r in rows
+        for r in fresh
         if (r.target, r.dtype, r.convolution) == ("sm_90", "bf16", "wgrad")
         and r.constants["R"] == 1
     ]
@@ -82,7 +124,7 @@ def test_wgmmas_stay_in_flight_in_weight_gradients(rows):
 
 
 @pytest.mark.parametrize("target", matrix.TARGETS)
-def test_a_barrier_on_both_sides_of_each_ticket(rows, target):
+def test_a_barrier_on_both_sides_of_each_ticket(fresh, target):
     """Triton's releases the stores of one thread alone, and has its successors read early."""
     nvidia = target.startswith("sm_")
     atomic, barrier, store, read = (
@@ -92,7 +134,7 @@ def test_a_barrier_on_both_sides_of_each_ticket(rows, target):
     )
     # One wave alone needs no barrier, and on AMD has none.
     kernels = {
-        (r.key, r.kernel) for r in rows if r.target == target and (nvidia or r.num_warps > 1)
+        (r.key, r.kernel) for r in fresh if r.target == target and (nvidia or r.num_warps > 1)
     }
     counted = set()
     for key, kernel in kernels:
@@ -223,19 +265,15 @@ def test_two_programs_for_each_multiprocessor(rated):
 
 
 @pytest.fixture(scope="module")
-def step(rows, tmp_path_factory):
+def step(rows, listed):
     """Model to the rows of its distinct kernels, most of which the matrix has."""
     mine = [r for r in rows if (r.target, r.dtype) == ("sm_90", "bf16") and r.instructions]
-    counted = {(r.key, tuple(r.grid)): r for r in mine}
-    file = tmp_path_factory.mktemp("models") / "known.json"
-    file.write_text(json.dumps(list(counted)))
-    result = json.loads(compiled("-m", "tests.support.dryrun_models", "--known", str(file)))
-    found = {}
-    for name, model in result.items():
-        own = {(r["key"], tuple(r["grid"])): matrix.Row(**r) for r in model["rows"]}
-        every = {**counted, **own}
-        found[name] = [every[key, tuple(grid)] for key, grid in model["kernels"]]
-    return found
+    every = {(r.digest, tuple(r.grid)): r for r in mine}
+    every |= {(r["digest"], tuple(r["grid"])): matrix.Row(**r) for r in listed["rows"]}
+    return {
+        name: [every[digest, tuple(grid)] for _, digest, grid in model]
+        for name, model in listed["models"].items()
+    }
 
 
 MODELS = pytest.mark.parametrize("model", ["resnet1001", "resnet110"])

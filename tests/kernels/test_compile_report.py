@@ -14,10 +14,10 @@ from resnetv2.kernels.inspect.compile import Row
 def row(target, dtype, registers, spilled=0, seconds=0.5):
     return Row(
         target=target, dtype=dtype, case=f"{UNITS[0].name}: moments", kernel="_moments_kernel",
-        constants={"C": 64, "BLOCK_M": 32, "BLOCK_C": 64}, key="", grid=[1, 1, 1], programs=1,
-        num_warps=1, num_stages=3, registers=registers, spilled=spilled, shared=2048,
+        constants={"C": 64, "BLOCK_M": 32, "BLOCK_C": 64}, key="", digest="0123", grid=[1, 1, 1],
+        programs=1, num_warps=1, num_stages=3, registers=registers, spilled=spilled, shared=2048,
         seconds=seconds, matrix=0, wgmma=0, local=0, multiply_adds=0, rounded=0, instructions=None,
-        nbytes=0, ratio=None, tile_ratio=None, unsure="",
+        nbytes=0, ratio=None, tile_ratio=0.5, unsure="",
     )  # fmt: skip
 
 
@@ -45,3 +45,9 @@ def test_a_part_replaces_its_own_rows_alone(tmp_path):
     with (tmp_path / "kernels.csv").open() as file:
         found = [(r["target"], r["dtype"], r["registers"]) for r in csv.DictReader(file)]
     assert found == [("sm_80", "bf16", "80"), ("sm_90", "tf32", "50"), ("sm_90", "bf16", "90")]
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    rows = [row("sm_80", "bf16", 80), row("sm_90", "bf16", 100, seconds=None)]
+    compile_report.write(tmp_path, rows)
+    assert compile_report.read(tmp_path) == (rows, {compile_report.versions()})

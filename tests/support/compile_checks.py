@@ -1,7 +1,10 @@
 """What is asked of compiled convolutions, by the matrix (test_compile) and by real models."""
 
+from pathlib import Path
+
 from resnetv2.kernels.inspect import compile as matrix
 
+TABLE = Path(__file__).parents[2] / "bench" / "reports" / "compile"
 MULTIPROCESSORS = 132  # an H100's
 # Issue cycles over memory cycles that a convolution may take at most (kernels/README.md, "What the
 # compiler says"), for bytes that a tile touches: operands written once by an elementwise kernel are
