@@ -6,8 +6,9 @@ paths part, and a last BN -> act follows the last addition.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage
-from .core.memory import choose_mode, parse_bytes, step_limit
+from .core.footprint import Footprint, footprint
+from .core.memory import choose_mode, parse_bytes, planned_gpu, step_limit
+from .core.meta import MetaPrograms
 from .core.modules import activation
+from .core.shapes import Shape
+from .kernels.reference import memory_format_of
 from .names import AUTO, MEMORY_MODES
 
 BLOCKS: dict[str, type[PreActUnit]] = {"basic": PreActBlock, "bottleneck": BottleneckPreActBlock}
@@ -137,6 +142,8 @@ class PreActResNet(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise as the paper's code: conv weights N(0, sqrt(2/(k*k*out_channels))), BN 1 and
         0, biases 0."""
+        if self.conv1.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 height, width = module.kernel_size
@@ -171,6 +178,7 @@ class PreActResNet(nn.Module):
             x = stage(x)
         return self.act(self.bn(x))
 
+    @torch.compiler.disable
     def _choose_memory(self, x: Tensor) -> None:
         """Set the stages to the fastest mode that fits the budget for images like x, once each."""
         device = x.device.type
@@ -182,11 +190,49 @@ class PreActResNet(nn.Module):
                 raise ValueError('memory="auto" needs a budget where there is no GPU')
             size = (x.shape[2], x.shape[3])
             limit = step_limit(x.device, self.budget)
-            _, _, mode = choose_mode(self, x.shape[0], size, dtype, x.device, limit)
-            assert mode is not None
+            choice = choose_mode(self, self.steps(size, dtype, x.device), x.shape[0], limit)
+            for stage in self.stages:
+                stage.memory = choice.chosen.mode
+            self._chosen = key
+
+    def steps(
+        self, image_size: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> Callable[[int, str], Footprint]:
+        """A function of a batch size and a memory mode: what a training step holds.
+
+        Args:
+            image_size: height and width. dtype: in which convolutions multiply. device: of a step;
+                the net itself may be elsewhere, also on "meta".
+        """
+        weight = self.conv1.weight
+        shape = Shape((0, self.conv1.in_channels, *image_size), weight.dtype)
+        where = torch.device("cpu") if weight.is_meta else weight.device
+        gpu = planned_gpu(device) if device.type == "cuda" else None
+        programs = MetaPrograms()
+        half = dtype.itemsize == 2 and dtype != weight.dtype
+
+        def step(batch_size: int, mode: str) -> Footprint:
+            images = shape._replace(size=(batch_size, *shape.size[1:]))
+            form = memory_format_of(weight)
+            with self._in_mode(mode), torch.autocast(where.type, dtype if half else None, half):
+                return footprint(
+                    self, lambda: ([images.empty(where, form)], {}), gpu=gpu, programs=programs
+                )
+
+        return step
+
+    @contextlib.contextmanager
+    def _in_mode(self, mode: str) -> Iterator[None]:
+        before = self.memory, [stage.memory for stage in self.stages]
+        try:
+            self.memory = mode
             for stage in self.stages:
                 stage.memory = mode
-            self._chosen = key
+            yield
+        finally:
+            self.memory = before[0]
+            for stage, its in zip(self.stages, before[1]):
+                stage.memory = its
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to logits (N, num_classes)."""

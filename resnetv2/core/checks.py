@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -112,6 +114,31 @@ def why_not(unit: UnitModules, norm_types: Sequence[type | None] = ()) -> str | 
     return None
 
 
+# Takes a chain's readings, input, dtype and mode instead of ``run`` (``core.footprint``).
+Follower = Callable[[Sequence[Any], Tensor, torch.dtype, str], Tensor]
+_follower: ContextVar[Follower | None] = ContextVar("follower", default=None)
+
+
+@contextlib.contextmanager
+def following(follower: Follower) -> Iterator[None]:
+    """Let chains of tensors without memory be told to ``follower``, which gives their outputs."""
+    token = _follower.set(follower)
+    try:
+        yield
+    finally:
+        _follower.reset(token)
+
+
+def follower_of(x: Tensor) -> Follower | None:
+    """Who is told of a chain with the input x, if anybody."""
+    return None if type(x) in (Tensor, nn.Parameter) else _follower.get()
+
+
+def is_followed() -> bool:
+    """Whether a forward runs for its chains to be told, and computes nothing."""
+    return _follower.get() is not None
+
+
 class UnfitError(Exception):
     """Why a chain cannot take an input that its units' own forwards may take, or refuse better."""
 
@@ -128,7 +155,7 @@ def must_run_eagerly(x: Tensor) -> bool:
     if compiling:
         return False
     return (
-        type(x) not in (Tensor, nn.Parameter)
+        (type(x) not in (Tensor, nn.Parameter) and follower_of(x) is None)
         or x.is_meta
         or x.layout != torch.strided
         or globally_hooked()

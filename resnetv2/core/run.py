@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from ..names import AUTO, EAGER
 from . import parts
 from .chain import stream_dtype
-from .checks import UnfitError, accepts, check_dtypes, check_input, rows_of
+from .checks import (
+    UnfitError,
+    accepts,
+    check_dtypes,
+    check_input,
+    follower_of,
+    rows_of,
+)
 from .execution import chain_format, layout_of
 from .modules import ChainUnit, UnitModules
 from .operators import chain_forward
@@ -148,6 +155,9 @@ def run_chain(
     memory_format = chain_format(x, _weights(readings), backend)
     x = x.contiguous(memory_format=memory_format)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        follower = None if torch.compiler.is_compiling() else follower_of(x)
+        if follower is not None:
+            return follower(readings, x, dtype, memory)
         out = _run_operator(readings, x, dtype, backend, memory, segment)
         return out.contiguous() if like_nchw else out
     first = readings[0]

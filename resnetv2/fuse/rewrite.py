@@ -26,12 +26,12 @@ from ..core.reading import Reading, begin_epoch, read
 from ..core.run import run_blocks, run_chain
 from ..core.sync import NORMS
 from ..core.table import Cells, html_lines, html_table, text_table
-from ..names import AUTO, BACKENDS, EAGER, MEMORY_MODES
+from ..names import AUTO, BACKENDS, EAGER
+from .auto import FUSION, AutoMemory, auto_memory, check_memory, remove_auto_memory
 from .dataflow import MOST_NORMS, read_unit
 from .reasons import NotAUnitError
 from .unit_plan import Standing, UnitPlan, describe_unit, modules_of, signature
 
-_FUSION = "_resnetv2_fusion"
 # Larger modules are stages or models, whose children are looked at instead.
 _MOST_MODULES = 128
 
@@ -49,7 +49,7 @@ class Fusion(NamedTuple):
 
 
 def _fusion(module: nn.Module) -> Fusion:
-    fusion = module.__dict__[_FUSION]
+    fusion = module.__dict__[FUSION]
     assert isinstance(fusion, Fusion)
     return fusion
 
@@ -128,7 +128,7 @@ class FusedSequential(_Fused):
         """A child, or a slice that runs as this does."""
         part = super().__getitem__(idx)  # type: ignore[misc]
         if isinstance(idx, slice):
-            part.__dict__[_FUSION] = _fusion(self)  # type: ignore[arg-type]
+            part.__dict__[FUSION] = _fusion(self)  # type: ignore[arg-type]
         return part
 
 
@@ -163,7 +163,7 @@ def _recognise_anew(block: nn.Module, fusion: Fusion) -> None:
     kind = type(block)
     try:
         block.__class__ = fusion.original
-        del block.__dict__[_FUSION]
+        del block.__dict__[FUSION]
         plans = read_unit(block)
         watch = unknown[0].watch
         same = [plan._replace(watch=watch) for plan in plans] == [*fusion.plans]
@@ -171,7 +171,7 @@ def _recognise_anew(block: nn.Module, fusion: Fusion) -> None:
     except NotAUnitError as error:
         reason = str(error)
     finally:
-        block.__dict__[_FUSION] = fusion
+        block.__dict__[FUSION] = fusion
         block.__class__ = kind
     for plan in unknown:
         if reason:
@@ -220,11 +220,12 @@ class Report(NamedTuple):
     """What ``explain`` found; prints and shows itself as a table, like rows in one line.
 
     blocks: all rows, in the model's order. chains: paths of the Sequentials whose blocks run as
-    one chain.
+    one chain. memory: of memory "auto", the modes chosen and their predicted peaks; else empty.
     """
 
     blocks: tuple[BlockReport, ...]
     chains: tuple[str, ...] = ()
+    memory: str = ""
 
     @property
     def fused(self) -> tuple[BlockReport, ...]:
@@ -262,7 +263,7 @@ class Report(NamedTuple):
         if self.chains:
             paths = ", ".join(path or "(the model)" for path in self.chains)
             notes.append(f"run as chains: {paths}")
-        return notes
+        return notes + self.memory.splitlines()
 
 
 _NO_BLOCK = "no pre-activation block, and nothing that resembles one"
@@ -333,7 +334,13 @@ def _plausible(module: nn.Module) -> bool:
     return convs > 0 and norms <= MOST_NORMS and 1 < len(inner) <= _MOST_MODULES
 
 
-def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    *,
+    memory: str = "recompute",
+    budget: str | int | None = None,
+    backend: str = AUTO,
+) -> nn.Module:
     """Run the pre-activation blocks of ``model`` fused, in place, and return it.
 
     A block is a module whose forward computes k times norm -> act -> conv and adds a shortcut
@@ -343,27 +350,37 @@ def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) ->
     ``state_dict`` stay as they are. Modules keep what they compute: what cannot be fused, at
     recognition or at a call, runs as it did. ``unfuse`` takes it back.
 
+    With memory "auto" the model takes the fastest mode whose training step, parameters, gradients
+    and momentum included, fits the budget. It chooses as the first step begins, and again at inputs
+    of another shape, from a forward and backward on tensors without memory; ``explain`` then says
+    which mode and its predicted peak.
+
     Args:
-        model: any module. memory: what is kept for the backward: recompute, invert, invert_h1 or
-            segment (resnetv2/README.md, "Memory modes"). backend: "auto", "triton" (GPU), "aten",
+        model: any module. memory: what is kept for the backward: recompute, invert, invert_h1,
+            segment or auto (resnetv2/README.md, "Memory modes"). budget: of memory "auto", bytes
+            or "8GiB"; on a GPU its free memory if None. backend: "auto", "triton" (GPU), "aten",
             or "eager" for the blocks' own forwards.
 
     Warns:
         UserWarning: no pre-activation block was found; the model is unchanged.
 
     Raises:
-        TypeError: not a module. ValueError: an unknown memory mode or backend.
+        TypeError: not a module. ValueError: an unknown memory mode or backend, a budget that is no
+            number of bytes, or without memory "auto". The model's call: BudgetError, if no mode
+            fits; ValueError, if its forward cannot run without values.
     """
     _check_module(model)
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
+    check_memory(memory, budget)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    automatic = memory == AUTO
+    memory = "recompute" if automatic else memory
+    remove_auto_memory(model)
     found = False
     for finding in _survey(model):
         module = finding.module
         if isinstance(module, FusedUnit):
-            module.__dict__[_FUSION] = _fusion(module)._replace(memory=memory, backend=backend)
+            module.__dict__[FUSION] = _fusion(module)._replace(memory=memory, backend=backend)
         elif finding.plans:
             _swap(module, FusedUnit, Fusion(type(module), finding.plans, memory, backend))
         found = found or not finding.reason
@@ -376,15 +393,18 @@ def fuse(model: nn.Module, *, memory: str = "recompute", backend: str = AUTO) ->
         return model
     for module in _sequences(model):
         if isinstance(module, FusedSequential):
-            module.__dict__[_FUSION] = _fusion(module)._replace(memory=memory, backend=backend)
+            module.__dict__[FUSION] = _fusion(module)._replace(memory=memory, backend=backend)
         else:
             _swap(module, FusedSequential, Fusion(type(module), (), memory, backend))
+    if automatic:
+        choose = AutoMemory(budget)
+        model.register_forward_pre_hook(choose, prepend=True, with_kwargs=True)
     return model
 
 
 def _swap(module: nn.Module, mixin: type, fusion: Fusion) -> None:
     kind = _fused_class(mixin, fusion.original)
-    module.__dict__[_FUSION] = fusion
+    module.__dict__[FUSION] = fusion
     module.__class__ = kind
 
 
@@ -419,8 +439,9 @@ def unfuse(model: nn.Module) -> nn.Module:
     """
     _check_module(model)
     for module in model.modules():
+        remove_auto_memory(module)
         if isinstance(module, _Fused):
-            module.__class__ = module.__dict__.pop(_FUSION).original
+            module.__class__ = module.__dict__.pop(FUSION).original
     return model
 
 
@@ -457,7 +478,8 @@ def explain(model: nn.Module) -> Report:
     chains = [
         p for p in outer if not any(p != q and (not q or p.startswith(q + ".")) for q in outer)
     ]
-    return Report(tuple(rows), tuple(chains))
+    choice = auto_memory(model)
+    return Report(tuple(rows), tuple(chains), choice.describe() if choice else "")
 
 
 def _reason(unit: UnitModules | str) -> str:

@@ -84,7 +84,7 @@ def plan(
 
     Raises:
         BudgetError: no mode fits; it says the smallest budget that works and the largest batch
-            that fits. ValueError: an impossible argument.
+            that fits. ValueError: an impossible argument. TypeError: another module.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -101,18 +101,27 @@ def plan(
             else:
                 model = standard_net(model).build(**options)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    else:
+    elif isinstance(model, PreActResNet):
         where = torch.device(device) if device else next(model.parameters()).device
+    else:
+        raise TypeError(
+            f"expected a PreActResNet, its name or its depth, got {type(model).__name__}: "
+            'fuse(model, memory="auto", budget=...) plans for any other'
+        )
     if image_size is None:
         image_size = IMAGE_SIZES[str(model.stem)]
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(size) < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     limit = step_limit(where, budget)
-    rows, eager, mode = choose_mode(
-        model, batch_size, size, multiply, where, limit, optimizer_states=optimizer_states
+    choice = choose_mode(
+        model,
+        model.steps((size[0], size[1]), multiply, where),
+        batch_size,
+        limit,
+        optimizer_states=optimizer_states,
     )
-    return Plan(rows, mode, limit, batch_size, eager)
+    return Plan(choice.rows, choice.mode, limit, batch_size, choice.eager)
 
 
 def peak_bytes(step: Callable[[], object], cuda: bool) -> int:

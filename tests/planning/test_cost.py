@@ -122,6 +122,16 @@ def test_plan_prints_floors_per_mode():
     assert "data sheet of an H100 SXM" in floors
 
 
+@pytest.mark.parametrize("name", ["preact_resnet50", "preact_resnet18", "wide_resnet16_8"])
+def test_a_forwards_flops_by_shapes_are_its_kernels(name):
+    """What ``--list-models`` prints within seconds, and ``plan`` counts kernel by kernel."""
+    with torch.device("meta"):
+        model = module.MODELS[name].build()
+    size = module.IMAGE_SIZES[model.stem]
+    kernels = module.step_costs(model, 1, size, triton=False).forward
+    assert module.forward_flops(model, (size, size)) == sum(cost.flops for cost in kernels)
+
+
 class Clock:
     """Time that passes only while a run takes it."""
 
