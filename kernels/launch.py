@@ -112,24 +112,32 @@ class Start(NamedTuple):
     packed: bool
 
 
+# Versions of Triton whose launcher in Python start_of goes past; a test compares its arguments.
+_LAUNCHERS_READ = ("3.6", "3.7", "3.8")
+
+
 def start_of(compiled: Compiled) -> Start:
     """The shortest way: past Triton's launcher in Python where it only passes arguments on."""
     run: Any = compiled.run
-    none = (None, None, None)
-    passes_on = triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher"
-    if not passes_on or run.global_scratch_size or run.profile_scratch_size:
+    none, scratch = (None, None, None), (None, None)  # launch's description and hooks; its memory
+    version = triton.__version__.rsplit(".", 1)[0]
+    passes_on = version in _LAUNCHERS_READ and type(run).__name__ == "CudaLauncher"
+    if (
+        not passes_on
+        or run.global_scratch_size
+        or run.profile_scratch_size
+        or getattr(run, "gsan_enabled", False)
+    ):
         plain = (compiled.function, compiled.metadata, *none)
         return Start(run, plain, compiled.constants, False)
-    before = (
-        compiled.function,
-        run.launch_cooperative_grid,
-        run.launch_pdl,
-        compiled.metadata,
-        *none,
-        *(None, None),  # scratch memory
-        run.arg_annotations,
-        run.kernel_signature,
-    )
+    head = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    if version == "3.6":
+        # A launcher is compiled for each signature, and not told it.
+        return Start(
+            run.launch, (*head, *scratch, compiled.metadata, *none), compiled.constants, False
+        )
+    told = (run.arg_annotations, run.kernel_signature)
+    before = (*head, compiled.metadata, *none, *scratch, *told)
     return Start(run.launch, before, compiled.constants, True)
 
 
