@@ -16,7 +16,7 @@ from torch import nn
 
 from resnetv2 import explain
 from tests.support.fuse_checks import fuse_if_any
-from tests.support.fuse_mutations import CHANNELS, MUTATIONS, Mutation
+from tests.support.mutations import CHANNELS, MUTATIONS, Mutation
 from tests.support.yardstick import DEVICE, assert_close_steps, images, randomise, step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -38,7 +38,7 @@ from tests.support.fuse_models import (
     branch,
     conv1,
 )
-from tests.support.fuse_mutations import MUTATIONS, B
+from tests.support.mutations import MUTATIONS, B
 from tests.support.yardstick import DEVICE, images, randomise, step
 
 MODES = ("recompute", "invert_h1", "invert", "segment")

@@ -1,4 +1,4 @@
-"""Options in a module of their own, for ``fuse_mutations``."""
+"""Options in a module of their own, for ``mutations``."""
 
 SCALE = 1
 
