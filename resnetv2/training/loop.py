@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.host import memory_in_use, peak_memory, release_freed_memory
+from ..data.host import memory_in_use, release_freed_memory
 from ..errors import InputError
 from ..names import DTYPES
 from . import report
@@ -305,7 +305,7 @@ class Loop:
         if run.predicted is None or self._compared:
             return
         self._compared = True
-        figures = {"predicted": run.predicted.peak, "measured": peak_memory(run.device)}
+        figures = {"predicted": run.predicted.peak, "measured": run.measured_peak()}
         record = {"event": "memory", "step": run.done, "mode": run.predicted.mode, **figures}
         self.log.write(record)
         if self.speak:

@@ -46,7 +46,8 @@ def memory_line(run: RunState, measured: int | None) -> str:
     """The peak of memory "auto" after an epoch, beside the predicted one."""
     assert run.predicted is not None
     figure = "unknown here" if measured is None else format_bytes(measured)
-    what = "of the GPU's memory" if run.device.type == "cuda" else "resident, with all libraries"
+    cuda = run.device.type == "cuda"
+    what = "of the GPU's memory" if cuda else "resident memory that training took"
     return (
         f"memory auto took {run.predicted.mode}: predicted peak "
         f"{format_bytes(run.predicted.peak)}, measured {figure} ({what})"

@@ -53,20 +53,21 @@ def train_resnet_v2(
 ) -> TrainingResult:
     """Train a pre-activation ResNet, or any image classifier, and test it after every epoch.
 
-        Two calls with the same arguments on the same machine give bitwise equal weights. The global
-        random state is left as it was.
+    Two calls with the same arguments on the same machine give bitwise equal weights. The global
+    random state is left as it was.
 
-        Args:
-            data: a name that ``resnetv2.data.load_data`` knows (default "digits"); or tensors as
-                ``TensorDataset(images (N, C, H, W), labels (N,))``, one for training and one for
-                testing, or a single one, of which the last fifth is held out; or an ``ImageData``.
-            recipe: a recipe's name or file, see ``resnetv2.training.config.make_config``.
-    from .metrics import Callback
-            options: fields of ``TrainConfig``: epochs=30, depth=20, batch_size=128, lr=0.1, ...
+    Args:
+        data: a name that ``resnetv2.data.load_data`` knows (default "digits"); or tensors as
+            ``TensorDataset(images (N, C, H, W), labels (N,))``, one for training and one for
+            testing, or a single one, of which the last fifth is held out; or an ``ImageData``.
+        recipe: a recipe's name or file, see ``resnetv2.training.config.make_config``.
+        model: a module, see ``train``, or the name of a standard net, such as "preact_resnet50".
+        out, resume, overwrite, verbose, progress, callbacks: see ``train``.
+        options: fields of ``TrainConfig``: epochs=30, depth=20, batch_size=128, lr=0.1, ...
 
-        Raises:
-            InputError: an option, path or data set that cannot work, in one line.
-            DivergenceError, Interrupted: see ``train``.
+    Raises:
+        InputError: an option, path or data set that cannot work, in one line.
+        DivergenceError, Interrupted: see ``train``.
     """
     if isinstance(data, str):
         options["data"] = data

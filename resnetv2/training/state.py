@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.memory import BudgetError, ModeCost
 from ..data.batches import Batches, ImageData
+from ..data.host import forget_peak, memory_in_use, peak_memory
 from ..data.streaming import FolderData
 from ..errors import InputError
 from ..models import PreActResNet
@@ -123,6 +124,7 @@ class RunState:
         self._numbers = [name for name, good in zip(names, self._finite(names)) if bool(good)]
         # The mode that memory "auto" takes, and its bytes.
         self.predicted: ModeCost | None = None
+        self._held: int | None = None
         self.done = 0
         self.seconds = 0.0
         self.best = -1.0
@@ -197,6 +199,19 @@ class RunState:
             self.predicted = found.row(found.mode)
             self.result.config["memory_mode"] = found.mode
             self.result.config["memory_predicted"] = self.predicted.peak
+            forget_peak(self.device)
+            self._held = memory_in_use(self.device)
+
+    def measured_peak(self) -> int | None:
+        """Bytes to hold against ``predicted.peak``, after some steps: on a GPU what torch has
+        allocated, else what has come to be resident since before the first step, with the
+        parameters. None where the system does not tell."""
+        peak = peak_memory(self.device)
+        if self.device.type == "cuda" or peak is None:
+            return peak
+        if self._held is None or self.predicted is None:
+            return None
+        return peak - self._held + self.predicted.parameters
 
     def finite(self) -> Tensor:
         """Whether all numbers of the net are finite that were so in the beginning."""
