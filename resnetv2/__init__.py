@@ -1,5 +1,6 @@
 """Fused pre-activation residual blocks (ResNet V2) for PyTorch."""
 
+from . import _started as _started  # isort: skip  # before torch, for Ctrl-C meanwhile
 from .blocks import BottleneckPreActBlock, PreActBlock
 from .core.memory import BudgetError
 from .core.sync import SyncBatchNorm, convert_sync_batchnorm

@@ -6,12 +6,17 @@ is imported when the command runs or ``--help`` lists it. Wrong input is one lin
 
 import gc
 import importlib
+import json
+import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 import click
+
+from .. import _started
 
 COMMANDS = {
     "train": "resnetv2.cli.train:train",
@@ -60,13 +65,25 @@ class CommandGroup(click.Group):
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Read what stands before the subcommand."""
-        with _usage_in_one_line():
+        _started.begin()
+        with _usage_in_one_line(), _stopped_in_one_line():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Read the subcommand's arguments and run it."""
-        with _usage_in_one_line(ctx):
+        with _usage_in_one_line(ctx), _stopped_in_one_line():
             return super().invoke(ctx)
+
+
+@contextmanager
+def _stopped_in_one_line() -> Iterator[None]:
+    """Ctrl-C where nothing else takes it: while a subcommand's modules are imported."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo("stopped at once", err=True)
+        sys.exit(130)
 
 
 @contextmanager
@@ -115,6 +132,7 @@ class WrongInput(click.ClickException):
 
         if self.__cause__ is None or not is_reported_elsewhere(self.__cause__):
             super().show(file)
+        _tell_torchrun(self.message)
         _let_go(self)
 
 
@@ -159,9 +177,15 @@ def clean_errors() -> Iterator[None]:
         if not is_silent():
             click.echo(str(error), err=True)
         sys.exit(128 + error.signal)
-    except KeyboardInterrupt:
-        click.echo("stopped at once", err=True)
-        sys.exit(130)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Let the report with which torchrun ends say why, in the place of a traceback."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"timestamp": str(int(time.time()))}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.table import counted
 from ..studies.options import StudyOptions
 from ..training.fields import fields_of
 from .command import PathName, WrongInput, clean_errors
@@ -74,7 +78,8 @@ def study(
 
     "all", or several names, also writes one HTML page. Defaults take minutes on two CPU cores;
     each study has its own, and names those of these options that it does not listen to. With
-    several studies an option goes to those that listen to it.
+    several studies an option goes to those that listen to it. A study that is stopped goes on
+    behind its finished nets when the same command is given again.
 
     \b
     resnetv2 study depth --depth 20,50,1000
@@ -102,18 +107,45 @@ def study(
             _check_heard(chosen, preset, changes)
         results = []
         started = time.perf_counter()
-        for number, (each, values) in enumerate(zip(chosen, settings), 1):
+        files = [out / each.name / "finished.jsonl" for each in chosen]
+        for number, (each, values, file) in enumerate(zip(chosen, settings, files), 1):
             if several:
                 minutes = (time.perf_counter() - started) / 60
                 click.echo(f"[{number}/{len(chosen)}, {minutes:.1f} min] {each.title}", err=True)
-            results.append(each(**values))
+            with _going_on(file):
+                results.append(each(**values))
             paths = results[-1].save(out / each.name)
             click.echo(f"{results[-1]}\n\nwrote {', '.join(map(str, paths))}\n")
             if several:
                 # After every study: a run that is stopped has its page up to there.
                 page = write_page(results, out / "index.html")
+        for file in files:
+            file.unlink(missing_ok=True)
         if several:
             click.echo(f"wrote {page} in {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+@contextmanager
+def _going_on(file: Path) -> Iterator[None]:
+    """Keep a study's finished nets in ``file``; say how many there are and how to go on."""
+    from ..studies import finished
+
+    before = finished.count(file)
+    if before:
+        click.echo(f"going on behind {counted(before, 'net')} in {file}", err=True)
+    try:
+        with finished.kept_in(file):
+            yield
+    except KeyboardInterrupt:
+        there = finished.count(file)
+        if not there:
+            raise
+        click.echo(
+            f"stopped; {counted(there, 'finished net')} kept in {file}: the same command goes on "
+            "behind them",
+            err=True,
+        )
+        sys.exit(130)
 
 
 def _choose(names: tuple[str, ...], studies: dict[str, Study]) -> list[Study]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..data.host import keep_freed_memory
 from ..kernels.inspect import host_time
 from ..names import DTYPES
-from ..planning.memory import peak_bytes
+from ..planning.memory import peak_bytes, quiet_profiler
 from ..training.capture import CudaRecorder, Recorder
 from ..training.step import WARMUP_STEPS
 from .cases import STEP, Case, device
@@ -39,6 +39,7 @@ def launched(step: Callable[[], Any]) -> int | None:
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
+    quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()

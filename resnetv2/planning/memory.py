@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -137,6 +138,7 @@ def peak_bytes(step: Callable[[], object], cuda: bool) -> int:
         before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         step()
         return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
+    quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None
@@ -148,3 +150,8 @@ def peak_bytes(step: Callable[[], object], cuda: bool) -> int:
         allocated += change
         peak = max(peak, allocated)
     return peak
+
+
+def quiet_profiler() -> None:
+    """Keep PyTorch's profiler from writing when it began and ended to stderr, unless asked to."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -16,6 +16,7 @@ from ..training.environment import reproducible
 from ..training.evaluate import evaluate
 from ..training.metrics import EpochMetrics
 from ..training.step import Step
+from . import finished
 from .histories import Comparison, History
 from .options import StudyOptions
 
@@ -101,6 +102,8 @@ def compare(
 ) -> Comparison:
     """Train every variant with every seed, seed by seed so that all see the same machine.
 
+    Nets that a study finished before it was stopped are not trained again (``finished``).
+
     Args:
         variants: model factories by name.
         data: the same for all.
@@ -113,5 +116,9 @@ def compare(
     runs = [(name, seed) for seed in range(options.seeds) for name in variants]
     for name, seed in tqdm(runs, desc="runs", unit="run", leave=False, disable=hide):
         mine = settings.get(name, options)
-        histories[name].append(train_variant(variants[name], data, mine, seed, name))
+        history = finished.find(name, seed, data, mine)
+        if history is None:
+            history = train_variant(variants[name], data, mine, seed, name)
+            finished.keep(history, data, mine)
+        histories[name].append(history)
     return Comparison(histories, options.target)

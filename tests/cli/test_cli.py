@@ -232,6 +232,45 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_ctrl_c_while_torch_is_imported(way: str, tmp_path: Path) -> None:
+    """One line and exit code 130, from the first moment that the package runs."""
+    started = tmp_path / "started"
+    (tmp_path / "torch").mkdir()  # a torch that takes long
+    (tmp_path / "torch" / "__init__.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "resnetv2").write_text("from resnetv2.cli import main\nmain()\n")
+    command = ["-m", "resnetv2"] if way == "module" else [str(tmp_path / "resnetv2")]
+    process = subprocess.Popen(
+        [sys.executable, *command, "plan"],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(process, started.exists)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "stopped at once\n")
+
+
+def test_the_profiler_says_nothing() -> None:
+    code = "import torch\nfrom resnetv2.planning.memory import peak_bytes\n"
+    code += "assert peak_bytes(lambda: torch.ones(1000) + 1, False) >= 8000"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_torchrun_is_told_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with a block of text that says "traceback"; a line of ours stands there."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    result = run("train", "--data", "nothing")
+    assert result.exit_code == 2
+    assert result.output == f"Error: {json.loads(file.read_text())['message']['message']}\n"
+
+
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0

@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import nn
 
 from resnetv2 import PreActBlock, PreActResNet
+from resnetv2.cli.command import main
 from resnetv2.data.batches import ImageData, Split
 from resnetv2.errors import InputError
-from resnetv2.studies import STUDIES
+from resnetv2.studies import STUDIES, training
 from resnetv2.studies import variants as v
 from resnetv2.studies.bn_position import first_gradients
 from resnetv2.studies.comparing import against, best, near_chance, standing
@@ -490,3 +492,37 @@ def test_presets_are_the_documented_settings():
         assert (cifar.data, cifar.batch_size, cifar.epochs) == ("cifar10", 128, 30)
         rates = [cifar.rate(epoch * 390, 390) for epoch in (0, 9, 10, 20, 29)]
         assert rates == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-4])
+
+
+def test_a_study_that_is_stopped_goes_on_behind_its_finished_nets(tmp_path, monkeypatch):
+    command = ["study", "norms", "--depth", "8", "--epochs", "1", "--seeds", "1"]
+    command += ["--train-images", "128", "--device", "cpu", "--out", str(tmp_path)]
+    real, trained = training.train_variant, []
+
+    def train_two(*args):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(args[4])
+        return real(*args)
+
+    monkeypatch.setattr(training, "train_variant", train_two)
+    file = tmp_path / "norms" / "finished.jsonl"
+    stopped = CliRunner().invoke(main, command)
+    assert stopped.exit_code == 130
+    assert stopped.stderr == (
+        f"stopped; 2 finished nets kept in {file}: the same command goes on behind them\n"
+    )
+    with file.open("a") as text:
+        text.write('{"key": "of a process that was k')
+    # Otherwise trained nets are others.
+    assert CliRunner().invoke(main, [*command, "--lr", "0.2"]).exit_code == 130
+    kept = json.loads(file.read_text().partition("\n")[0])["history"]
+    trained.clear()
+    whole = CliRunner().invoke(main, command)
+    assert whole.exit_code == 0, whole.output
+    assert f"going on behind 2 nets in {file}" in whole.stderr
+    assert trained == ["layer norm"]
+    assert not file.exists()
+    series = json.loads((tmp_path / "norms" / "results.json").read_text())["series"]
+    (run,) = series["batch norm"]
+    assert run["train_loss"] == [epoch["train_loss"] for epoch in kept["epochs"]]
