@@ -1,4 +1,4 @@
-"""Triton's interpreter, with the sums of a GPU, and a sixth faster."""
+"""Triton's interpreter, with the sums of a GPU, and faster."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import importlib.util
 from typing import Any
 
 
-def sum_as_a_gpu_does() -> None:
+def prepare() -> None:
+    """All of this module, once in a process that interprets kernels; without Triton, nothing."""
+    if importlib.util.find_spec("triton") is not None:
+        _sum_as_a_gpu_does()
+        _patch_language_once()
+        _leave_out_overflow_checks()
+
+
+def _sum_as_a_gpu_does() -> None:
     """Have ``tl.sum`` add halves to halves, as threads and warps do.
 
     NumPy adds the rows of a block one after the other: of 64 rows that is off by 2 eps where a GPU
     is off by half an eps, and the yardstick would measure NumPy.
     """
-    if importlib.util.find_spec("triton") is None:
-        return
     import numpy as np
     from triton.runtime.interpreter import ReduceOps
 
@@ -36,22 +42,23 @@ def sum_as_a_gpu_does() -> None:
     ReduceOps.sum = halves
 
 
-def find_builtins_once() -> None:
-    """Have each call of a device function look at Triton's built-in functions alone.
+def _patch_language_once() -> None:
+    """Have a device function find Triton's language as the kernel that calls it has patched it.
 
-    The interpreter puts its own in their place anew at every such call, and looks for them among
-    all that Triton's modules hold: a sixth of the time of a small kernel.
+    The interpreter puts its own functions in the place of Triton's built-in ones at every such
+    call, and looks for them among all that Triton's modules hold.
     """
-    if importlib.util.find_spec("triton") is None:
-        return
     import inspect
 
+    import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
     names: dict[Any, list[str]] = {}
+    modules: dict[int, tuple[Any, list[Any]]] = {}
+    whole = interpreter._patch_lang
 
-    def patch(package: Any, builder: Any, *scope: Any) -> None:
+    def patch_builtin(package: Any, builder: Any, *scope: Any) -> None:
         if package not in names:
             names[package] = [n for n, value in inspect.getmembers(package) if is_builtin(value)]
         for name in names[package]:
@@ -59,4 +66,30 @@ def find_builtins_once() -> None:
             if is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, *scope)
 
-    interpreter._patch_builtin = patch
+    def patch_lang(function: Any) -> Any:
+        namespace = function.__globals__
+        if id(namespace) not in modules:
+            seen = [v for v in namespace.values() if inspect.ismodule(v) and v in (tl, tl.core)]
+            modules[id(namespace)] = namespace, seen
+        seen = modules[id(namespace)][1]
+        if seen and not any(is_builtin(module.arange) for module in seen):
+            return interpreter._LangPatchScope()
+        return whole(function)
+
+    interpreter._patch_builtin = patch_builtin
+    interpreter._patch_lang = patch_lang
+
+
+def _leave_out_overflow_checks() -> None:
+    """Have no addition or product of integers computed a second time in 64 bits.
+
+    The interpreter does so, in ten steps that are half of a kernel's time, and then looks at the
+    result in debug mode alone. Here masked lanes may wrap around: ``conv_tile.OUTSIDE``.
+    """
+    import functools
+
+    from triton.runtime import interpreter
+
+    options = functools.partial(interpreter.InterpreterOptions, sanitize_overflow=False)
+    interpreter.InterpreterOptions = options
+    interpreter.interpreter_builder.options = options()

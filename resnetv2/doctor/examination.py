@@ -81,9 +81,9 @@ class _Examination:
 
         known = [name for name in KERNEL_DTYPES if name.partition("+")[0] in self.dtypes]
         if not self.cuda:
-            from ..kernels.inspect.interpreter import sum_as_a_gpu_does
+            from ..kernels.inspect import interpreter
 
-            sum_as_a_gpu_does()
+            interpreter.prepare()
         elif torch.cuda.get_device_capability()[0] >= 8 and torch.version.hip is None:
             known.insert(1, "tf32")
         for number, unit in enumerate(ODD):
