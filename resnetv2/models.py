@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage
 from .core.footprint import Footprint, footprint
@@ -178,7 +179,7 @@ class PreActResNet(nn.Module):
             x = stage(x)
         return self.act(self.bn(x))
 
-    @torch.compiler.disable
+    @_disable_dynamo  # torch.compiler.disable imports the compiler at once, for two seconds
     def _choose_memory(self, x: Tensor) -> None:
         """Set the stages to the fastest mode that fits the budget for images like x, once each."""
         device = x.device.type

@@ -73,6 +73,13 @@ def test_installed_package_imports_from_elsewhere() -> None:
     run_python("import resnetv2.kernels, resnetv2.cli")
 
 
+def test_import_leaves_out_what_is_slow() -> None:
+    """Two seconds of PyTorch's compiler, one of Triton: only what uses them imports them."""
+    slow = ("torch._dynamo", "torch._inductor", "triton", "torchvision", "matplotlib")
+    found = python("-c", f"import resnetv2, sys; print([m for m in {slow} if m in sys.modules])")
+    assert found == "[]\n"
+
+
 def test_nothing_imports_kernels_by_its_folder_name() -> None:
     """A package named `kernels` exists in registries."""
     for folder in ("resnetv2", "kernels", "tests", "bench"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.checks import is_followed
@@ -66,7 +67,7 @@ class AutoMemory:
         if torch.is_grad_enabled() and not is_followed():
             self._choose(model, args, kwargs)
 
-    @torch.compiler.disable
+    @_disable_dynamo  # torch.compiler.disable imports the compiler at once, for two seconds
     def _choose(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Layouts and the like decide little, and change little from step to step.
