@@ -99,14 +99,15 @@ def _conclusions(
 ) -> list[str]:
     mean, std, gradient = (table.column(name) for name in ("mean", "std", "gradient norm"))
     if error == gradient_error == 0:
-        agreement = "agree bit for bit"
-    elif max(error, gradient_error) < 1e-4:
-        agreement = "agree up to rounding"
+        agreement = "agree bit for bit, in outputs and in gradients at the input"
     else:
-        agreement = "do not agree"
+        agreement = "agree up to rounding" if max(error, gradient_error) < 1e-4 else "do not agree"
+        agreement += (
+            f": outputs differ by {error:.1e} of the largest value, gradients at the input by "
+            f"{gradient_error:.1e}"
+        )
     return [
-        f"The steps by hand and the block {agreement}: outputs differ by {error:.1e} of the "
-        f"largest value, gradients at the input by {gradient_error:.1e}.",
+        f"The steps by hand and the block {agreement}.",
         f"bn1 takes mean {mean[0]:.2g} and std {std[0]:.3g} to mean {mean[1]:.2g} and std "
         f"{std[1]:.3g}; the output's std is {std[-1] / std[0]:.2f} times the input's.",
         f"Of a gradient of norm 1 at the output, {gradient[0]:.3f} arrives at the input; through F "

@@ -144,23 +144,6 @@ def near_chance(comparison: Comparison, classes: int) -> str | None:
     )
 
 
-def standing(comparison: Comparison, variant: str, reference: str) -> int:
-    """Whether the variant ends above (1) or below (-1) the reference in test accuracy; 0 if this
-    run cannot tell.
-
-    It can if there are two seeds or more, all of them agree on the sign, and the mean difference
-    exceeds the standard deviation over seeds of either.
-    """
-    difference = comparison.difference(variant, reference)
-    values, mean = difference.values, difference.mean
-    if len(values) < 2 or any(value * mean <= 0 for value in values):
-        return 0
-    spread = max(comparison.spread(name).std for name in (variant, reference))
-    if abs(mean) <= spread:
-        return 0
-    return 1 if mean > 0 else -1
-
-
 def against(comparison: Comparison, reference: str) -> list[str]:
     """How every other variant stands to the reference, in sentences made of this run's numbers."""
     others = [name for name in comparison.histories if name != reference]
@@ -178,7 +161,7 @@ def against(comparison: Comparison, reference: str) -> list[str]:
         return [f"Test accuracy against {base}, one seed, so without a spread: {listed(others)}."]
     groups: dict[int, list[str]] = {-1: [], 0: [], 1: []}
     for name in others:
-        groups[standing(comparison, name, reference)].append(name)
+        groups[comparison.standing(name, reference)].append(name)
     sentences = []
     for side, words in ((-1, "Worse than"), (1, "Better than")):
         if groups[side]:
@@ -212,10 +195,10 @@ def best(comparison: Comparison) -> str:
     first = max(names, key=lambda name: comparison.spread(name).mean)
     if len(comparison.histories[first]) < 2:
         return (
-            f"Highest test accuracy: {first} ({percent(comparison, first)}), of one seed each, "
-            "from which no order can be read."
+            f"No order can be read from one seed each; the highest test accuracy is "
+            f"{percent(comparison, first)}, of {first}."
         )
-    close = [n for n in names if n != first and standing(comparison, n, first) == 0]
+    close = [n for n in names if n != first and comparison.standing(n, first) == 0]
     if close and len(close) == len(names) - 1:
         return (
             f"No order can be read in test accuracy: {first} has the highest mean "

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..blocks import PreActBlock
+from ..core.table import counted
 from ..data.batches import Batches, ImageData
 from ..models import PreActResNet
 from .harness import InputError, Result, StudyOptions, Table, gradient_norm, study
@@ -181,8 +182,15 @@ def depth(options: StudyOptions) -> Result:
                 "gradient norm at the input",
                 log="xy",
                 threshold=VANISHING,
+                title="Does the gradient reach the input of an untrained net?",
             ),
-            "peak-memory": visualizer.plot_lines(memory, "layers", "peak of a step (MB)", log="xy"),
+            "peak-memory": visualizer.plot_lines(
+                memory,
+                "layers",
+                "peak of a step (MB)",
+                log="xy",
+                title=f"Memory of a training step of {counted(len(labels), 'image')}",
+            ),
         },
         notes=[
             "Untrained weights, mean cross-entropy of one batch of training images, float32. "
@@ -198,11 +206,11 @@ def _conclusions(table: Table) -> list[str]:
     lost = [d for d, gone in zip(layers, table.column("vanishes")) if gone]
     what = table.title.partition(":")[0]
     lowest = f"the least gradient norm at the input is {min(norms):.3g}"
+    ends = f"between {layers[0]} and {layers[-1]}" if layers[1:] else f"at {layers[0]}"
     sentences = [
         f"{what}: the gradient falls below {VANISHING:g} at {', '.join(map(str, lost))} layers."
         if lost
-        else f"{what}: no gradient vanishes between {layers[0]} and {layers[-1]} layers; {lowest}, "
-        f"the threshold {VANISHING:g}."
+        else f"{what}: no gradient vanishes {ends} layers; {lowest}, the threshold {VANISHING:g}."
     ]
     if len(layers) > 1:
         ratio = norms[-1] / norms[0]

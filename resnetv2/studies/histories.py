@@ -101,6 +101,11 @@ class Comparison:
         mean = f"{statistics.fmean(reached):.3g}"
         return mean if len(reached) == len(runs) else f"{mean} ({len(reached)} of {len(runs)} runs)"
 
+    def epoch_seconds(self, variant: str) -> float:
+        """Of training, the median over all epochs of all seeds: a mean would also tell what else
+        the machine did, and what the first epoch prepared."""
+        return statistics.median(e.seconds for run in self.histories[variant] for e in run.epochs)
+
     def table(self, title: str) -> Table:
         """A row a variant: final accuracy and losses with their spread, gradient norm, time."""
         rows = []
@@ -115,7 +120,7 @@ class Comparison:
                     str(Spread(tuple(run.gradient_norms[0] for run in runs))),
                     str(self.spread(name, "gradient_norm")),
                     self.epochs_to_target(name),
-                    self.spread(name, "seconds").mean,
+                    self.epoch_seconds(name),
                     self.diverged(name),
                 ]
             )
@@ -128,7 +133,7 @@ class Comparison:
             "gradient norm, first epoch",
             "gradient norm, last epoch",
             f"epochs to {100 * self.target:g} %",
-            "seconds",
+            "seconds an epoch",
             "diverged",
         ]
         return Table(title, columns, rows)
@@ -144,10 +149,25 @@ class Comparison:
             )
         )
 
+    def standing(self, first: str, second: str, metric: str = "test_accuracy") -> int:
+        """Whether the first ends above (1) or below (-1) the second; 0 if these runs cannot tell.
+
+        They can if there are two seeds or more, all of them agree on the sign, and the mean
+        difference exceeds the standard deviation over seeds of either.
+        """
+        difference = self.difference(first, second, metric)
+        values, mean = difference.values, difference.mean
+        if len(values) < 2 or any(not value * mean > 0 for value in values):
+            return 0
+        if abs(mean) <= max(self.spread(name, metric).std for name in (first, second)):
+            return 0
+        return 1 if mean > 0 else -1
+
     def sentence(self, first: str, second: str) -> str:
         """How the two compare in test accuracy, in words that the spread over seeds bears out."""
         difference = self.difference(first, second)
         points = 100 * difference.mean
+        side = self.standing(first, second)
         n = len(difference.values)
         over = f"{n} seeds" if n > 1 else "1 seed"
         a = f"{first} ({_percent(self.spread(first))} %)"
@@ -157,15 +177,10 @@ class Comparison:
                 a += f" [{name} diverged in {count} of {len(self.histories[name])} runs]"
         if points == 0:
             return f"{a} and {b} end at the same test accuracy over {over}."
-        side = "above" if points > 0 else "below"
-        agree = all((value > 0) == (points > 0) and value != 0 for value in difference.values)
-        if n == 1:
-            weight = "one seed says nothing about chance"
-        elif agree:
-            weight = "in every one of them"
-        else:
-            weight = "but not in every one of them, so this may be chance"
-        return f"{a} ends {abs(points):.2f} points {side} {b} over {over}, {weight}."
+        if side == 0:
+            return f"No order can be read over {over}: {a} ends {points:+.2f} points from {b}."
+        words = "above" if side > 0 else "below"
+        return f"{a} ends {abs(points):.2f} points {words} {b} over {over}, in every one of them."
 
     def series(self) -> dict[str, Any]:
         """Every curve, as JSON-able numbers: variant, a list of runs, metric, a value an epoch."""

@@ -121,9 +121,11 @@ def identity(options: StudyOptions) -> Result:
         ],
         figures={
             "change-of-random-inputs": ResNetV2Visualizer().plot_distributions(
-                changes, "|F(x)| = |out - in|"
+                changes, "|F(x)| = |out - in|", "One untrained block on random inputs"
             ),
-            "blocks-of-a-net": ResNetV2Visualizer().plot_block_norms(series),
+            "blocks-of-a-net": ResNetV2Visualizer().plot_block_norms(
+                series, f"Nets of {options.one_depth} layers, before and after training"
+            ),
         },
         series={"change": changes, "ratio": ratios, "blocks": series},
         notes=[

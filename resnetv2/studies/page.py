@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DPI = 130
 # A picture broader than this in inches is scrolled on a phone rather than shrunk to illegibility.
-WIDE = 9.0
+WIDE = 7.0
 # A table of more rows is folded.
 LONGEST_TABLE = 20
 
@@ -75,21 +75,33 @@ def _picture(named: tuple[str, Figure]) -> dict[str, Any]:
     file = io.BytesIO()
     figure.savefig(file, dpi=DPI, format="png")
     width, height = figure.get_size_inches()
-    caption = name.replace("-", " ")
+    # The demo's titles say all.
+    caption = getattr(figure, "caption", "") or name.replace("-", " ").capitalize()
     return {
         "data": base64.b64encode(file.getvalue()).decode("ascii"),
         # CSS pixels are 96 to an inch: the picture at its own size, sharp on a dense screen.
         "width": round(96 * width),
         "height": round(96 * height),
         "wide": width > WIDE,
-        "caption": caption[:1].upper() + caption[1:],
+        "caption": caption,
+        "alt": " ".join([caption, *_words_in(figure)]),
     }
+
+
+def _words_in(figure: Figure) -> list[str]:
+    """Its titles and legend, for who cannot see it."""
+    titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
+    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    shown = [f"{title}." for title in dict.fromkeys(titles) if title]
+    return [*shown, f"Shown: {', '.join(labels)}."] if labels else shown
 
 
 def _text_class(table: Table, index: int) -> Markup:
     """The attribute of a cell in a column of words, which is set from the left."""
     cells = [row[index] for row in table.rows]
-    words = any(isinstance(cell, str) and not _NUMBER.fullmatch(cell) for cell in cells)
+    words = any(isinstance(cell, bool) for cell in cells) or any(
+        isinstance(cell, str) and not _NUMBER.fullmatch(cell) for cell in cells
+    )
     return Markup(' class="text"') if words else Markup("")
 
 

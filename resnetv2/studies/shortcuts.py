@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..data.batches import ImageData
-from .comparing import PAPER, TRAINING, Factory, network, report, standing
+from .comparing import PAPER, TRAINING, Factory, network, report
 from .harness import Comparison, Result, StudyOptions, compare, study
 from .variants import (
     ORIGINAL,
@@ -72,7 +72,7 @@ def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) ->
 def agreement(comparison: Comparison) -> str:
     """In the paper every other shortcut is worse than the identity: which of them are here."""
     others = [name for name in comparison.histories if name != IDENTITY]
-    sides = {name: standing(comparison, name, IDENTITY) for name in others}
+    sides = {name: comparison.standing(name, IDENTITY) for name in others}
     worse = sum(side < 0 for side in sides.values())
     better = [name for name, side in sides.items() if side > 0]
     return (

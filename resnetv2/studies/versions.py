@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,15 +66,15 @@ def losses(comparison: Comparison) -> str:
             for name in lost
         )
         return f"The training loss stopped being finite: {counts}."
-    difference = comparison.difference(V2, V1, "train_loss")
-    if difference.mean == 0:
-        return f"Both end at a training loss of {first}."
-    side = "lower" if difference.mean < 0 else "higher"
-    agree = sum(value * difference.mean > 0 for value in difference.values)
-    return (
-        f"{V2} ends with a {side} training loss ({second} against {first}), in {agree} of "
-        f"{counted(len(difference.values), 'seed')}."
-    )
+    seeds = counted(len(first.values), "seed")
+    side = comparison.standing(V2, V1, "train_loss")
+    if side == 0:
+        return (
+            f"Not told apart by {seeds}: the training losses at the end, {second} of {V2} and "
+            f"{first} of {V1}."
+        )
+    words = "lower" if side < 0 else "higher"
+    return f"{V2} ends with a {words} training loss ({second} against {first}) in each of {seeds}."
 
 
 def speed(comparison: Comparison) -> str:
@@ -89,14 +88,10 @@ def speed(comparison: Comparison) -> str:
 
 def duration(comparison: Comparison) -> str:
     """Time of an epoch, as a ratio of medians: means would tell of what else the machine did."""
-    times = [
-        [entry.seconds for run in comparison.histories[name] for entry in run.epochs]
-        for name in (V1, V2)
-    ]
-    fewest = min(map(len, times))
+    fewest = min(sum(len(run.epochs) for run in comparison.histories[name]) for name in (V1, V2))
     if fewest < _TIMED:
         return f"Times are not compared: {counted(fewest, 'epoch')} of a net tell too little."
-    first, second = map(statistics.median, times)
+    first, second = map(comparison.epoch_seconds, (V1, V2))
     return (
         f"An epoch of {V2} takes {second / first:.2f} times that of the {V1} "
         f"(median {second:.3g} s)."

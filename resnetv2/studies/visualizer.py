@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import nn
 
 from ..training.plots import Picture
@@ -97,9 +97,12 @@ class ResNetV2Visualizer:
             axes.set(xlabel="epoch", ylabel=METRICS.get(metric, metric))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             if drawn and scale == 1 and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
-                axes.set_yscale("log")
+                _log(axes, drawn)
         _legend(picture, panels[0])
-        return self._finish(picture, "curves")
+        what = [METRICS.get(metric, metric).partition(" (")[0] for metric in metrics]
+        several = any(len(runs) > 1 for runs in runs_of.values())
+        spread = ": mean over seeds, shaded from the least to the greatest" if several else ""
+        return self._finish(picture, "curves", f"{_and(what)} after every epoch{spread}")
 
     def plot_bars(
         self,
@@ -120,8 +123,13 @@ class ResNetV2Visualizer:
             lost = sum(not math.isfinite(value) for value in values)
             label = f"{name}\n({lost} of {len(runs)} diverged)" if lost else name
             values_of[label] = [scale * value for value in values if math.isfinite(value)]
+        label = METRICS.get(metric, metric)
+        several = any(len(values) > 1 for values in values_of.values())
+        spread = ": mean over seeds, a dot for each, whiskers of one standard deviation"
         return self._finish(
-            self._bars(values_of, METRICS.get(metric, metric), title), f"bars-{metric}"
+            self._bars(values_of, label, title),
+            f"bars-{metric}",
+            f"{label.partition(' (')[0]} after the last epoch{spread if several else ''}",
         )
 
     def plot_values(
@@ -132,7 +140,7 @@ class ResNetV2Visualizer:
             name: list(value) if isinstance(value, Sequence) else [value]
             for name, value in values.items()
         }
-        return self._finish(self._bars(as_lists, ylabel, title), "values")
+        return self._finish(self._bars(as_lists, ylabel, title), "values", ylabel)
 
     def plot_groups(
         self,
@@ -140,7 +148,8 @@ class ResNetV2Visualizer:
         ylabel: str,
         title: str = "",
     ) -> Picture:
-        """A line a name through its groups: mean with standard deviation, a dot a value.
+        """Marks side by side in every group, one a name: mean with standard deviation, a dot a
+        value. Groups have no order, so that no line joins them.
 
         Args:
             values: by line, then by group; every line has the same groups.
@@ -148,7 +157,7 @@ class ResNetV2Visualizer:
         picture, (axes,) = self._panels(1, title, scale=1.4)
         groups = list(next(iter(values.values())))
         for number, (name, of_group) in enumerate(values.items()):
-            look = _look(number) | {"markersize": 5}
+            look = _look(number) | {"markersize": 7, "linestyle": "none"}
             # Side by side, so that whiskers of one group do not cover each other.
             shift = 0.12 * (number - (len(values) - 1) / 2)
             x = [index + shift for index in range(len(groups))]
@@ -164,7 +173,10 @@ class ResNetV2Visualizer:
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(ylabel)
         _legend(picture, axes)
-        return self._finish(picture, "groups")
+        what = ylabel.partition(" (")[0]
+        return self._finish(
+            picture, "groups", f"{what}: mean with standard deviation, a dot for each seed"
+        )
 
     def _bars(self, values_of: Mapping[str, list[float]], label: str, title: str) -> Picture:
         # Horizontal: names of variants are words, and words are read from left to right.
@@ -230,10 +242,10 @@ class ResNetV2Visualizer:
                 axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
                 axes.set_xticks([], minor=True)
         if "y" in log:
-            axes.set_yscale("log")
+            _log(axes, [value for _, y in lines.values() for value in y])
         axes.set(xlabel=xlabel, ylabel=ylabel)
         _legend(picture, axes)
-        return self._finish(picture, "lines")
+        return self._finish(picture, "lines", f"{ylabel.partition(' (')[0]} against {xlabel}")
 
     def plot_architecture(self, blocks: Mapping[str, Diagram | nn.Module]) -> Picture:
         """Blocks side by side as boxes and arrows, from the input down to the output.
@@ -253,7 +265,11 @@ class ResNetV2Visualizer:
             _draw_block(axes, diagram)
             axes.set(title=name, xlim=(-1.25, 2.5), ylim=(levels - 0.25, -0.4))
             axes.axis("off")
-        return self._finish(picture, "architecture")
+        return self._finish(
+            picture,
+            "architecture",
+            f"From the input down to the output, the shortcut on the right: {_and(list(blocks))}",
+        )
 
     def plot_steps(self, steps: Sequence[Step], gradients: Sequence[float]) -> Picture:
         """How values are distributed after each step of a block, and the gradient's norm there.
@@ -286,11 +302,16 @@ class ResNetV2Visualizer:
             axes.set_xticks(positions, names, rotation=35)
             axes.grid(axis="x", visible=False)
             axes.set_axisbelow(True)
-        return self._finish(picture, "steps")
+        values.set_title("output of each step", fontsize=11)
+        norms.set_title("gradient that arrives there", fontsize=11)
+        caption = "Values after each step of the block, and the norm of the loss's gradient there"
+        return self._finish(picture, "steps", caption)
 
-    def plot_distributions(self, values: Mapping[str, Sequence[float]], label: str) -> Picture:
+    def plot_distributions(
+        self, values: Mapping[str, Sequence[float]], label: str, title: str = ""
+    ) -> Picture:
         """Histogram and box plot of samples by name, over one range of values."""
-        picture, (histogram, boxes) = self._panels(2, "")
+        picture, (histogram, boxes) = self._panels(2, title)
         everything = [value for sample in values.values() for value in sample]
         low, high = min(everything), max(everything)
         margin = 0.02 * (high - low) or 0.5
@@ -311,15 +332,19 @@ class ResNetV2Visualizer:
         boxes.set_xticks(range(1, len(names) + 1), names)
         boxes.set_ylabel(label)
         _legend(picture, histogram)
-        return self._finish(picture, "distributions")
+        return self._finish(
+            picture, "distributions", f"Histogram and box plot of {label}, an input a value"
+        )
 
-    def plot_block_norms(self, nets: Mapping[str, Mapping[str, Sequence[float]]]) -> Picture:
+    def plot_block_norms(
+        self, nets: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
+    ) -> Picture:
         """Norms along a net: |x| and |out - x| of every block, and their ratio.
 
         Args:
             nets: by name, "identity", "residual" and "ratio", a value a block.
         """
-        picture, panels = self._panels(3, "")
+        picture, panels = self._panels(3, title)
         labels = ("|x|", "|out - x|", "|out - x| / |x|")
         for axes, part, label in zip(panels, ("identity", "residual", "ratio"), labels):
             for number, (name, norms) in enumerate(nets.items()):
@@ -328,7 +353,8 @@ class ResNetV2Visualizer:
             axes.set(xlabel="block", ylabel=label, ylim=(0, None))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(picture, panels[0])
-        return self._finish(picture, "block_norms")
+        caption = "Block by block: the norm of its input, of what it adds to it, and their ratio"
+        return self._finish(picture, "block_norms", caption)
 
     def plot_gradients(
         self, norms: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, ylabel: str
@@ -344,12 +370,14 @@ class ResNetV2Visualizer:
             for number, (name, curve) in enumerate(nets.items()):
                 look = _look(number) | {"markersize": 4 if len(curve) <= 30 else 0}
                 axes.plot(range(len(curve)), curve, label=name, **look)
-            axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log", title=title)
+            axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+            _log(axes, values)
             if values:
                 axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(picture, panels[0])
-        return self._finish(picture, "gradients")
+        caption = f"{ylabel} against {xlabel.partition(' (')[0]}, a panel for each depth"
+        return self._finish(picture, "gradients", caption)
 
     def _panels(
         self, count: int, title: str, scale: float = 1.0, columns: int = 3
@@ -368,11 +396,27 @@ class ResNetV2Visualizer:
             picture.suptitle(title, fontsize=11)
         return picture, panels[:count]
 
-    def _finish(self, picture: Picture, name: str) -> Picture:
+    def _finish(self, picture: Picture, name: str, caption: str) -> Picture:
+        picture.caption = f"{caption[:1].upper()}{caption[1:]}."
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / f"{name}.png").write_bytes(picture.png())
         return picture
+
+
+def _log(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis; with plain numbers where values lie within a factor of a hundred."""
+    axes.set_yscale("log")
+    positive = [value for value in values if value > 0]
+    if positive and min(positive) >= 1e-3 and max(positive) <= min(100 * min(positive), 1e5):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _and(words: Sequence[str]) -> str:
+    """Words in a row: "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _in_channels(block: nn.Module) -> int:

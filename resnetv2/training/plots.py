@@ -14,7 +14,12 @@ _TEST = {"color": "#D55E00", "linestyle": "-", "label": "test"}
 
 
 class Picture(Figure):
-    """A Figure that notebooks show without pyplot, its global state and its windows."""
+    """A Figure that notebooks show without pyplot, its global state and its windows.
+
+    caption: what is drawn, in a sentence; "" where the titles say it.
+    """
+
+    caption = ""
 
     def _repr_png_(self) -> bytes:
         return self.png()
