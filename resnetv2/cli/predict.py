@@ -81,16 +81,21 @@ def export(run: Path, checkpoint: str, out: Path | None, onnx: bool | None) -> N
     """Write the net of folder RUN for other programs: model.pt2 (torch.export) and model.onnx.
 
     The files give logits (N, classes) for images (N, C, H, W) with pixels from 0 to 255, float32;
-    the run's normalisation is inside. Both are read again and compared with the run's own net.
+    the run's normalisation is inside, and batch norms that alone read a convolution's output are
+    part of it. Both are read again and compared with the run's own net.
     """
     with clean_errors():
+        from ..core.table import counted
         from ..training.export import ExportError, export_run, has_onnx
 
         try:
             written = export_run(run, out, checkpoint=checkpoint, onnx=onnx, warn=click.echo)
         except ExportError as error:
             raise RunFailed(str(error)) from error
-        for path, difference in written:
-            click.echo(f"wrote {path}; its logits differ from the run's by {difference:.1e}")
+        for path, difference, folded in written:
+            click.echo(
+                f"wrote {path}; its logits differ from the run's by {difference:.1e}; "
+                f"{counted(folded, 'batch norm')} folded into convolutions"
+            )
         if onnx is None and not has_onnx():
             click.echo("no ONNX file: for it, python -m pip install onnx onnxscript")

@@ -12,7 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch import nn
 
+from resnetv2 import PreActResNet
 from resnetv2.cli.command import main
 from resnetv2.data.batches import Batches
 from resnetv2.data.datasets import load_data
@@ -20,7 +22,7 @@ from resnetv2.train import InputError, create_synthetic_dataset, train_resnet_v2
 from resnetv2.training import export as module
 from resnetv2.training.checkpoint import Checkpoints
 from resnetv2.training.evaluate import evaluate_run, load_run
-from resnetv2.training.export import Exported, ExportError, export_run
+from resnetv2.training.export import Exported, ExportError, export_run, fold_norms
 from resnetv2.training.predict import from_pixels, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,6 +156,43 @@ def test_exported_program_computes_the_run_s_logits(digits: Path, exported: Expo
         images = 255 * torch.rand(number, 1, 8, 8)
         expected = trained.logits(from_pixels(trained), images)
         torch.testing.assert_close(program(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "folded"),
+    [
+        ({"block": "basic"}, 3 + 1),
+        ({"block": "bottleneck"}, 6 + 1),
+        ({"block": "basic", "stem": "imagenet"}, 3),
+        ({"block": "basic", "first_identity": "raw", "layers": [2, 1]}, 3 + 0),
+    ],
+    ids=["basic", "bottleneck", "imagenet-stem", "raw-identity"],
+)
+@torch.no_grad()
+def test_norms_behind_convolutions_are_folded(options: dict[str, Any], folded: int) -> None:
+    """In float64, where folding differs by roundings alone; all other norms stay."""
+    torch.manual_seed(0)
+    given = {"layers": [1, 1, 1], "stem_width": 8, "backend": "eager", **options}
+    if options.get("first_identity") == "raw":
+        given["widths"] = [8, 16]  # the first unit's shortcut is x itself
+    model = PreActResNet(given.pop("block"), given.pop("layers"), **given).double().eval()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = model(images)
+    assert fold_norms(model) == folded
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == len(norms) - folded
+    torch.testing.assert_close(model(images), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_exported_program_has_no_norm_behind_a_convolution(exported: Exported) -> None:
+    """ResNet-8: the last norm is left, and the first of the units behind the first."""
+    nodes = torch.export.load(exported.path).graph.nodes
+    norms = [node for node in nodes if "batch_norm" in str(node.target)]
+    assert not any("conv" in str(node.args[0].target) for node in norms)
+    assert (exported.folded, len(norms)) == (4, 3)
 
 
 @torch.no_grad()
