@@ -82,9 +82,19 @@ def check_partials(partials: Partials, most: int = 2) -> None:
 
 
 def check_grad(grad: Grad, shape: tuple[int, ...] | None = None) -> None:
-    """q and h are activations of one shape, which is ``shape`` if given; coef is (4, C)."""
-    q, h, coef = grad
+    """q, h and those of z are activations of one shape; coef is (4, C).
+
+    shape: of a convolution's output, whose kernel applies coef on load, but no act'.
+    """
+    q, h, coef, z = grad
     check_activation("grad.q", q, shape)
+    if z is not None:
+        if shape is not None:
+            raise ValueError("grad.z must be None: a convolution's kernel does not apply act'")
+        check_activation("grad.z.h", z.h, tuple(q.shape))
+        check_per_channel("grad.z.stats", z.stats, 5, q.shape[1])
+        if z.add is not None:
+            check_activation("grad.z.add", z.add, tuple(q.shape))
     if coef is None:
         return
     check_per_channel("grad.coef", coef, 4, q.shape[1])

@@ -297,7 +297,7 @@ def conv_wgrad(
     check_activation("h", h)
     n, k = h.shape[0], conv.K
     check_grad(grad, (n, k, conv.P, conv.Q))
-    q, gh, coef = grad
+    q, gh, coef, _ = grad
     gh = None if coef is None else gh
     if stats is not None:
         check_per_channel("stats", stats, 5, conv.C)

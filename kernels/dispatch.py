@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from . import ranks, reference
 from .operands import (
     IDENTITY,
     Act,
+    Activated,
     Geometry,
     Grad,
     Norm,
@@ -51,6 +52,21 @@ class ConvGrads(NamedTuple):
     dbias: Tensor | None
     dgamma: Tensor | None
     dbeta: Tensor | None
+
+
+class _Found(NamedTuple):
+    """What a convolution's two gradients give, before their coefficients are known or applied.
+
+    grad: q, or dz with the z that makes q of it; None where only the sums were asked for. sums:
+    what they give, None without need of an input's gradient. again: given the coefficients, a
+    second dgrad that writes dx; else None.
+    """
+
+    grad: Grad | None
+    sums: NormGrads | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    again: Callable[..., tuple[Tensor, Any]] | None = None
 
 
 # What ranks' moments are taken for: their mean and variance are exchanged, and then merged.
@@ -162,7 +178,7 @@ class AtenEngine:
         g: (N, K, P, Q). The gradient that comes back is that of what the convolution reads, before
         any norm's backward.
         """
-        z = reference.norm_act(h, stats, act, dtype) if need_weight else h.to(dtype)
+        z = reference.norm_act(h, stats, act, dtype) if need_weight else h
         dz, dweight, dbias = reference.convolution_backward(
             g.to(dtype), z, weight, geometry, (need_input, need_weight, need_bias)
         )
@@ -251,11 +267,6 @@ def implementation(weight_shape: Sequence[int], geometry: Geometry) -> str:
     if min(k, c) >= WIDE.get(kernel_size, WIDE[3, 3]):
         return ATEN
     return FUSED if kernel_size == (1, 1) else WRITTEN
-
-
-def _shape_of(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """For ATen's backward where no weight asks for it: only z's shape is looked at."""
-    return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
 
 
 def runs_twice(weight: Tensor) -> bool:
@@ -375,14 +386,14 @@ class TritonEngine(AtenEngine):
         )  # fmt: skip
 
     def _act_backward(
-        self, dz: Tensor, h: Tensor, stats: Tensor, act: Act, add: Tensor | None, training: bool
-    ) -> tuple[Tensor, NormGrads]:
-        """``reference.act_backward``, behind a convolution's backward by ATen."""
-        dz = reference.in_memory_format(dz, torch.channels_last)
+        self, dz: Tensor, z: Activated, training: bool, dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, NormGrads]:
+        """``reference.act_backward``, behind a convolution's dgrad by ATen."""
+        h, stats, act, add = z
         return self._run(
-            "activation gradient", h, (h.shape, h.dtype, dz.dtype),
-            lambda _: self._norm_backward.act_backward(dz, h, stats, act, add, training),
-            lambda: reference.act_backward(dz, h, stats, act, add, training),
+            "activation gradient", h, (h.shape, h.dtype, dz.dtype, dtype),
+            lambda _: self._norm_backward.act_backward(dz, h, stats, act, add, training, dtype),
+            lambda: reference.act_backward(dz, h, stats, act, add, training, dtype),
             tiled=False,
         )  # fmt: skip
 
@@ -473,7 +484,7 @@ class TritonEngine(AtenEngine):
         if how == ATEN:
             if g.dtype != dtype:
                 g = self._input_grad(Grad(g), None, dtype)
-            z = self._operand(h, stats, act, dtype) if need_weight else _shape_of(h, dtype)
+            z = self._operand(h, stats, act, dtype) if need_weight else h
             dz, dweight, dbias = reference.convolution_backward(
                 g, z, weight, geometry, (need_input, need_weight, need_bias)
             )
@@ -493,75 +504,108 @@ class TritonEngine(AtenEngine):
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
         how = implementation(weight.shape, geometry)
-        z, norm = h, stats
-        q: Tensor | None
-        sums: NormGrads | None
-        if how != FUSED and (grad.coef is not None or grad.q.dtype != dtype):
-            if need_weight or need_bias:
-                g, z = self._operands(grad, h, stats, act, dtype)
-                grad, norm = Grad(g), None
-            else:
-                grad = Grad(self._input_grad(grad, None, dtype))
+        z = Activated(h, stats, act, add)
+        need = need_input, need_weight, need_bias
         if how == ATEN:
-            z = self._operand(z, norm, act, dtype) if need_weight else _shape_of(z, dtype)
-            dz, dweight, dbias = reference.convolution_backward(
-                grad.q, z, weight, geometry, (need_input, need_weight, need_bias)
-            )
-            del grad, z
-            if dz is None:
-                return ConvGrads(None, dweight, dbias, None, None)
-            q, sums = self._act_backward(dz, h, stats, act, add, training)
-            twice = False
+            found = self._wide_backward(grad, z, weight, geometry, dtype, training, need)
         else:
-            twice = final and runs_twice(weight)
-            need_weight = need_weight or need_bias
-            options = {"dtype": dtype, "stats": stats, "act": act, "add": add, "training": training}
-            dgrad = functools.partial(self._dgrad, grad, weight, h, geometry, **options)
-
-            def apart() -> tuple[Tensor | None, NormGrads | None, Tensor | None, Tensor | None]:
-                nonlocal z
-                dweight = dbias = q = sums = None
-                if need_weight:
-                    dweight, dbias = self._weight_grad(
-                        how, grad, z, weight, geometry,
-                        dtype=dtype, stats=norm, act=act, with_bias=need_bias,
-                    )  # fmt: skip
-                z = None
-                if need_input:
-                    q, sums = dgrad(write=not twice)
-                return q, sums, dweight, dbias
-
-            tile = None
-            if how == FUSED and need_input and need_weight:
-                tile = self._conv_backward.tile(
-                    grad, weight, h, geometry, dtype=dtype, act=act, add=add
-                )
-            if tile is None:
-                q, sums, dweight, dbias = apart()
-            else:
-                q, sums, dweight, dbias = self._run(
-                    "conv backward", h, (h.shape, weight.shape, geometry, dtype),
-                    lambda smaller: self._conv_backward.conv_backward(
-                        grad, weight, h, geometry, write=not twice, with_bias=need_bias,
-                        config=tile, smaller=smaller, **options,
-                    ),
-                    apart,
-                    instead="by a kernel for each gradient",
-                )  # fmt: skip
-            if sums is None:
-                return ConvGrads(None, dweight, dbias, None, None)
+            found = self._narrow_backward(
+                how, grad, z, weight, geometry, dtype, training, need, final and runs_twice(weight)
+            )
+        del grad
+        grad, sums, dweight, dbias, again = found
+        if sums is None:
+            return ConvGrads(None, dweight, dbias, None, None)
         coef, dgamma, dbeta = sums
         if sync is not None:
             everywhere = ranks.gather_sums(dbeta, dgamma, sync.gather)
             coef, _, _ = self._norm_grad(everywhere, stats, training, sync.total)
-        if twice:
-            dx, _ = dgrad(coef=coef, identity=identity, out_dtype=h.dtype)
+        if again is not None:
+            dx, _ = again(coef=coef, identity=identity, out_dtype=h.dtype)
             return ConvGrads(Grad(dx), dweight, dbias, dgamma, dbeta)
-        assert q is not None
-        grad = Grad(q, h if training else None, coef)
+        grad = grad._replace(h=h if training else None, coef=coef)
         if final:
             grad = Grad(self._input_grad(grad, identity, h.dtype))
         return ConvGrads(grad, dweight, dbias, dgamma, dbeta)
+
+    def _wide_backward(
+        self, grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
+        dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool],
+    ) -> _Found:  # fmt: skip
+        """By ATen's convolutions. dgrad first: the pass for its sums writes wgrad's operand too."""
+        h, stats, act, _ = z
+        g = grad.q
+        if grad.coef is not None or grad.z is not None or g.dtype != dtype:
+            g = self._input_grad(grad, None, dtype)
+        del grad
+        need_input, need_weight, need_bias = need
+        backward = functools.partial(reference.convolution_backward, g)
+        dz = sums = dweight = dbias = None
+        operand: Tensor | None = None
+        if need_input:
+            dz, _, _ = backward(h, weight, geometry, (True, False, False))
+            dz = reference.in_memory_format(dz, torch.channels_last)
+            operand, sums = self._act_backward(dz, z, training, dtype if need_weight else None)
+        elif need_weight:
+            operand = self._operand(h, stats, act, dtype)
+        if need_weight or need_bias:
+            operand = h if operand is None else operand
+            mask = (False, need_weight, need_bias)
+            _, dweight, dbias = backward(operand, weight, geometry, mask)
+        return _Found(None if dz is None else Grad(dz, z=z), sums, dweight, dbias)
+
+    def _narrow_backward(
+        self, how: str, grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
+        dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool], twice: bool,
+    ) -> _Found:  # fmt: skip
+        """By the fused kernels. twice: ``runs_twice``."""
+        h, stats, act, add = z
+        need_input, _, need_bias = need
+        need_weight = need[1] or need_bias
+        norm: Tensor | None = stats
+        operand: Tensor | None = h
+        waits = grad.coef is not None or grad.q.dtype != dtype
+        if grad.z is not None or (how == WRITTEN and waits):
+            if how == WRITTEN and need_weight:
+                g, operand = self._operands(grad, h, stats, act, dtype)
+                grad, norm = Grad(g), None
+            else:
+                grad = Grad(self._input_grad(grad, None, dtype))
+        options = {"dtype": dtype, "stats": stats, "act": act, "add": add, "training": training}
+        dgrad = functools.partial(self._dgrad, grad, weight, h, geometry, **options)
+
+        def apart() -> tuple[Tensor | None, NormGrads | None, Tensor | None, Tensor | None]:
+            nonlocal operand
+            dweight = dbias = q = sums = None
+            if need_weight:
+                assert operand is not None
+                dweight, dbias = self._weight_grad(
+                    how, grad, operand, weight, geometry,
+                    dtype=dtype, stats=norm, act=act, with_bias=need_bias,
+                )  # fmt: skip
+            operand = None
+            if need_input:
+                q, sums = dgrad(write=not twice)
+            return q, sums, dweight, dbias
+
+        tile = None
+        if how == FUSED and need_input and need_weight:
+            tile = self._conv_backward.tile(
+                grad, weight, h, geometry, dtype=dtype, act=act, add=add
+            )
+        if tile is None:
+            q, *rest = apart()
+        else:
+            q, *rest = self._run(
+                "conv backward", h, (h.shape, weight.shape, geometry, dtype),
+                lambda smaller: self._conv_backward.conv_backward(
+                    grad, weight, h, geometry, write=not twice, with_bias=need_bias,
+                    config=tile, smaller=smaller, **options,
+                ),
+                apart,
+                instead="by a kernel for each gradient",
+            )  # fmt: skip
+        return _Found(None if q is None else Grad(q), *rest, again=dgrad if twice else None)
 
 
 @functools.cache

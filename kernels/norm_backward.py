@@ -4,14 +4,15 @@
     A = a,  B = rstd*S2/M,  C = S1/M                     (B = C = 0 with running statistics)
     g = A*(q - C - B*(h - mean)) (+ identity)
 
-``act_backward`` writes q and each tile's S1 and S2 of q as stored; its last program merges them in
-a fixed order into A, B, C and the norm's own gradients dweight = S2, dbias = S1 (merging.py).
-``norm_grad`` does that alone, where the sums are those of several processes. ``input_grad`` writes
-g: in this form nothing cancels where |mean| >> std. ``written_operands`` writes g and, of another
-row of blocks, the z that stands beside it in a weight gradient.
+``act_backward`` takes each tile's S1 and S2; its last program merges them in a fixed order into
+A, B, C and the norm's own gradients dweight = S2, dbias = S1 (merging.py). q is not written: who
+reads dz and h for g has it at hand. z = act(a*h + b) of the same h can be, for a weight gradient.
+``norm_grad`` merges alone, where the sums are those of several processes. ``input_grad`` writes
+g, out of q or of dz: in this form nothing cancels where |mean| >> std. ``written_operands`` writes
+g and, of another row of blocks, the z that stands beside it in a weight gradient.
 
-Bytes: ``act_backward`` reads dz, h (and add) and writes q; ``input_grad`` reads q, h (and identity)
-and writes g; sums take 8 bytes a tile and channel.
+Bytes: ``act_backward`` reads dz, h (and add) and writes z if asked to; ``input_grad`` reads q or dz,
+h (and add, identity) and writes g; sums take 8 bytes a tile and channel.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import recording
-from .activations import activation_grad, cast, norm_gradient, sums
+from .activations import activate, activation_grad, cast, norm_gradient, sums
 from .checks import (
     check_activation,
     check_floating,
@@ -53,7 +54,7 @@ from .moments import (
     tile_steps,
 )
 from .norm_act import write_z
-from .operands import Act, Grad, NormGrads, Partials
+from .operands import IDENTITY, Act, Grad, NormGrads, Partials
 
 
 @triton.jit(do_not_specialize=["M", "steps", "group"])
@@ -62,7 +63,7 @@ def _act_backward_kernel(
     add_ptr,
     h_ptr,
     stats_ptr,
-    q_ptr,
+    z_ptr,
     data_ptr,
     counters_ptr,
     coef_ptr,
@@ -97,9 +98,10 @@ def _act_backward_kernel(
         if add_ptr is not None:
             dz += tl.load(add_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         u = h * scale[None, :] + shift[None, :]
-        q = cast(activation_grad(dz, u, slope, ACT), q_ptr.dtype.element_ty)
-        tl.store(q_ptr + base + offsets, q, mask=mask)
-        q = q.to(tl.float32)
+        if z_ptr is not None:
+            z = cast(activate(u, slope, ACT), z_ptr.dtype.element_ty)
+            tl.store(z_ptr + base + offsets, z, mask=mask)
+        q = activation_grad(dz, u, slope, ACT)
         s1 += q
         s2 += q * (h - mean[None, :])
     at = data_ptr + tile.to(tl.int64) * (2 * C)
@@ -157,27 +159,39 @@ def _norm_grad_kernel(
 def _write_g(
     program,
     q_ptr,
+    add_ptr,
     h_ptr,
+    stats_ptr,
     coef_ptr,
     identity_ptr,
     g_ptr,
+    slope,
     M,
     C: tl.constexpr,
+    ACT: tl.constexpr,
+    TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One block of g."""
+    """One block of g; with ``stats_ptr``, q_ptr holds dz."""
     tile, columns = program_tile(program, C, BLOCK_C)
     base, offsets, mask, _ = block_offsets(tile, M, columns, C, BLOCK_M, BLOCK_C)
     known = columns < C
     g = tl.load(q_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    if h_ptr is not None:
+        h = tl.load(h_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    if stats_ptr is not None:
+        if add_ptr is not None:
+            g += tl.load(add_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
+        shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
+        g = activation_grad(g, h * scale[None, :] + shift[None, :], slope, ACT)
     if coef_ptr is not None:
         a = tl.load(coef_ptr + columns, mask=known, other=0.0)
-        if h_ptr is not None:
+        if TRAINING:
             b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)
             c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)
             center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)
-            h = tl.load(h_ptr + base + offsets, mask=mask, other=0.0)
             g = norm_gradient(g, h, a, b, c, center)
         else:
             g = norm_gradient(g, None, a, None, None, None)
@@ -189,32 +203,59 @@ def _write_g(
 @triton.jit(do_not_specialize=["M"])
 def _input_grad_kernel(
     q_ptr,
+    add_ptr,
     h_ptr,
+    stats_ptr,
     coef_ptr,
     identity_ptr,
     g_ptr,
+    slope,
     M,
     C: tl.constexpr,
+    ACT: tl.constexpr,
+    TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    _write_g(tl.program_id(0), q_ptr, h_ptr, coef_ptr, identity_ptr, g_ptr, M, C, BLOCK_M, BLOCK_C)
+    _write_g(
+        tl.program_id(0),
+        q_ptr,
+        add_ptr,
+        h_ptr,
+        stats_ptr,
+        coef_ptr,
+        identity_ptr,
+        g_ptr,
+        slope,
+        M,
+        C,
+        ACT,
+        TRAINING,
+        BLOCK_M,
+        BLOCK_C,
+    )
 
 
 @triton.jit(do_not_specialize=["g_rows", "z_rows", "g_programs"])
 def _operands_kernel(
     q_ptr,
+    add_ptr,
     gh_ptr,
+    g_stats_ptr,
     coef_ptr,
+    identity_ptr,
     g_ptr,
+    g_slope,
+    g_rows,
     h_ptr,
     stats_ptr,
     z_ptr,
     slope,
-    g_rows,
     z_rows,
     g_programs,
     K: tl.constexpr,
+    G_ACT: tl.constexpr,
+    TRAINING: tl.constexpr,
     C: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -224,7 +265,23 @@ def _operands_kernel(
 ):
     program = tl.program_id(0)
     if program < g_programs:
-        _write_g(program, q_ptr, gh_ptr, coef_ptr, None, g_ptr, g_rows, K, BLOCK_G, BLOCK_K)
+        _write_g(
+            program,
+            q_ptr,
+            add_ptr,
+            gh_ptr,
+            g_stats_ptr,
+            coef_ptr,
+            identity_ptr,
+            g_ptr,
+            g_slope,
+            g_rows,
+            K,
+            G_ACT,
+            TRAINING,
+            BLOCK_G,
+            BLOCK_K,
+        )
     else:
         write_z(
             program - g_programs, h_ptr, stats_ptr, z_ptr, slope, z_rows, C, ACT, BLOCK_Z, BLOCK_C
@@ -274,11 +331,13 @@ def act_backward(
     act: Act,
     add: Tensor | None = None,
     training: bool = True,
-) -> tuple[Tensor, NormGrads]:
-    """q = (dz + add) * act'(a*h + b) in dz's dtype, and what its sums S1 and S2 give.
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, NormGrads]:
+    """What the sums S1 and S2 of q = (dz + add) * act'(a*h + b) give, and z = act(a*h + b).
 
     Args:
         dz, h, add: (N, C, H, W), channels_last, each with its own dtype. stats: (5, C) float32.
+        dtype: of z, channels_last; None for no z.
 
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
@@ -293,7 +352,10 @@ def act_backward(
     if rows == 0:
         raise ValueError(f"the sums need at least one value per channel, got {tuple(h.shape)}")
     tiling = row_tiling(rows, channels, device_of(h), MAX_TILES)
-    q = torch.empty_like(dz, memory_format=torch.channels_last)
+    z = None
+    if dtype is not None:
+        check_floating(dtype=dtype)
+        z = torch.empty_like(h, dtype=dtype, memory_format=torch.channels_last)
     place = place_of_sums(h, channels, tiling.tiles, tiling.block_c)
     launch(
         _act_backward_kernel,
@@ -302,7 +364,7 @@ def act_backward(
         add,
         h,
         stats,
-        q,
+        z,
         *place.arguments,
         act.slope,
         rows,
@@ -317,7 +379,7 @@ def act_backward(
         num_warps=4,
     )
     assert place.grads is not None
-    return q, place.grads
+    return z, place.grads
 
 
 def norm_grad(
@@ -357,13 +419,26 @@ def norm_grad(
     return grads
 
 
+def _tensors(grad: Grad) -> tuple[Tensor | None, ...]:
+    """``_write_g``'s, in order: q or dz, add, h, stats, coef."""
+    q, h, coef, z = grad
+    if z is not None:
+        return q, z.add, z.h, z.stats, coef
+    return q, None, None if coef is None else h, None, coef
+
+
+def _kind(grad: Grad) -> tuple[Act, bool]:
+    """The activation whose derivative is missing, and whether B and C are not 0."""
+    return IDENTITY if grad.z is None else grad.z.act, grad.h is not None
+
+
 def input_grad(
     grad: Grad, identity: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """g = A*(q - C - B*(h - mean)) (+ identity), written: a norm's dx, or an operand.
 
     Args:
-        grad: q (N, C, H, W), channels_last, with h and coef or without.
+        grad: q (N, C, H, W), channels_last, with h and coef or without; or dz, with z.
         identity: the identity path's gradient, (N, C, H, W), added untouched, or None.
         dtype: of the result, q's if None.
 
@@ -374,7 +449,7 @@ def input_grad(
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
     check_grad(grad)
-    q, h, coef = grad
+    q = grad.q
     dtype = q.dtype if dtype is None else dtype
     check_floating(dtype=dtype)
     if identity is not None:
@@ -385,16 +460,18 @@ def input_grad(
     channels = q.shape[1]
     rows = q.numel() // channels
     tiling = row_tiling(rows, channels, device_of(q))
+    act, training = _kind(grad)
     launch(
         _input_grad_kernel,
         tiling.grid,
-        q,
-        None if coef is None else h,
-        coef,
+        *_tensors(grad),
         identity,
         g,
+        act.slope,
         rows,
         C=channels,
+        ACT=act.kind,
+        TRAINING=training,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
         num_warps=4,
@@ -415,7 +492,7 @@ def written_operands(
     check_grad(grad)
     check_activation("h", h)
     check_floating(dtype=dtype)
-    q, gh, coef = grad
+    q = grad.q
     k, c = q.shape[1], h.shape[1]
     check_per_channel("stats", stats, 5, c)
     if q.numel() == 0 or h.numel() == 0:
@@ -423,21 +500,24 @@ def written_operands(
     g, z = (torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last) for x in (q, h))
     g_rows, z_rows = q.numel() // k, h.numel() // c
     of_g, of_z = (row_tiling(m, n, device_of(q)) for m, n in ((g_rows, k), (z_rows, c)))
+    g_act, training = _kind(grad)
     launch(
         _operands_kernel,
         (of_g.grid[0] + of_z.grid[0],),
-        q,
-        None if coef is None else gh,
-        coef,
+        *_tensors(grad),
+        None,
         g,
+        g_act.slope,
+        g_rows,
         h,
         stats,
         z,
         act.slope,
-        g_rows,
         z_rows,
         of_g.grid[0],
         K=k,
+        G_ACT=g_act.kind,
+        TRAINING=training,
         C=c,
         ACT=act.kind,
         BLOCK_G=of_g.block_m,

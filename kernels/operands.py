@@ -80,17 +80,31 @@ class Convolution(NamedTuple):
     STRIDE_WS: int = 0
 
 
+class Activated(NamedTuple):
+    """z = act(a*h + b) by what it was made of, and a further gradient of it.
+
+    h, add: (N, C, H, W), channels_last, or None for ``add``. stats: (5, C), with rows a and b.
+    """
+
+    h: Tensor
+    stats: Tensor
+    act: Act
+    add: Tensor | None = None
+
+
 class Grad(NamedTuple):
     """A gradient that may still wait for a norm's backward: g = A*(q - C - B*(h - mean)).
 
     q:    (N, C, H, W), channels_last.
     h:    (N, C, H, W), the norm's input, or None where B = C = 0 (running statistics).
     coef: (4, C) rows A, B, C, mean, or None where g = q.
+    z:    where it waits for act' too: ``q`` holds dz, and (dz + add) * act'(a*h + b) stands for it.
     """
 
     q: Tensor
     h: Tensor | None = None
     coef: Tensor | None = None
+    z: Activated | None = None
 
 
 class Norm(NamedTuple):

@@ -8,6 +8,7 @@ are (N, C, H, W) tensors in channels_last memory, M = N*H*W rows; ``stats`` is a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from .operands import (
     SCALE,
     SHIFT,
     Act,
+    Activated,
     Geometry,
     Grad,
     Norm,
@@ -237,14 +239,22 @@ def act_backward(
     act: Act,
     add: Tensor | None = None,
     training: bool = True,
-) -> tuple[Tensor, NormGrads]:
-    """q = (dz + add) * act'(a*h + b) and what its sums give; a dgrad's epilogue on its own.
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, NormGrads]:
+    """What the sums of q = (dz + add) * act'(a*h + b) give, and z = act(a*h + b).
 
-    dz, add, h: (N, C, H, W). q has dz's dtype.
+    dz, add, h: (N, C, H, W). dtype: of z, None for no z.
     """
-    u = affine(h, stats)
-    q = activation_grad((dz if add is None else dz + add).to(u.dtype), u, act).to(dz.dtype)
-    return q, norm_grad(gradient_sums(q, h, stats), stats, training)
+    q = _through_act(dz, Activated(h, stats, act, add))
+    grads = norm_grad(gradient_sums(q, h, stats), stats, training)
+    return (None if dtype is None else norm_act(h, stats, act, dtype)), grads
+
+
+def _through_act(dz: Tensor, z: Activated) -> Tensor:
+    """q = (dz + add) * act'(a*h + b), in the statistics' dtype."""
+    u = affine(z.h, z.stats)
+    dz = cast(dz, u.dtype)
+    return activation_grad(dz if z.add is None else dz + z.add, u, z.act)
 
 
 def _sums(q: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,8 +367,10 @@ def input_grad(
     identity: the identity path's gradient, (N, C, H, W), added untouched. dtype: of the result,
     q's if None.
     """
-    q, h, coef = grad
+    q, h, coef, z = grad
     dtype = q.dtype if dtype is None else dtype
+    if z is not None:
+        q = _through_act(q, z)
     if coef is None:
         g = q if identity is None else q + identity
         return cast(g, dtype)
@@ -462,6 +474,24 @@ def _padded(z: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int]]:
     return F.pad(z, (left, left + right, top, top + bottom)), (0, 0)
 
 
+def _shape_of(x: Tensor, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
+    """For an operand of which only shape (of images of ``size``), dtype and layout are looked at."""
+    if x.dtype == dtype and x.shape[2:] == size:
+        return x
+    shape = (*x.shape[:2], *size)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
+
+
+def _padded_shape(
+    z: Tensor, dtype: torch.dtype, geometry: Geometry
+) -> tuple[Tensor, tuple[int, int]]:
+    """``_padded`` for an operand that is not read."""
+    if geometry.extra == (0, 0):
+        return _shape_of(z, dtype, z.shape[2:]), geometry.padding
+    extents = zip(z.shape[2:], geometry.padding, geometry.extra)
+    return _shape_of(z, dtype, [n + 2 * p + e for n, p, e in extents]), (0, 0)
+
+
 def convolution_backward(
     g: Tensor,
     z: Tensor,
@@ -471,14 +501,18 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dz, dweight and dbias of conv(z) for the gradient g, where ``mask`` asks for them.
 
-    dz comes in z's layout, dweight and dbias in weight's dtype and layout.
+    z, weight: of any dtype where no gradient reads them: z without dweight, weight without dz.
+    dz comes in z's layout and g's dtype, dweight and dbias in weight's dtype and layout.
     """
-    size = z.shape[2:]
-    z, padding = _padded(z, geometry)
+    size, layout = z.shape[2:], memory_format_of(z)
+    if mask[1]:
+        z, padding = _padded(z, geometry)
+    else:
+        z, padding = _padded_shape(z, g.dtype, geometry)
     dz, dweight, dbias = _aten.convolution_backward(
         g,
         z,
-        cast(weight, g.dtype),
+        cast(weight, g.dtype) if mask[0] else _shape_of(weight, g.dtype, weight.shape[2:]),
         [weight.shape[0]],
         geometry.stride,
         padding,
@@ -492,7 +526,7 @@ def convolution_backward(
         (top, left), (height, width) = geometry.padding, size
         dz = dz[:, :, top : top + height, left : left + width]
     if mask[0]:
-        dz = in_memory_format(dz, memory_format_of(z))
+        dz = in_memory_format(dz, layout)
     if mask[1] and (dweight.dtype != weight.dtype or dweight.stride() != weight.stride()):
         dweight = torch.empty_like(weight).copy_(dweight)
     return (
@@ -534,11 +568,12 @@ def conv_dgrad(
     out_dtype = dtype if out_dtype is None else out_dtype
     g = input_grad(grad, None, dtype)
     # The mask asks for no weight gradient, so z's values are not read: h stands for its shape.
-    dz, _, _ = convolution_backward(g, cast(h, dtype), weight, geometry, (True, False, False))
+    dz, _, _ = convolution_backward(g, h, weight, geometry, (True, False, False))
     assert dz is not None
     if stats is None:
         return (dz if add is None else dz + add).to(out_dtype), None
-    q, grads = act_backward(dz, h, stats, act, add, training)
+    q = _through_act(dz, Activated(h, stats, act, add)).to(dz.dtype)
+    grads = norm_grad(gradient_sums(q, h, stats), stats, training)
     if coef is not None:
         return input_grad(Grad(q, h if training else None, coef), identity, out_dtype), None
     return (cast(q, out_dtype) if write else None), grads

@@ -37,6 +37,14 @@ def flops(function: Any, args: tuple[Any, ...], results: tuple[Any, ...]) -> int
     return 0
 
 
+def unread(function: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """Arguments of which only shape, dtype and layout are looked at."""
+    if function is not _CONVOLUTION_BACKWARD:
+        return []
+    need_input, need_weight, _ = args[10]
+    return [x for x, read in ((args[1], need_weight), (args[2], need_input)) if not read]
+
+
 def scratch(function: Any, args: tuple[Any, ...], results: tuple[Any, ...]) -> int:
     """Bytes that an operator allocates on a CPU beside its results, at most."""
     if function is _CONVOLUTION:

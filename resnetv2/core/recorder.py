@@ -119,7 +119,8 @@ class Recorder(TorchDispatchMode):
             for value in _tensors(values):
                 self._note_view(value, sources)
         sizes = sum(map(_nbytes, sources)), sum(map(_nbytes, _tensors(values)))
-        read = {self.register_of(tensor): tensor for tensor in sources}
+        shapes = {id(tensor) for tensor in aten.unread(func, args)}
+        read = {self.register_of(t): t for t in sources if id(t) not in shapes}
         moved = sum(_nbytes(t) for t in (*read.values(), *_tensors(values)) if is_large(t.shape))
         about = aten.flops(func, args, values), aten.scratch(func, args, values)
         named = {name: self._replace(value) for name, value in kwargs.items()}
