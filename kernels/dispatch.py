@@ -40,6 +40,9 @@ BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+Convolved = tuple[Sequence[int], Geometry]  # a convolution by its weight's shape (K, C, R, S)
+
+
 class ConvGrads(NamedTuple):
     """What the backward of one norm -> act -> conv gives; None where it was not asked for.
 
@@ -86,6 +89,11 @@ class AtenEngine:
     def gives_moments(self, training: bool, synced: bool) -> bool:
         """Whether what writes a norm's input is to give its moments as well."""
         return training and (not synced or self._rank_moments_from_conv)
+
+    def leaves_addition(self, last: Convolved, projection: Convolved) -> bool:
+        """Whether a unit's projection adds what its last convolution gives, and not that the
+        projection: as a kernel of its own adds on the way, behind ATen's a pass does."""
+        return False
 
     def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
         """Moments of x, in whatever form ``norm_stats`` of the same engine takes.
@@ -306,6 +314,9 @@ class TritonEngine(AtenEngine):
         self._conv_backward = conv_backward
         self._conv_dgrad = conv_dgrad
         self._conv_wgrad = conv_wgrad
+
+    def leaves_addition(self, last: Convolved, projection: Convolved) -> bool:
+        return implementation(*last) == ATEN != implementation(*projection)
 
     def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
         """Given the norm, its statistics already (``kernels.merging``)."""

@@ -11,8 +11,8 @@ reads dz and h for g has it at hand. z = act(a*h + b) of the same h can be, for 
 g, out of q or of dz: in this form nothing cancels where |mean| >> std. ``written_operands`` writes
 g and, of another row of blocks, the z that stands beside it in a weight gradient.
 
-Bytes: ``act_backward`` reads dz, h (and add) and writes z if asked to; ``input_grad`` reads q or dz,
-h (and add, identity) and writes g; sums take 8 bytes a tile and channel.
+Bytes: ``act_backward`` reads dz, h (and add) and writes z if asked to; ``input_grad`` reads q or
+dz, h (and add, identity) and writes g; sums take 8 bytes a tile and channel.
 """
 
 from __future__ import annotations

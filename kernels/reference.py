@@ -475,7 +475,7 @@ def _padded(z: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int]]:
 
 
 def _shape_of(x: Tensor, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
-    """For an operand of which only shape (of images of ``size``), dtype and layout are looked at."""
+    """For an operand of which only shape (images of ``size``), dtype and layout are looked at."""
     if x.dtype == dtype and x.shape[2:] == size:
         return x
     shape = (*x.shape[:2], *size)

@@ -91,34 +91,34 @@ class Chain:
         norm: Norm | None = None,
     ) -> tuple[Tensor, Any]:
         """h_{i+1} = conv(act(norm(h_i))) [+ residual] of unit ``number``."""
-        unit, at, dtype = self.spec.units[number], self.spec.positions[number], self.spec.dtype
-        wide = dtype
-        if residual is not None and not unit.add_in_place:
-            wide = torch.promote_types(residual.dtype, dtype)
-        if self.spec.wide and i == len(unit.convs) - 1:
-            wide = torch.float32
+        unit, at = self.spec.units[number], self.spec.positions[number]
         return self.engine.conv_forward(
             h,
             self.params[at.conv_weight[i]],
             self._param(at.conv_bias[i]),
             unit.convs[i].geometry,
-            dtype=dtype,
+            dtype=self.spec.dtype,
             stats=stats,
             act=unit.act,
             residual=residual,
             residual_stats=residual_stats,
             subtract=subtract,
-            out_dtype=wide,
+            out_dtype=self._out_dtype(unit, residual),
             with_moments=with_moments,
             norm=norm,
         )
 
-    def _shortcut(self, number: int, x: Tensor, stats: Tensor) -> Tensor:
-        """What unit ``number`` adds to h_k, but for an identity's own norm and activation."""
+    def _shortcut(
+        self, number: int, x: Tensor, stats: Tensor, residual: Tensor | None = None, **end: Any
+    ) -> tuple[Tensor, Any]:
+        """What unit ``number`` adds to h_k, but for an identity's own norm and activation.
+
+        residual: h_k, where the projection adds it. end: further options of its convolution.
+        """
         unit, at = self.spec.units[number], self.spec.positions[number]
         if unit.projection is None:
-            return x
-        out, _ = self.engine.conv_forward(
+            return x, None
+        return self.engine.conv_forward(
             x,
             self.params[at.projection_weight],
             self._param(at.projection_bias),
@@ -126,8 +126,28 @@ class Chain:
             dtype=self.spec.dtype,
             stats=stats if unit.shortcut == Shortcut.PROJECTION_PREACT else None,
             act=unit.act,
+            residual=residual,
+            out_dtype=self._out_dtype(unit, residual),
+            **end,
         )
-        return out
+
+    def _out_dtype(self, unit: Unit, residual: Tensor | None) -> torch.dtype:
+        """Of a convolution's result: the stream's behind the addition of ``residual``."""
+        if residual is None:
+            return self.spec.dtype
+        if self.spec.wide:
+            return torch.float32
+        return stream_dtype(False, unit.add_in_place, residual.dtype, self.spec.dtype)
+
+    def _projection_adds(self, number: int) -> bool:
+        """Whether unit ``number``'s projection adds h_k, instead of the other way round."""
+        unit, at = self.spec.units[number], self.spec.positions[number]
+        if unit.projection is None or unit.convs[-1].bias:
+            return False
+        return self.engine.leaves_addition(
+            (self.params[at.conv_weight[-1]].shape, unit.convs[-1].geometry),
+            (self.params[at.projection_weight].shape, unit.projection.geometry),
+        )
 
     def forward(
         self,
@@ -159,19 +179,19 @@ class Chain:
                 if first_stats is None:
                     first_stats = stats
                 last = i == len(unit.convs) - 1
-                residual = residual_stats = None
-                if last:
-                    if number == stop - 1 and not need_out:
-                        return None, kept, None
-                    residual = self._shortcut(number, x, first_stats)
-                    residual_stats = (
-                        first_stats if unit.shortcut == Shortcut.IDENTITY_PREACT else None
-                    )
+                if last and number == stop - 1 and not need_out:
+                    return None, kept, None
                 with_moments, norm = self._moments_after(number, i)
-                h, partials = self._conv(
-                    number, i, h, stats, residual, residual_stats,
-                    with_moments=with_moments, norm=norm,
-                )  # fmt: skip
+                end: dict[str, Any] = {"with_moments": with_moments, "norm": norm}
+                if last and self._projection_adds(number):
+                    inner, _ = self._conv(number, i, h, stats)
+                    h, partials = self._shortcut(number, x, first_stats, inner, **end)
+                    continue
+                if last:
+                    end["residual"], _ = self._shortcut(number, x, first_stats)
+                    if unit.shortcut == Shortcut.IDENTITY_PREACT:
+                        end["residual_stats"] = first_stats
+                h, partials = self._conv(number, i, h, stats, **end)
             out = x = h
         return out, kept, partials
 

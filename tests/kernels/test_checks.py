@@ -25,7 +25,7 @@ from resnetv2.kernels.launch import Config
 from resnetv2.kernels.moments import moments, norm_stats
 from resnetv2.kernels.norm_act import norm_act
 from resnetv2.kernels.norm_backward import act_backward, input_grad, norm_grad
-from resnetv2.kernels.operands import Act, Geometry, Grad, Norm, Partials
+from resnetv2.kernels.operands import Act, Activated, Geometry, Grad, Norm, Partials
 from tests.support.kernel_checks import DEVICE, activation, per_channel
 
 F32 = torch.float32
@@ -44,6 +44,11 @@ def weight(channels: int = C) -> Tensor:
 
 def grad(channels: int = K, coefficients: int = K, size: int = SIZE) -> Grad:
     return Grad(x(channels, size), x(channels, size), per_channel(4, coefficients))
+
+
+def waiting(of_h: int = K, of_stats: int = K, of_add: int = K) -> Grad:
+    """For act' as well."""
+    return grad()._replace(z=Activated(x(of_h), per_channel(5, of_stats), RELU, x(of_add)))
 
 
 def partials(tiles: int = 3) -> Partials:
@@ -87,13 +92,14 @@ CALLS: dict[Any, Callable[[], dict[str, Any]]] = {
     },
     norm_act: lambda: {"h": x(), "stats": per_channel(5, C), "act": RELU, "dtype": F32},
     act_backward: lambda: {
-        "dz": x(), "h": x(), "stats": per_channel(5, C), "act": RELU, "add": x()
+        "dz": x(), "h": x(), "stats": per_channel(5, C), "act": RELU, "add": x(),
+        "training": True, "dtype": F32,
     },
     norm_grad: lambda: {
         "partials": partials(), "stats": per_channel(5, C), "training": True,
         "total": per_channel(1),
     },
-    input_grad: lambda: {"grad": grad(), "identity": x(K), "dtype": F32},
+    input_grad: lambda: {"grad": waiting(), "identity": x(K), "dtype": F32},
 }  # fmt: skip
 
 SHAPE_16 = f"({N}, 16, {SIZE}, {SIZE})"
@@ -174,7 +180,8 @@ def _grad(shape: str) -> list[Change]:
                "grad.q must be a 4-D tensor in channels_last memory"),
         Change("grad", lambda: Grad(x(K).double()), TypeError, f"grad.q {NO_FLOAT}"),
         *([Change("grad", lambda: grad(size=5), ValueError,
-                  f"grad.q must have shape {shape}, got (2, 24, 5, 5)")] if shape else []),
+                  f"grad.q must have shape {shape}, got (2, 24, 5, 5)"),
+           Change("grad", waiting, ValueError, "grad.z must be None")] if shape else []),
     ]  # fmt: skip
 
 
@@ -211,7 +218,7 @@ CHANGES: dict[Any, list[Change]] = {
     ],
     act_backward: [
         *_activation("dz", C), *_layout("h", C), *_activation("add", C),
-        *_per_channel("stats", 5, C),
+        *_per_channel("stats", 5, C), Change("dtype", lambda: torch.float64, TypeError, NO_FLOAT),
     ],
     norm_grad: [
         *_per_channel("stats", 5, C), *_vector("total", 1, "float32"),
@@ -220,6 +227,9 @@ CHANGES: dict[Any, list[Change]] = {
     ],
     input_grad: [
         *_grad(""), *_activation("identity", K),
+        Change("grad", lambda: waiting(of_h=C), ValueError, "grad.z.h must have shape"),
+        Change("grad", lambda: waiting(of_add=C), ValueError, "grad.z.add must have shape"),
+        Change("grad", lambda: waiting(of_stats=C), ValueError, "grad.z.stats must be a contig"),
         Change("dtype", lambda: torch.float64, TypeError, f"dtype {NO_FLOAT}"),
     ],
 }  # fmt: skip

@@ -39,6 +39,7 @@ from resnetv2.kernels.operands import (
     SHIFT,
     VAR,
     Act,
+    Activated,
     Grad,
     Norm,
     Partials,
@@ -77,6 +78,15 @@ def norm(channels: int) -> Tensor:
     mean, var = per_channel(channels), per_channel(channels).square() + 0.1
     rstd = (var + EPS).rsqrt()
     return torch.stack((mean, var, rstd, weight * rstd, bias - mean * weight * rstd))
+
+
+def exactly_of(grad: Grad) -> Grad:
+    """The same in float64."""
+    q, h, coef = map(exactly, grad[:3])
+    z = grad.z and Activated(
+        grad.z.h.double(), grad.z.stats.double(), grad.z.act, exactly(grad.z.add)
+    )
+    return Grad(q, h, coef, z)
 
 
 # --- moments, norm_stats ------------------------------------------------------------------------
@@ -156,8 +166,8 @@ def test_gradients_far_from_zero(rows: int) -> None:
         out = F.batch_norm(leaves[0], None, None, *leaves[1:], training=True, eps=EPS)
         results.append(torch.autograd.grad(out, leaves, dz.to(dtype)))
     stats = moments.moments(x, Norm(weight, bias, EPS))
-    q, (coef, dweight, dbias) = norm_backward.act_backward(dz, x, stats, Act("identity"))
-    found = norm_backward.input_grad(Grad(q, x, coef)), dweight, dbias
+    _, (coef, dweight, dbias) = norm_backward.act_backward(dz, x, stats, Act("identity"))
+    found = norm_backward.input_grad(Grad(dz, x, coef)), dweight, dbias
     xhat = (x.double() - stats[MEAN].view(1, -1, 1, 1)) * stats[RSTD].view(1, -1, 1, 1)
     terms = 0.0, float((dz * xhat).norm()), float(dz.norm())
     for name, *of, added in zip(("dx", "dweight", "dbias"), found, *results, terms, strict=True):
@@ -215,21 +225,23 @@ def check_act_backward(
 ) -> None:
     h, dz, stats = activation(shape, stream), activation(shape, dtype), norm(shape[1])
     extra = activation(shape, dtype) if add else None
-    q, grads = norm_backward.act_backward(dz, h, stats, act, extra)
-    eager, _ = reference.act_backward(dz, h, stats, act, extra)
-    exact, _ = reference.act_backward(dz.double(), h.double(), stats.double(), act, exactly(extra))
-    assert q.is_contiguous(memory_format=torch.channels_last)
-    assert_accurate(q, eager, exact)
-    # The sums are of q as stored, so their yardstick is too.
-    eager_sums = reference.gradient_sums(q, h, stats)
-    exact_sums = reference.gradient_sums(q.double(), h.double(), stats.double())
+    z, grads = norm_backward.act_backward(dz, h, stats, act, extra, dtype=dtype)
+    assert_same_bits(z, norm_act.norm_act(h, stats, act, dtype))
+    without, again = norm_backward.act_backward(dz, h, stats, act, extra)
+    assert without is None
+    assert all(map(torch.equal, again, grads))
+    grad = Grad(dz, z=Activated(h, stats, act, extra))
+    own, exact = reference.input_grad(grad, None, F32), reference.input_grad(exactly_of(grad))
+    # No rounding of q comes before its sums.
+    eager_sums = reference.gradient_sums(own, h, stats)
+    exact_sums = reference.gradient_sums(exact, h.double(), stats.double())
     xhat = (h.double() - stats[MEAN].view(1, -1, 1, 1)) * stats[RSTD].view(1, -1, 1, 1)
     found = grads.dbias, grads.dweight
-    for i, terms in enumerate((q.double(), q * xhat)):
-        own, truth = eager_sums.data[0][i], exact_sums.data[0][i]
-        assert_accurate(found[i], own, truth, float(terms.norm()), f"S{i + 1}")
+    for i, terms in enumerate((exact, exact * xhat)):
+        eager, truth = eager_sums.data[0][i], exact_sums.data[0][i]
+        assert_accurate(found[i], eager, truth, float(terms.norm()), f"S{i + 1}")
     # A, B and C are those of the sums that stand beside them.
-    sums = Partials(torch.stack(found).unsqueeze(0), q.numel() // q.shape[1], 1 << 30)
+    sums = Partials(torch.stack(found).unsqueeze(0), h.numel() // h.shape[1], 1 << 30)
     torch.testing.assert_close(grads.coef, reference.norm_grad(sums, stats, True).coef)
 
 
@@ -305,13 +317,18 @@ def test_norm_grad(tiles: int, training: bool) -> None:
 def check_input_grad(
     shape: tuple[int, ...], stream: torch.dtype, dtype: torch.dtype, identity: bool, form: str
 ) -> None:
-    q = activation(shape, dtype)
-    h = activation(shape, stream) if form == "ABC" else None
-    grad = Grad(q, h, None if form == "q" else per_channel(4, shape[1]))
+    q, h = activation(shape, dtype), activation(shape, stream)
+    z = None
+    if "z" in form:
+        z = Activated(
+            h, norm(shape[1]), Act("silu"), activation(shape, dtype) if identity else None
+        )
+    coef = per_channel(4, shape[1]) if "A" in form else None
+    grad = Grad(q, h if "BC" in form else None, coef, z)
     extra = activation(shape, stream) if identity else None
     g = norm_backward.input_grad(grad, extra, stream)
     eager = reference.input_grad(grad, extra, stream)
-    exact = reference.input_grad(Grad(*map(exactly, grad)), exactly(extra))
+    exact = reference.input_grad(exactly_of(grad), exactly(extra))
     assert g.data_ptr() != q.data_ptr()
     assert g.is_contiguous(memory_format=torch.channels_last)
     assert_accurate(g, eager, exact)
@@ -324,7 +341,7 @@ def test_input_grad_of_any_shape(shape: tuple[int, ...], stream: Stream) -> None
 
 FORMS = {
     f"{form}-{end}": (form, end == "identity")
-    for form in ("q", "A", "ABC")
+    for form in ("q", "A", "ABC", "Az", "ABCz")
     for end in ("alone", "identity")
 }
 
@@ -349,10 +366,13 @@ def test_end_of_a_convolution_without_anything_to_add() -> None:
         moments.conv_end(x, residual=activation((2, 16, 5, 3), F32))
 
 
-def test_both_operands_of_a_convolution_at_once() -> None:
+@pytest.mark.parametrize("waits", [False, True], ids=["q", "dz"])
+def test_both_operands_of_a_convolution_at_once(waits: bool) -> None:
     """The bits of the two launches that write them one by one."""
     h, stats = activation((2, 17, 9, 7), F32), norm(17)
-    grad = Grad(activation((2, 48, 5, 4), BF16), activation((2, 48, 5, 4), F32), per_channel(4, 48))
+    gh = activation((2, 48, 5, 4), F32)
+    of_z = Activated(gh, norm(48), Act("gelu")) if waits else None
+    grad = Grad(activation((2, 48, 5, 4), BF16), gh, per_channel(4, 48), of_z)
     g, z = norm_backward.written_operands(grad, h, stats, Act("silu"), BF16)
     assert_same_bits(g, norm_backward.input_grad(grad, None, BF16))
     assert_same_bits(z, norm_act.norm_act(h, stats, Act("silu"), BF16))
@@ -374,9 +394,10 @@ def test_nan_and_inf_pass_as_in_eager(act: Act) -> None:
     dz[1, 3:6, 1, 1] = specials
     z = norm_act.norm_act(h, stats, act, F32)
     assert_same_specials(z, reference.norm_act(h, stats, act, F32))
-    q, grads = norm_backward.act_backward(dz, h, stats, act)
-    eager, eager_grads = reference.act_backward(dz, h, stats, act)
-    assert_same_specials(q, eager)
+    grad = Grad(dz, z=Activated(h, stats, act))
+    assert_same_specials(norm_backward.input_grad(grad), reference.input_grad(grad))
+    _, grads = norm_backward.act_backward(dz, h, stats, act)
+    _, eager_grads = reference.act_backward(dz, h, stats, act)
     for mine, its in zip(grads, eager_grads, strict=True):
         assert torch.equal(mine.isfinite(), its.isfinite())
 
@@ -394,16 +415,17 @@ def test_the_same_inputs_give_the_same_bits() -> None:
     x, dz, stats = activation((3, 48, 9, 9), BF16), activation((3, 48, 9, 9), BF16), norm(48)
 
     def run() -> list[Tensor]:
-        q, (coef, dweight, dbias) = norm_backward.act_backward(dz, x, stats, Act("gelu"))
+        act = Act("gelu")
+        z, (coef, dweight, dbias) = norm_backward.act_backward(dz, x, stats, act, dtype=BF16)
         return [
             moments.moments(x, NORM),
             moments.norm_stats(moments.moments(x), None, None, EPS),
-            norm_act.norm_act(x, stats, Act("gelu"), BF16),
-            q,
+            norm_act.norm_act(x, stats, act, BF16),
+            z,
             coef,
             dweight,
             dbias,
-            norm_backward.input_grad(Grad(q, x, coef), dz, F32),
+            norm_backward.input_grad(Grad(dz, x, coef, Activated(x, stats, act)), dz, F32),
         ]
 
     for first, second in zip(run(), run(), strict=True):
@@ -415,8 +437,9 @@ def test_inputs_stay_as_they_are() -> None:
     before = [t.clone() for t in (x, dz, stats)]
     moments.moments(x)
     norm_act.norm_act(x, stats, Act("relu"), F32)
-    norm_backward.act_backward(dz, x, stats, Act("relu"), x)
-    norm_backward.input_grad(Grad(dz, x, stats[:4].contiguous()), x)
+    norm_backward.act_backward(dz, x, stats, Act("relu"), x, dtype=F32)
+    z = Activated(x, stats, Act("relu"), x)
+    norm_backward.input_grad(Grad(dz, x, stats[:4].contiguous(), z), x)
     for tensor, old in zip((x, dz, stats), before, strict=True):
         assert torch.equal(tensor, old)
 
@@ -459,7 +482,7 @@ def test_a_norm_forward_and_backward(
     x, dz, identity = (activation(shape, dtype, m) for m in (mean, 0.0, 0.0))
     weight, bias = per_channel(2, shape[1])
     stats = moments.moments(x, Norm(weight, bias, EPS))
-    x64, dz64, stats64 = x.double(), dz.double(), stats.double()
+    x64, stats64 = x.double(), stats.double()
 
     exact = reference.norm_stats(reference.moments(x64), weight.double(), bias.double(), EPS)
     eager = reference.norm_stats(reference.moments(x), weight, bias, EPS)
@@ -478,12 +501,17 @@ def test_a_norm_forward_and_backward(
         terms,
         "z",
     )
-    q, (coef, _, _) = norm_backward.act_backward(dz, x, stats, act, identity)
+    _, (coef, _, _) = norm_backward.act_backward(dz, x, stats, act, identity)
+    q = Grad(dz, z=Activated(x, stats, act, identity))
     if mean == 0.0:
-        eager_q, _ = reference.act_backward(dz, x, stats, act, identity)
-        exact_q, _ = reference.act_backward(dz64, x64, stats64, act, identity.double())
-        assert_accurate(q, eager_q, exact_q, terms, "q")
-    grad = Grad(q, x, coef)
+        assert_accurate(
+            norm_backward.input_grad(q),
+            reference.input_grad(q),
+            reference.input_grad(exactly_of(q)),
+            terms,
+            "q",
+        )
+    grad = Grad(norm_backward.input_grad(q), x, coef)
     assert_accurate(
         norm_backward.input_grad(grad, identity),
         reference.input_grad(grad, identity),
