@@ -25,6 +25,7 @@ from .operands import (
     IDENTITY,
     Act,
     Activated,
+    Dgrad,
     Geometry,
     Grad,
     Norm,
@@ -90,9 +91,9 @@ class AtenEngine:
         """Whether what writes a norm's input is to give its moments as well."""
         return training and (not synced or self._rank_moments_from_conv)
 
-    def leaves_addition(self, last: Convolved, projection: Convolved) -> bool:
-        """Whether a unit's projection adds what its last convolution gives, and not that the
-        projection: as a kernel of its own adds on the way, behind ATen's a pass does."""
+    def projection_adds(self, other: Convolved, projection: Convolved) -> bool:
+        """Whether a projection adds the result of the convolution beside it, in either direction,
+        and not that the projection's: a fused kernel adds on the way, behind ATen's a pass does."""
         return False
 
     def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
@@ -207,7 +208,7 @@ class AtenEngine:
         need_input: bool,
         need_weight: bool,
         need_bias: bool,
-        add: Tensor | None = None,
+        add: Tensor | Dgrad | None = None,
         identity: Tensor | None = None,
         final: bool = False,
         sync: Ranks | None = None,
@@ -219,12 +220,14 @@ class AtenEngine:
             grad: gradient of the convolution's output, (N, K, P, Q).
             h: (N, C, H, W), the norm's input; stats: (5, C), its statistics.
             training: whether ``stats`` depend on h. gamma: (C,) or None, the norm's weight.
-            add: a further gradient of act(norm(h)), (N, C, H, W).
+            add: a further gradient of act(norm(h)), (N, C, H, W); where ``projection_adds``, as
+                the projection's whose it is.
             identity: added to h's gradient untouched (the identity path), where ``final``.
             final: the gradient of h is returned written, in h's dtype.
             sync: the other ranks, over whose rows ``stats`` were taken too. dgamma and dbeta stay
                 this rank's own sums, as every other parameter's gradient.
         """
+        assert not isinstance(add, Dgrad)
         g = reference.input_grad(grad, None, dtype)
         u = reference.affine(h, stats)
         # act(u) may take u's place where act' can be read off its result.
@@ -315,8 +318,8 @@ class TritonEngine(AtenEngine):
         self._conv_dgrad = conv_dgrad
         self._conv_wgrad = conv_wgrad
 
-    def leaves_addition(self, last: Convolved, projection: Convolved) -> bool:
-        return implementation(*last) == ATEN != implementation(*projection)
+    def projection_adds(self, other: Convolved, projection: Convolved) -> bool:
+        return implementation(*other) == ATEN != implementation(*projection)
 
     def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
         """Given the norm, its statistics already (``kernels.merging``)."""
@@ -515,10 +518,13 @@ class TritonEngine(AtenEngine):
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
         how = implementation(weight.shape, geometry)
-        z = Activated(h, stats, act, add)
+        projection = add if isinstance(add, Dgrad) else None
+        z = Activated(h, stats, act, None if projection else add)
         need = need_input, need_weight, need_bias
         if how == ATEN:
-            found = self._wide_backward(grad, z, weight, geometry, dtype, training, need)
+            found = self._wide_backward(
+                grad, z, weight, geometry, dtype, training, need, projection
+            )
         else:
             found = self._narrow_backward(
                 how, grad, z, weight, geometry, dtype, training, need, final and runs_twice(weight)
@@ -542,6 +548,7 @@ class TritonEngine(AtenEngine):
     def _wide_backward(
         self, grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
         dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool],
+        projection: Dgrad | None,
     ) -> _Found:  # fmt: skip
         """By ATen's convolutions. dgrad first: the pass for its sums writes wgrad's operand too."""
         h, stats, act, _ = z
@@ -551,19 +558,28 @@ class TritonEngine(AtenEngine):
         del grad
         need_input, need_weight, need_bias = need
         backward = functools.partial(reference.convolution_backward, g)
-        dz = sums = dweight = dbias = None
+        found = sums = dweight = dbias = None
         operand: Tensor | None = None
         if need_input:
             dz, _, _ = backward(h, weight, geometry, (True, False, False))
+            assert dz is not None
             dz = reference.in_memory_format(dz, torch.channels_last)
-            operand, sums = self._act_backward(dz, z, training, dtype if need_weight else None)
-        elif need_weight:
+            if projection is None:
+                operand, sums = self._act_backward(dz, z, training, dtype if need_weight else None)
+                found = Grad(dz, z=z)
+            else:
+                q, sums = self._dgrad(
+                    Grad(projection.g), projection.weight, h, projection.geometry,
+                    dtype=dtype, stats=stats, act=act, add=dz, training=training,
+                )  # fmt: skip
+                found = Grad(q)
+        if need_weight and operand is None:
             operand = self._operand(h, stats, act, dtype)
         if need_weight or need_bias:
             operand = h if operand is None else operand
             mask = (False, need_weight, need_bias)
             _, dweight, dbias = backward(operand, weight, geometry, mask)
-        return _Found(None if dz is None else Grad(dz, z=z), sums, dweight, dbias)
+        return _Found(found, sums, dweight, dbias)
 
     def _narrow_backward(
         self, how: str, grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
@@ -582,7 +598,9 @@ class TritonEngine(AtenEngine):
                 grad, norm = Grad(g), None
             else:
                 grad = Grad(self._input_grad(grad, None, dtype))
-        options = {"dtype": dtype, "stats": stats, "act": act, "add": add, "training": training}
+        options: dict[str, Any] = {
+            "dtype": dtype, "stats": stats, "act": act, "add": add, "training": training
+        }  # fmt: skip
         dgrad = functools.partial(self._dgrad, grad, weight, h, geometry, **options)
 
         def apart() -> tuple[Tensor | None, NormGrads | None, Tensor | None, Tensor | None]:
@@ -605,9 +623,9 @@ class TritonEngine(AtenEngine):
                 grad, weight, h, geometry, dtype=dtype, act=act, add=add
             )
         if tile is None:
-            q, *rest = apart()
+            q, sums, dweight, dbias = apart()
         else:
-            q, *rest = self._run(
+            q, sums, dweight, dbias = self._run(
                 "conv backward", h, (h.shape, weight.shape, geometry, dtype),
                 lambda smaller: self._conv_backward.conv_backward(
                     grad, weight, h, geometry, write=not twice, with_bias=need_bias,
@@ -616,7 +634,8 @@ class TritonEngine(AtenEngine):
                 apart,
                 instead="by a kernel for each gradient",
             )  # fmt: skip
-        return _Found(None if q is None else Grad(q), *rest, again=dgrad if twice else None)
+        found = None if q is None else Grad(q)
+        return _Found(found, sums, dweight, dbias, dgrad if twice else None)
 
 
 @functools.cache

@@ -107,6 +107,17 @@ class Grad(NamedTuple):
     z: Activated | None = None
 
 
+class Dgrad(NamedTuple):
+    """A convolution's input gradient that is still to be computed.
+
+    g: (N, K, P, Q), channels_last. weight: (K, C, R, S).
+    """
+
+    g: Tensor
+    weight: Tensor
+    geometry: Geometry
+
+
 class Norm(NamedTuple):
     """A norm that takes a batch's statistics: its weight and bias, (C,) or None, and its eps."""
 

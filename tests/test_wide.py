@@ -158,7 +158,7 @@ NETWORKS = {
         0.6,
     ),
     "wrn-28-10": (
-        PreActBlock, [(16, 160, 1, 4), (160, 320, 2, 4), (320, 640, 2, 4)], (128, 32), 0.61
+        PreActBlock, [(16, 160, 1, 4), (160, 320, 2, 4), (320, 640, 2, 4)], (128, 32), 0.6
     ),
 }  # fmt: skip
 # Passes over memory that eager's operators make beyond reading each operand once.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, norm_backward, ranks, reference
-from ..operands import Act, Geometry, Grad, Norm, running_stats
+from ..operands import Act, Activated, Geometry, Grad, Norm, running_stats
 
 # name: dtype of the multiplication, dtype of the residual stream, TF32.
 DTYPES = {
@@ -240,13 +240,15 @@ def steps(
         return result, engine.norm_stats(found, *norm)
 
     def backward(
-        h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool
-    ) -> object:
+        h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool,
+        before_wide: bool,
+    ) -> object:  # fmt: skip
         grad = Grad(out)
         if not last:
             coef = tensors.values(4, out.shape[1])
-            normed = tensors.activation(tuple(out.shape), dtype) if unit.training else None
-            grad = Grad(out, normed, coef)
+            normed = tensors.activation(tuple(out.shape), dtype)
+            z = Activated(normed, stats_of(out.shape[1]), unit.act) if before_wide else None
+            grad = Grad(out, normed if unit.training else None, coef, z)
         other = tensors.activation(tuple(h.shape), stream) if first else None
         stats, gamma = tensors.stats(h.shape[1])
         return engine.norm_conv_backward(
@@ -258,7 +260,7 @@ def steps(
 
     def act_backward(h: Tensor) -> object:
         dz = tensors.activation(tuple(h.shape), stream)
-        return functions.act_backward(dz, h, stats_of(h.shape[1]), unit.act)
+        return functions.act_backward(dz, h, stats_of(h.shape[1]), unit.act, dtype=compute)
 
     def norm_gradient(h: Tensor) -> object:
         coef = tensors.values(4, h.shape[1])
@@ -290,6 +292,11 @@ def steps(
             need_input=True, need_weight=True, need_bias=False,
         )  # fmt: skip
 
+    def is_wide(i: int) -> bool:
+        c, k, kernel, _ = unit.convs[i]
+        how = dispatch.implementation((k, c, kernel, kernel), Geometry())
+        return how == dispatch.ATEN
+
     size, last = unit.size, len(unit.convs) - 1
     x = h = activation(unit.convs[0][0], size, stream, _STREAM_MEAN)
     yield "moments", lambda: moments(x)
@@ -301,7 +308,8 @@ def steps(
         label = f"{kernel}x{kernel} {c}>{k}" + (f" /{stride}" if stride > 1 else "")
         residual = activation(k, size, stream) if i == last else None
         yield f"{label} forward", partial(forward, h, weight, geometry, out, residual)
-        yield f"{label} backward", partial(backward, h, weight, geometry, out, i == 0, i == last)
+        place = i == 0, i == last, i < last and is_wide(i + 1)
+        yield f"{label} backward", partial(backward, h, weight, geometry, out, *place)
         h = out
     # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
     yield "act backward", partial(act_backward, h)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import OF_RANKS, AtenEngine
-from ..kernels.operands import Grad, Norm, running_stats
+from ..kernels.operands import Dgrad, Grad, Norm, running_stats
 from ..kernels.ranks import Ranks
 from .spec import HAND_TO_RANKS, Shortcut, Spec, Unit, UnitParams
 from .sync import gather_over
@@ -139,13 +139,13 @@ class Chain:
             return torch.float32
         return stream_dtype(False, unit.add_in_place, residual.dtype, self.spec.dtype)
 
-    def _projection_adds(self, number: int) -> bool:
-        """Whether unit ``number``'s projection adds h_k, instead of the other way round."""
+    def _projection_adds(self, number: int, i: int) -> bool:
+        """Whether unit ``number``'s projection adds what convolution i gives."""
         unit, at = self.spec.units[number], self.spec.positions[number]
-        if unit.projection is None or unit.convs[-1].bias:
+        if unit.projection is None:
             return False
-        return self.engine.leaves_addition(
-            (self.params[at.conv_weight[-1]].shape, unit.convs[-1].geometry),
+        return self.engine.projection_adds(
+            (self.params[at.conv_weight[i]].shape, unit.convs[i].geometry),
             (self.params[at.projection_weight].shape, unit.projection.geometry),
         )
 
@@ -183,7 +183,7 @@ class Chain:
                     return None, kept, None
                 with_moments, norm = self._moments_after(number, i)
                 end: dict[str, Any] = {"with_moments": with_moments, "norm": norm}
-                if last and self._projection_adds(number):
+                if last and not unit.convs[i].bias and self._projection_adds(number, i):
                     inner, _ = self._conv(number, i, h, stats)
                     h, partials = self._shortcut(number, x, first_stats, inner, **end)
                     continue
@@ -334,22 +334,25 @@ class Chain:
         unit, at = spec.units[number], spec.positions[number]
         x = hs[0]
         identity: Tensor | None = g
-        add: Tensor | None = None
+        add: Tensor | Dgrad | None = None
         # The first norm's parameters come before the unit's other ones, so this also says whether
         # the gradient of z_1, which a shortcut may share, is wanted.
         if unit.shortcut == Shortcut.IDENTITY_PREACT:
             add, identity = g, None
         elif unit.projection is not None:
             preact = unit.shortcut.reads_preact
+            weight, geometry = self.params[at.projection_weight], unit.projection.geometry
+            need_input = spec.needs_before(at.conv_weight[0])
+            later = need_input and preact and self._projection_adds(number, 0)
             result = engine.conv_backward(
                 g,
                 x,
-                self.params[at.projection_weight],
-                unit.projection.geometry,
+                weight,
+                geometry,
                 dtype=spec.dtype,
                 stats=self._at(number, 0) if preact else None,
                 act=unit.act,
-                need_input=spec.needs_before(at.conv_weight[0]),
+                need_input=need_input and not later,
                 need_weight=spec.needs[at.projection_weight],
                 need_bias=unit.projection.bias and spec.needs[at.projection_bias],
             )
@@ -357,6 +360,8 @@ class Chain:
             _store(grads, at.projection_bias, result.dbias)
             dz = None if result.grad is None else result.grad.q
             add, identity = (dz, None) if preact else (None, dz)
+            if later:
+                add = Dgrad(g, weight, geometry)
         grad = Grad(g)
         for i in reversed(range(len(unit.convs))):
             result = engine.norm_conv_backward(
