@@ -3,6 +3,9 @@
     dz[m, c] = sum over taps t, k of g[m@t, k] * weight[k, c, t]  (+ add[m, c])
     q        = dz * act'(a*h + b)                  S1 = sum q,  S2 = sum q*xhat per tile and channel
 
+A stride divides h's positions into classes that meet different taps, of a 3x3 with stride 2 one,
+two, two and four of nine: a tile is of one class, and visits no other taps.
+
 g = A*(q' - C - B*(h' - mean)) of the norm downstream is applied as it is loaded (the prologue),
 never written. The sums are of q as stored, and the last tile makes the norm's coefficients and
 gradients of them (merging.py). Two further ways to end: without WRITE only the sums leave; and,
@@ -34,7 +37,7 @@ from .integers import cdiv
 from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
 from .merging import block_tiles, finish_sums, store_sums
 from .norm_backward import NO_SUMS, place_of_sums
-from .operands import IDENTITY, Act, Geometry, Grad, NormGrads
+from .operands import IDENTITY, Act, Convolution, Geometry, Grad, NormGrads
 
 
 @triton.jit(do_not_specialize=["M", "group"])
@@ -58,6 +61,7 @@ def _conv_dgrad_kernel(
     slope,
     group,
     CONV: tl.constexpr,
+    CLASSED: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
     TRAINING: tl.constexpr,
@@ -77,12 +81,26 @@ def _conv_dgrad_kernel(
     tile = tl.program_id(0) // COLUMN_BLOCKS
     columns = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     known = columns < C
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    CLASSES: tl.constexpr = CONV.STRIDE_H * CONV.STRIDE_W if CLASSED else 1
+    first_r = 0
+    first_s = 0
+    # Neighbouring programs' classes share rows, and so cache lines.
+    rows = tile // CLASSES * BLOCK_M + tl.arange(0, BLOCK_M)
     if EVEN_M:
         mask = known[None, :]
     else:
-        mask = (rows < M)[:, None] & known[None, :]
-        rows = tl.minimum(rows, M - 1)
+        mask = (rows < M // CLASSES)[:, None] & known[None, :]
+        rows = tl.minimum(rows, M // CLASSES - 1)
+    if CLASSED:
+        # Most padded kernels have the most taps in the last class, which is program 0's.
+        number = CLASSES - 1 - tile % CLASSES
+        y = number // CONV.STRIDE_W
+        x = number % CONV.STRIDE_W
+        first_r = (y + CONV.PADDING_H) % CONV.STRIDE_H
+        first_s = (x + CONV.PADDING_W) % CONV.STRIDE_W
+        WIDTH: tl.constexpr = CONV.W // CONV.STRIDE_W
+        # No image ends inside of a step of STRIDE_H lines.
+        rows = (rows // WIDTH * CONV.STRIDE_H + y) * CONV.W + rows % WIDTH * CONV.STRIDE_W + x
     if WIDE:
         rows = rows.to(tl.int64)
 
@@ -93,9 +111,12 @@ def _conv_dgrad_kernel(
         weight_ptr,
         rows,
         columns,
+        first_r,
+        first_s,
         0.0,
         CONV,
         True,
+        CLASSED,
         PROLOGUE,
         "identity",
         DTYPE,
@@ -145,7 +166,7 @@ def _conv_dgrad_kernel(
             dweight_ptr,
             dbias_ptr,
             M,
-            (M - 1) // BLOCK_M + 1,
+            tl.num_programs(0) // COLUMN_BLOCKS,
             group,
             tile,
             tl.program_id(0) % COLUMN_BLOCKS,
@@ -156,6 +177,17 @@ def _conv_dgrad_kernel(
             BLOCK_TILES,
             BLOCK_N,
         )
+
+
+def _classes(conv: Convolution) -> int:
+    """Into how many classes h's positions fall by their remainders, 1 where tiles mix them.
+
+    A class reads R/STRIDE_H by S/STRIDE_W of the taps. Each has to have one, and as many rows as
+    the others.
+    """
+    high, wide = conv.STRIDE_H, conv.STRIDE_W
+    equal = conv.H % high == 0 and conv.W % wide == 0
+    return high * wide if equal and conv.R >= high and conv.S >= wide else 1
 
 
 def conv_dgrad(
@@ -237,7 +269,8 @@ def conv_dgrad(
             ),
         )
     config = configs.smaller(config, smaller)
-    tiles = cdiv(rows, config.block_m)
+    classes = _classes(conv)
+    tiles = classes * cdiv(rows // classes, config.block_m)
     out = None
     if write or coef is not None:
         out = torch.empty(
@@ -268,13 +301,14 @@ def conv_dgrad(
         act.slope,
         place.group,
         CONV=conv,
+        CLASSED=classes > 1,
         PROLOGUE=prologue,
         ACT=act.kind,
         TRAINING=training,
         DTYPE=TRITON_DTYPES[dtype],
         PRECISION=input_precision(dtype),
         WIDE=is_wide(h, grad.q),
-        EVEN_M=rows % config.block_m == 0,
+        EVEN_M=rows // classes % config.block_m == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

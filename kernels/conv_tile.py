@@ -9,9 +9,10 @@ in blocks of BLOCK_K:
     forward               sy = y*stride - padding + r
     dgrad (TRANSPOSED)    sy = (y + padding - r) / stride, where that divides
 
-and likewise in x. A position outside the source contributes 0: the *operand* is 0 there, so the
-mask comes after the prologue (act(b) must not leak into the border). PROLOGUE says how the operand
-is made of what is read:
+and likewise in x. CLASSED, all rows of a tile leave the same remainders of (y + padding) / stride
+and of x's, and only the taps with those remainders are visited. A position outside the source
+contributes 0: the *operand* is 0 there, so the mask comes after the prologue (act(b) must not leak
+into the border). PROLOGUE says how the operand is made of what is read:
 
     none      x                           an activation or a gradient, as it lies there
     act       act(a*x + b)                a, b: rows SCALE and SHIFT of ``stats``
@@ -36,7 +37,7 @@ from .activations import activate, dot, norm_gradient, operand
 
 
 @triton.jit
-def _source_rows(rows, r, s, CONV: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _source_rows(rows, r, s, CONV: tl.constexpr, TRANSPOSED: tl.constexpr, CLASSED: tl.constexpr):
     """Which row of the source each of ``rows`` reads at tap (r, s), and whether it exists."""
     if TRANSPOSED:
         x = rows % CONV.W
@@ -47,9 +48,9 @@ def _source_rows(rows, r, s, CONV: tl.constexpr, TRANSPOSED: tl.constexpr):
         sy = far_y // CONV.STRIDE_H
         sx = far_x // CONV.STRIDE_W
         inside = (far_y >= 0) & (sy < CONV.P) & (far_x >= 0) & (sx < CONV.Q)
-        if CONV.STRIDE_H > 1:
+        if CONV.STRIDE_H > 1 and not CLASSED:
             inside &= far_y % CONV.STRIDE_H == 0
-        if CONV.STRIDE_W > 1:
+        if CONV.STRIDE_W > 1 and not CLASSED:
             inside &= far_x % CONV.STRIDE_W == 0
         position = (image * CONV.P + sy) * CONV.Q + sx
     else:
@@ -61,6 +62,16 @@ def _source_rows(rows, r, s, CONV: tl.constexpr, TRANSPOSED: tl.constexpr):
         inside = (sy >= 0) & (sy < CONV.H) & (sx >= 0) & (sx < CONV.W)
         position = (image * CONV.H + sy) * CONV.W + sx
     return position, inside
+
+
+@triton.jit
+def _next_of_class(r, s, first_r, first_s, CONV: tl.constexpr):
+    """The tap after (r, s), the first one after the last, and whether it was that."""
+    s += CONV.STRIDE_W
+    r = tl.where(s >= CONV.S, r + CONV.STRIDE_H, r)
+    s = tl.where(s >= CONV.S, first_s, s)
+    wraps = r >= CONV.R
+    return tl.where(wraps, first_r, r), s, wraps.to(tl.int32)
 
 
 @triton.jit
@@ -158,9 +169,12 @@ def conv_tile(
     weight_ptr,
     rows,
     columns,
+    first_r,
+    first_s,
     slope,
     CONV: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    CLASSED: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -174,7 +188,7 @@ def conv_tile(
 
     rows: (BLOCK_M,) indices into the result's N*P*Q positions, N*H*W if TRANSPOSED, all valid
         (clamped), int32 or, where an offset can pass 2**31, int64. columns: (BLOCK_N,) channels of
-        the result.
+        the result. first_r, first_s: CLASSED, the first tap of the rows' class, else 0.
     """
     CHANNELS: tl.constexpr = CONV.K if TRANSPOSED else CONV.C
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -187,22 +201,30 @@ def conv_tile(
     STRAIGHT: tl.constexpr = UNROLL and (
         DTYPE.primitive_bitwidth < 32 or (PRECISION != "ieee" and (TAPS == 1 or PROLOGUE == "none"))
     )
-    UNROLL_TAPS: tl.constexpr = TAPS if STRAIGHT and TAPS <= 25 else 1
+    UNROLL_TAPS: tl.constexpr = TAPS if STRAIGHT and TAPS <= 25 and not CLASSED else 1
     UNROLL_BLOCKS: tl.constexpr = BLOCKS if STRAIGHT and TAPS * BLOCKS <= 16 else 1
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     position = rows
     inside = rows >= 0
     if not SAME_ROWS:
-        position, inside = _source_rows(rows, 0, 0, CONV, TRANSPOSED)
+        position, inside = _source_rows(rows, first_r, first_s, CONV, TRANSPOSED, CLASSED)
     channels = tl.arange(0, BLOCK_K)
     x = _read(source_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
     h = x
     if PROLOGUE == "affine_h":
         h = _read(h_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
-    weight = read_weight(weight_ptr, 0, 0, channels, columns, CONV, TRANSPOSED, DTYPE, PRECISION)
+    weight = read_weight(
+        weight_ptr, first_r, first_s, channels, columns, CONV, TRANSPOSED, DTYPE, PRECISION
+    )
+    taps = TAPS
+    if CLASSED:
+        r = first_r
+        s = first_s
+        taps = (CONV.R - 1 - first_r) // CONV.STRIDE_H + 1
+        taps *= (CONV.S - 1 - first_s) // CONV.STRIDE_W + 1
     for block in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=UNROLL_BLOCKS):
-        for tap in tl.range(0, TAPS, num_stages=1, loop_unroll_factor=UNROLL_TAPS):
+        for tap in tl.range(0, taps, num_stages=1, loop_unroll_factor=UNROLL_TAPS):
             this_x = x
             this_h = h
             this_inside = inside
@@ -210,12 +232,16 @@ def conv_tile(
             this_channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
             if TAPS * BLOCKS > 1:
                 # After the last step there is none: a step is read again, and dropped.
-                next_tap = (tap + 1) % TAPS
-                next_block = tl.minimum(block + (tap + 1) // TAPS, BLOCKS - 1)
-                r = next_tap // CONV.S
-                s = next_tap % CONV.S
+                if CLASSED:
+                    r, s, wraps = _next_of_class(r, s, first_r, first_s, CONV)
+                else:
+                    next_tap = (tap + 1) % TAPS
+                    wraps = (tap + 1) // TAPS
+                    r = next_tap // CONV.S
+                    s = next_tap % CONV.S
+                next_block = tl.minimum(block + wraps, BLOCKS - 1)
                 if not SAME_ROWS:
-                    position, inside = _source_rows(rows, r, s, CONV, TRANSPOSED)
+                    position, inside = _source_rows(rows, r, s, CONV, TRANSPOSED, CLASSED)
                 channels = next_block * BLOCK_K + tl.arange(0, BLOCK_K)
                 x = _read(source_ptr, position, inside, channels, CHANNELS, BLOCK_K, MASKED)
                 h = x
