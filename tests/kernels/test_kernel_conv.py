@@ -53,8 +53,10 @@ SHAPES = {
     "3x3": (2, 17, 8, 6, 48, 3, 1, 1),
     "3x3-one-position": (5, 48, 1, 1, 3, 3, 1, 1),
     "3x3-stride2": (2, 3, 17, 9, 17, 3, 2, 1),
+    "3x3-stride2-even": (2, 17, 6, 8, 20, 3, 2, 1),
     "3x3-no-padding": (2, 16, 5, 7, 16, 3, 1, 0),
     "3x3-stride3": (1, 80, 10, 7, 16, 3, 3, 1),
+    "5x5-stride3-even": (1, 3, 6, 9, 16, 5, 3, 2),
     "5x5": (1, 16, 6, 9, 80, 5, 1, 2),
     "2x2": (2, 16, 6, 6, 16, 2, 2, 0),
 }
@@ -421,6 +423,28 @@ def test_dgrad_tiles(config: Config, dtype: torch.dtype) -> None:
     """Several tiles along rows, columns and channels, the last of each cut short."""
     case = Case((2, 35, 7, 9, 40, 3, 1, 1), dtype)
     case.check_dgrad(case.waiting(), config=config, **case.normed)
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("name", ["3x3-stride2-even", "5x5-stride3-even", "2x2"])
+def test_strided_dgrad_by_classes(name: str, block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one class give what tiles of all positions give, at every end."""
+    case = Case(SHAPES[name], torch.float32)
+    grad = Grad(case.output())
+    options = {"dtype": torch.float32, "config": Config(block_m, 16, 16), **case.normed}
+
+    def run() -> list[Tensor]:
+        q, grads = conv_dgrad(grad, case.weight, case.x, case.geometry, **options)
+        assert q is not None
+        assert grads is not None
+        rest = {"coef": grads.coef, "identity": case.x}
+        dx, _ = conv_dgrad(grad, case.weight, case.x, case.geometry, **options, **rest)
+        return [q, dx, *grads]
+
+    found = run()
+    monkeypatch.setattr(sys.modules[conv_dgrad.__module__], "_classes", lambda conv: 1)
+    for mine, other in zip(found, run(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
 
 
 def test_dgrad_of_a_wider_gradient() -> None:
