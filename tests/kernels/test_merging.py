@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +16,14 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import triton
 import triton.language as tl
 
+from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.kernels import (
+    configs,
     conv_backward,
     conv_dgrad,
     conv_forward,
     conv_wgrad,
+    dispatch,
     launch,
     merging,
     moments,
@@ -32,12 +36,14 @@ from resnetv2.kernels.wgrad_config import WgradConfig
 from tests.support.interpreter import programs_in_order
 from tests.support.kernel_checks import (
     BF16,
+    DEVICE,
     F32,
     activation,
     assert_same_bits,
     per_channel,
     poisoned_memory,  # noqa: F401
 )
+from tests.support.yardstick import assert_equal_steps, images, randomise, step
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="programs are ordered in Triton's interpreter"
@@ -106,19 +112,23 @@ CALLS: dict[str, Callable[[Tensor], list[Tensor]]] = {
 }
 
 
-def _shuffled(programs: int) -> Sequence[int]:
-    return random.Random(programs).sample(range(programs), programs)
+def _shuffled(programs: int, seed: int = 0) -> Sequence[int]:
+    return random.Random(programs + seed).sample(range(programs), programs)
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_any_order_of_programs(
-    call: Callable[[Tensor], list[Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are cut into many tiles, and those merged in groups."""
     device = launch.INTERPRETER._replace(multiprocessors=30)
     monkeypatch.setattr(launch, "INTERPRETER", device)
     monkeypatch.setattr(merging, "_SMALLEST_GROUP", 1)
+    monkeypatch.setattr(configs, "conv", lambda *shape: TILE)
     tile = WgradConfig(16, 16, 64, 1, 4, 1)
     monkeypatch.setattr(conv_wgrad, "config_of", lambda *shape, **options: tile)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_any_order_of_programs(call: Callable[[Tensor], list[Tensor]], many_programs: None) -> None:
     h = activation(SHAPE, F32, 3.0)
     found = []
     for order in (range, lambda n: range(n)[::-1], _shuffled):
@@ -136,6 +146,38 @@ def test_any_order_of_programs(
         for one, other in zip(found[0], others, strict=True):
             assert one.isfinite().all()
             assert_same_bits(one, other)
+
+
+BLOCKS = {
+    "basic": lambda: PreActBlock(8, 8, backend="triton"),
+    "wide-basic": lambda: PreActBlock(8, 12, 2, backend="triton"),
+    "bottleneck": lambda: BottleneckPreActBlock(8, 64, backend="triton"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_ten_steps_have_the_same_bits(
+    name: str, many_programs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training step of a block, its programs in another order each time."""
+    if name.startswith("wide"):
+        monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 512, (3, 3): 1})
+    torch.manual_seed(0)
+    block = randomise(BLOCKS[name]()).to(DEVICE)
+    x = images((1, 8, 6, 14))
+    first = None
+    for run in range(10):
+        most: list[int] = []
+
+        def ordered(number: int, run: int = run, most: list[int] = most) -> Sequence[int]:
+            most.append(number)
+            return _shuffled(number, run)
+
+        with programs_in_order(ordered):
+            found = step(copy.deepcopy(block), x)
+        assert max(most) >= 6
+        first = first or found
+        assert_equal_steps(found, first)
 
 
 @triton.jit
