@@ -151,7 +151,7 @@ def test_any_order_of_programs(call: Callable[[Tensor], list[Tensor]], many_prog
 BLOCKS = {
     "basic": lambda: PreActBlock(8, 8, backend="triton"),
     "wide-basic": lambda: PreActBlock(8, 12, 2, backend="triton"),
-    "bottleneck": lambda: BottleneckPreActBlock(8, 64, backend="triton"),
+    "bottleneck": lambda: BottleneckPreActBlock(8, 32, backend="triton"),
 }
 
 
@@ -164,7 +164,7 @@ def test_ten_steps_have_the_same_bits(
         monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 512, (3, 3): 1})
     torch.manual_seed(0)
     block = randomise(BLOCKS[name]()).to(DEVICE)
-    x = images((1, 8, 6, 14))
+    x = images((1, 8, 4, 12))
     first = None
     for run in range(10):
         most: list[int] = []
@@ -175,7 +175,7 @@ def test_ten_steps_have_the_same_bits(
 
         with programs_in_order(ordered):
             found = step(copy.deepcopy(block), x)
-        assert max(most) >= 6
+        assert max(most) >= 3
         first = first or found
         assert_equal_steps(found, first)
 
