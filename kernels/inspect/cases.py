@@ -267,6 +267,18 @@ def steps(
         other = tensors.activation(tuple(h.shape), stream)
         return functions.input_grad(Grad(other, h, coef), None, compute)
 
+    def operands(h: Tensor) -> object:
+        coef = tensors.values(4, h.shape[1])
+        dz, normed = (tensors.activation(tuple(h.shape), dtype) for _ in range(2))
+        stats = stats_of(h.shape[1])
+        z = Activated(normed, stats, unit.act)
+        grad = Grad(dz, normed if unit.training else None, coef, z)
+        if functions is reference:
+            return reference.input_grad(grad, None, compute), reference.norm_act(
+                h, stats, unit.act, compute
+            )
+        return norm_backward.written_operands(grad, h, stats, unit.act, compute)
+
     def between_ranks(like: Tensor) -> object:
         h = tensors.activation(tuple(like.shape), stream, _STREAM_MEAN)
         affine = tensors.values(h.shape[1])
@@ -316,6 +328,8 @@ def steps(
     if unit.reach >= 1:
         # Where a 3x3's weight is frozen, its gradient is written alone.
         yield "norm gradient", partial(norm_gradient, h)
+        # Of a narrow 3x3 in front of a wide one.
+        yield "operands", partial(operands, h)
         yield "merged over ranks", partial(between_ranks, h)
     if unit.projection:
         geometry = Geometry((unit.projection, unit.projection))

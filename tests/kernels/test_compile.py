@@ -9,6 +9,7 @@ processes of their own, since this one may interpret kernels.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -243,9 +244,11 @@ def ptxas_says(row):
 
 
 def channels(row):
-    """C, K and the number of taps of a convolution."""
+    """C, K and the number of taps of a convolution: of program 0's class, which has the most."""
     c = row.constants
-    return c["C"], c["K"], c["R"] * c["S"]
+    strides = (c["STRIDE_H"], c["STRIDE_W"]) if c.get("CLASSED") else (1, 1)
+    taps = (-(-size // stride) for size, stride in zip((c["R"], c["S"]), strides, strict=True))
+    return c["C"], c["K"], math.prod(taps)
 
 
 def result_rows(row):
