@@ -273,11 +273,12 @@ def steps(
         stats = stats_of(h.shape[1])
         z = Activated(normed, stats, unit.act)
         grad = Grad(dz, normed if unit.training else None, coef, z)
-        if functions is reference:
-            return reference.input_grad(grad, None, compute), reference.norm_act(
-                h, stats, unit.act, compute
-            )
-        return norm_backward.written_operands(grad, h, stats, unit.act, compute)
+        if functions is norm_backward:
+            g, written = norm_backward.written_operands(grad, h, stats, unit.act, compute)
+        else:
+            g = reference.input_grad(grad, None, compute)
+            written = reference.norm_act(h, stats, unit.act, compute)
+        return dispatch.ConvGrads(Grad(g), None, None, None, None), written
 
     def between_ranks(like: Tensor) -> object:
         h = tensors.activation(tuple(like.shape), stream, _STREAM_MEAN)
