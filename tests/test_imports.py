@@ -24,7 +24,7 @@ BELOW["training"] = {"data", "planning", "fuse"} | BELOW["planning"]
 # What doctor and the benchmarks share.
 BELOW["measuring"] = {"training", *BELOW["training"]}
 BELOW["doctor"] = {"measuring", *BELOW["measuring"]}
-BELOW["studies"] = {"training", *BELOW["training"]}
+BELOW["studies"] = {"measuring", *BELOW["measuring"]}
 BELOW["train"] = {"training", *BELOW["training"]}
 BELOW["visualization"] = {"studies", *BELOW["studies"]}
 BELOW["cli"] = {"studies", "train", "visualization", "doctor", *BELOW["studies"]}

@@ -11,20 +11,20 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.host import keep_freed_memory
 from ..kernels.inspect import host_time
 from ..names import DTYPES
-from ..planning.memory import peak_bytes, quiet_profiler
+from ..planning.memory import quiet_profiler
 from ..training.capture import CudaRecorder, Recorder
 from ..training.step import WARMUP_STEPS
 from .cases import STEP, Case, device
 from .providers import Provider
+from .steps import GradientStep, plain
 
 
 class Failure(Exception):  # noqa: N818 - an outcome to report, not an error of the benchmark
@@ -58,25 +58,23 @@ class Worker:
     def __init__(self, recorder: Callable[[torch.device], Recorder] = CudaRecorder) -> None:
         self.recorder = recorder
         self.case: Case | None = None
-        self.module: Any = None
+        self._step: GradientStep | None = None
         self.graphs: dict[str, Recorder] = {}
         self.graph_outs: dict[str, Tensor] = {}
         self.graph_bytes: dict[str, int] = {}
-        self.built: list[tuple[Case, Any, Tensor, Tensor]] = []
+        self.built: list[tuple[Case, GradientStep]] = []
 
     def build(self, case: Case, provider: Provider) -> None:
         """Prepare the case; nothing is run."""
         self.drop()
         self.case, self.provider = case, provider
-        self.module = provider.prepare(case)
-        self.x, self.target = case.inputs()
+        self._step = self._made(provider.prepare(case), *case.inputs())
 
     def drop(self) -> None:
         """Forget the case."""
-        if self.module is None and not self.built:
+        if self._step is None and not self.built:
             return  # collecting garbage takes tenths of a second
-        self.case = self.module = None
-        self.x = self.target = None  # type: ignore[assignment]
+        self.case = self._step = None
         self.built = []
         self.graphs.clear()
         self.graph_outs.clear()
@@ -84,45 +82,38 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _autocast(self) -> Any:
+    @property
+    def step(self) -> GradientStep:
+        """The case's workload."""
+        assert self._step is not None
+        return self._step
+
+    def _made(self, module: Any, x: Tensor, target: Tensor) -> GradientStep:
         assert self.case is not None
-        if self.case.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(device().type, DTYPES[self.case.dtype])
+        return GradientStep(module, x, target, self.case.loss, DTYPES[self.case.dtype])
 
-    def _clear(self) -> None:
-        self.module.zero_grad(set_to_none=True)
-        self.x.grad = None
-
-    def _step(self, mode: str) -> Tensor:
+    def _run(self, mode: str) -> Tensor:
         """The workload once; the output."""
-        assert self.case is not None
-        with self._autocast():
-            out = self.module(self.x)
-            if mode == "forward":
-                return out
-            loss, gradient = self.case.loss(out, self.target)
-        loss.backward(gradient)
-        return out
+        return self.step.forward() if mode == "forward" else self.step()
 
     def _runner(self, mode: str) -> Callable[[], Any]:
         if not self.provider.graph:
 
             def run() -> None:
-                self._clear()
-                self._step(mode)
+                self.step.clear()
+                self._run(mode)
 
             return run
         if mode not in self.graphs:
             recorder = self.recorder(device())
 
             def step() -> Tensor:
-                self._clear()
-                return self._step(mode)
+                self.step.clear()
+                return self._run(mode)
 
             for _ in range(WARMUP_STEPS):
                 recorder.run(step)
-            self._clear()
+            self.step.clear()
             cuda = torch.cuda.is_available()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -138,27 +129,27 @@ class Worker:
             self._runner(STEP)()
             out = self.graph_outs[STEP]
         else:
-            self._clear()
-            out = self._step(STEP)
+            self.step.clear()
+            out = self._run(STEP)
         result = {"out": out}
-        if self.x.grad is not None:
-            result["dx"] = self.x.grad
-        for name, parameter in _plain(self.module).named_parameters():
+        if self.step.x.grad is not None:
+            result["dx"] = self.step.x.grad
+        for name, parameter in plain(self.step.module).named_parameters():
             if parameter.grad is None:
                 raise Failure(f"no gradient for {name}")
             result[f"grad {name}"] = parameter.grad
-        for name, buffer in _plain(self.module).named_buffers():
+        for name, buffer in plain(self.step.module).named_buffers():
             if buffer.is_floating_point():
                 result[f"buffer {name}"] = buffer
         return {name: tensor.detach().double().cpu() for name, tensor in result.items()}
 
     def reference(self, case: Case, path: str) -> None:
         """The case in float64 by eager PyTorch, saved to ``path``; unlike the rest, no provider."""
-        plain = case._replace(dtype="fp32")
-        self.case, self.provider = plain, Provider("float64", lambda case: None)
-        self.module = plain.build(backend="eager", dtype=torch.float64)
-        self.x, self.target = plain.inputs()
-        self.x = self.x.detach().double().requires_grad_(self.x.requires_grad)
+        fp32 = case._replace(dtype="fp32")
+        self.case, self.provider = fp32, Provider("float64", lambda case: None)
+        x, target = fp32.inputs()
+        x = x.detach().double().requires_grad_(x.requires_grad)
+        self._step = self._made(fp32.build(backend="eager", dtype=torch.float64), x, target)
         torch.save(self.results(), path)
         self.drop()
 
@@ -194,13 +185,7 @@ class Worker:
 
     def sample(self, mode: str, repeats: int) -> float:
         """Seconds for ``repeats`` runs."""
-        run = self._runner(mode)
-        _synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        _synchronize()
-        return time.perf_counter() - start
+        return self.step.seconds(self._runner(mode), repeats)
 
     def host_build(self, cases: list[Case], provider: Provider) -> None:
         """Prepare several cases, whose steps ``host_seconds`` and ``host_calls`` take in turns."""
@@ -208,15 +193,15 @@ class Worker:
         built = []
         for case in cases:
             self.build(case, provider)
-            built.append((case, self.module, self.x, self.target))
+            built.append((case, self.step))
         self.built = built
 
     def _each(self, figure: Callable[[Callable[[], Any]], Any]) -> list[Any]:
         result = []
         for built in self.built:
-            self.case, self.module, self.x, self.target = built
-            self._clear()
-            result.append(figure(lambda: self._step(STEP)))
+            self.case, self._step = built
+            self.step.clear()
+            result.append(figure(self.step))
         return result
 
     def host_seconds(self) -> list[float]:
@@ -232,14 +217,10 @@ class Worker:
         run = self._runner(mode)
         if self.provider.graph:
             return self.graph_bytes[mode] - self._gradient_bytes(mode)
-        self._clear()
-        _synchronize()
-        return peak_bytes(run, torch.cuda.is_available()) - self._gradient_bytes(mode)
+        return self.step.peak(run) - self._gradient_bytes(mode)
 
     def _gradient_bytes(self, mode: str) -> int:
-        if mode == "forward":
-            return 0
-        return sum(p.numel() * p.element_size() for p in _plain(self.module).parameters())
+        return 0 if mode == "forward" else self.step.gradient_bytes()
 
     def host(self, mode: str) -> float:
         """Processor time of a run in seconds, the least of three: on a CPU, all of it."""
@@ -261,20 +242,10 @@ class Worker:
                 self.sample(STEP, 1)
             peak = self.peak(STEP)
             parameters = self._gradient_bytes(STEP)
-            buffers = sum(b.numel() * b.element_size() for b in _plain(self.module).buffers())
+            buffers = sum(b.numel() * b.element_size() for b in plain(self.step.module).buffers())
             return peak + 3 * parameters + buffers
         finally:
             self.drop()
-
-
-def _plain(module: Any) -> nn.Module:
-    """The module itself, without torch.compile's wrapper and the prefix that it gives to names."""
-    return getattr(module, "_orig_mod", module)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def reason_of(error: BaseException) -> str:

@@ -11,11 +11,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..measuring.steps import GradientStep
 from ..models import PreActResNet
 from ..names import DTYPES, EAGER
 from ..planning.memory import plan
 from ..training.environment import device_name, package_versions, reproducible, select_device
-from .measuring import NetStep
 from .results import Result, Table
 from .visualizer import COLOURS, Picture
 
@@ -71,7 +71,8 @@ def demo(
         peaks, losses = {}, {}
         for mode, step in steps.items():
             step()  # faults its pages in, and compiles kernels
-            losses[mode], peaks[mode] = step.loss, step.peak() / 1e6
+            assert step.loss is not None
+            losses[mode], peaks[mode] = float(step.loss), step.peak_beyond_gradients() / 1e6
             bar.update(2)
         times: dict[str, list[float]] = {mode: [] for mode in MODES}
         end = time.perf_counter() + seconds
@@ -100,7 +101,7 @@ def _fitting_batch(depth: int, dtype: str, place: torch.device) -> int:
     return batch
 
 
-def _step(depth: int, mode: str, batch: int, dtype: str, place: torch.device) -> NetStep:
+def _step(depth: int, mode: str, batch: int, dtype: str, place: torch.device) -> GradientStep:
     """The same weights, images and labels for each mode."""
     torch.manual_seed(0)
     fused = "auto" if place.type == "cuda" else "aten"  # not the kernels in an interpreter
@@ -112,7 +113,7 @@ def _step(depth: int, mode: str, batch: int, dtype: str, place: torch.device) ->
     except ValueError as error:
         raise InputError(str(error)) from error
     images, labels = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
-    return NetStep(model, images.to(place), labels.to(place), DTYPES[dtype])
+    return GradientStep.of_net(model, images.to(place), labels.to(place), DTYPES[dtype])
 
 
 def _result(

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from ..blocks import PreActBlock
 from ..core.table import counted
 from ..data.batches import Batches, ImageData
+from ..measuring.steps import GradientStep
 from ..models import PreActResNet
 from .harness import InputError, Result, StudyOptions, Table, gradient_norm, study
-from .measuring import NetStep
 from .visualizer import ResNetV2Visualizer
 
 VANISHING = 1e-3
@@ -103,7 +103,7 @@ def measure(make: Callable[[str], PreActResNet], images: Tensor, labels: Tensor)
 def _step(model: PreActResNet, images: Tensor, labels: Tensor) -> Step:
     """The second step for memory and the third for time: the first one faults its pages in."""
     x = images.clone(memory_format=torch.channels_last).requires_grad_()
-    step = NetStep(model, x, labels)
+    step = GradientStep.of_net(model, x, labels)
     step()
     assert x.grad is not None
     at_input, of_parameters = float(x.grad.norm()), float(gradient_norm(model))
@@ -112,7 +112,7 @@ def _step(model: PreActResNet, images: Tensor, labels: Tensor) -> Step:
         parameters=sum(p.numel() for p in model.parameters()),
         at_input=at_input,
         of_parameters=of_parameters,
-        peak=step.peak() / 1e6,
+        peak=step.peak_beyond_gradients() / 1e6,
         milliseconds=1000 * step.seconds(),
     )
 

@@ -61,11 +61,11 @@ def test_time_is_the_median_of_rounds_in_which_all_take_turns(
 ) -> None:
     turns: list[float] = []
 
-    def seconds(step: module.NetStep) -> float:
+    def seconds(step: module.GradientStep) -> float:
         turns.append(1.0 + len(turns) // len(MODES))  # a machine that slows down
         return turns[-1]
 
-    monkeypatch.setattr(module.NetStep, "seconds", seconds)
+    monkeypatch.setattr(module.GradientStep, "seconds", seconds)
     result = demo(11, 1, seconds=1e-9, progress=False)
     (table,) = result.tables
     assert result.conclusions[1].endswith("in a time that these rounds do not tell from eager's.")
@@ -77,7 +77,7 @@ def test_a_time_is_more_or_less_where_all_rounds_agree(monkeypatch: pytest.Monke
     seconds = {"recompute": [1.1, 1.2, 1.3], "invert": [0.9, 1.2, 1.3], "segment": [0.8, 0.7, 0.9]}
     turns = [[1.0, *(values[i] for values in seconds.values())] for i in range(3)]
     flat = iter([value for turn in turns for value in turn])
-    monkeypatch.setattr(module.NetStep, "seconds", lambda step: next(flat))
+    monkeypatch.setattr(module.GradientStep, "seconds", lambda step: next(flat))
     _, recompute, invert, segment = demo(11, 1, seconds=1e-9, progress=False).conclusions
     assert recompute.endswith("in 20% more time.")
     assert invert.endswith("in a time that these rounds do not tell from eager's.")
