@@ -1,5 +1,7 @@
 """Measured figures in the README are those of committed reports; what documents refer to exists."""
 
+import ast
+import inspect
 import json
 import re
 import shlex
@@ -10,11 +12,13 @@ import click
 import pytest
 from PIL import Image
 
+import resnetv2.studies
 import resnetv2.visualization
 from bench import extreme_depth, plots, report, training
 from bench.schema import CSV_NAME, REPORTS, read
 from resnetv2.cli.command import main
 from resnetv2.studies.demo import MODES
+from resnetv2.studies.harness import Study
 from resnetv2.training.config import FIELDS, make_config
 
 ROOT = Path(__file__).parent.parent
@@ -230,3 +234,36 @@ def test_snippets_run_by_themselves(code, monkeypatch, one_thread):
         code = code.replace(many, few)
     monkeypatch.setenv("RESNETV2_BACKEND", "aten")  # Triton's interpreter would take minutes
     exec(code, {})
+
+
+def calls(text):
+    """Calls of the library in backquotes: the function, and what it is given, by its source."""
+    for code in re.findall(r"`([\w.]+\([^`]*\))`", text):
+        tree = ast.parse(code, mode="eval").body
+        found = resnetv2
+        for name in ast.unparse(tree.func).removeprefix("resnetv2.").split("."):
+            found = getattr(found, name, None)
+        if found is not None:
+            yield code, found, tree
+
+
+CALLS = {code: (function, tree) for code, function, tree in calls(README)}
+
+
+@pytest.mark.parametrize("code", CALLS)
+def test_calls_in_the_text_are_taken(code):
+    """Every argument has a name that the function knows; "..." may stand for any."""
+    function, call = CALLS[code]
+    keywords = {keyword.arg: None for keyword in call.keywords}
+    if isinstance(function, Study):
+        function.options(
+            **{name: ast.literal_eval(k.value) for name, k in zip(keywords, call.keywords)}
+        )
+        return
+    given = [arg for arg in call.args if ast.unparse(arg) != "..."]
+    inspect.signature(function).bind_partial(*given, **keywords)
+
+
+def test_calls_are_found():
+    assert {"fuse(model, memory=...)", "unfuse(model)", "load_weights(model, weights)"} < {*CALLS}
+    assert any(isinstance(function, Study) for function, _ in CALLS.values())

@@ -15,6 +15,7 @@ from .comparing import (
     TRAINING,
     UNFUSED,
     Factory,
+    near_chance,
     network,
     percent,
     points,
@@ -97,20 +98,21 @@ def effects(comparison: Comparison, names: tuple[str, ...] = (PLAIN, V1, V2)) ->
     # A seed's mean over both nets, or over both regimes: the effect of one choice alone.
     by_regime = _means(of_regime[V1][0], of_regime[V2][0])
     by_architecture = _means(of_v2[NOTHING][0], of_v2[ALL][0])
-    sizes = [abs(spread.mean) for spread in (by_regime, by_architecture)]
-    larger = "regime" if sizes[0] > sizes[1] else "architecture"
-    agree = sum(
-        (abs(a) > abs(b)) == (sizes[0] > sizes[1])
-        for a, b in zip(by_regime.values, by_architecture.values)
-    )
+    gap = Spread(tuple(abs(a) - abs(b) for a, b in zip(by_regime.values, by_architecture.values)))
+    seeds = counted(len(gap.values), "seed")
+    told = len(gap.values) > 1 and all(value * gap.mean > 0 for value in gap.values)
+    if told and abs(gap.mean) > gap.std:
+        larger = "regime" if gap.mean > 0 else "architecture"
+        weighed = f"the {larger} makes the larger difference here, in each of {seeds}."
+    else:
+        weighed = f"which of them makes the larger difference cannot be read from {seeds}."
     return [
         "All three against none of them: "
         + ", ".join(f"{name} {words}" for name, (_, words) in of_regime.items())
         + ".",
         f"{V2} against the {V1}: {of_v2[NOTHING][1]} without the three, {of_v2[ALL][1]} with them.",
         f"Over these two nets the regime gives {points(by_regime.mean)} on average, V2 instead of "
-        f"the original unit {points(by_architecture.mean)}: the {larger} makes the larger "
-        f"difference here, in {agree} of {counted(len(by_regime.values), 'seed')}.",
+        f"the original unit {points(by_architecture.mean)}: {weighed}",
     ]
 
 
@@ -140,6 +142,7 @@ def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) ->
         }
         for net in nets
     }
+    guessing = near_chance(comparison, len(data.classes))
     ends = {key: runs for key, runs in comparison.histories.items() if not _single(key)}
     visualizer = ResNetV2Visualizer()
     return Result(
@@ -147,7 +150,7 @@ def summarise(comparison: Comparison, options: StudyOptions, data: ImageData) ->
             grid(comparison, names, nets),
             comparison.table(f"Training, {where}"),
         ],
-        conclusions=effects(comparison),
+        conclusions=effects(comparison) if guessing is None else [guessing],
         figures={
             "regimes": visualizer.plot_groups(values, "test accuracy (%)", where),
             "curves": visualizer.plot_curves(ends, title=where),

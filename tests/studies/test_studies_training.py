@@ -408,7 +408,15 @@ def test_recipe_weighs_both(accuracies, larger):
     assert "plain net +0.0" in of_regime
     gain = 100 * (accuracies[V2, ALL] - accuracies[V1, ALL])
     assert f"{gain:+.1f} ± 0.0 points with them" in of_v2
-    assert weighed.endswith(f"the {larger} makes the larger difference here, in 2 of 2 seeds.")
+    assert weighed.endswith(f"the {larger} makes the larger difference here, in each of 2 seeds.")
+    alone = Comparison({name: each[:1] for name, each in runs.histories.items()})
+    unread = "which of them makes the larger difference cannot be read from"
+    assert effects(alone)[2].endswith(f"{unread} 1 seed.")
+    # Where one seed's original net gains nothing by the regime, and the other's all of it.
+    for seed, value in enumerate((accuracies[V1, NOTHING], 0.99)):
+        runs.histories[label(V1, ALL)][seed] = history(V1, seed, value)
+    runs.histories[label(V2, ALL)] = [history(V2, 0, 0.3), history(V2, 1, 0.99)]
+    assert effects(runs)[2].endswith(f"{unread} 2 seeds.")
 
 
 # The studies themselves, at toy size.
