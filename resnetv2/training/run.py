@@ -28,7 +28,7 @@ from .config import TrainConfig, make_config
 from .environment import cpu_threads, reproducible, select_device
 from .evaluate import build_model, check_backend, memory_format_of
 from .log import check_folder, holds_a_run, threads_of
-from .loop import Loop
+from .loop import DivergenceError, Loop
 from .metrics import Callback
 from .parallel import World, alike, local_device, processes
 from .report import description
@@ -187,15 +187,19 @@ def train(
 
 @contextlib.contextmanager
 def _nothing_left_behind(folder: Path | None, run: RunState) -> Iterator[None]:
-    """Remove the files of a run that ends before its first step, where there were none before."""
+    """Remove the files of a run that ends before its first step, or diverges before its first
+    epoch and checkpoint, where there were none before."""
     if folder is None or holds_a_run(folder):
         yield
         return
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
-    except BaseException:
-        if not run.done:
+    except BaseException as error:
+        # A loss that is lost so early leaves nothing to look at or go on with.
+        nothing = run.last_checkpoint is None and not run.result.history
+        lost = nothing and isinstance(error, DivergenceError)
+        if not run.done or lost:
             for name in ("config.yaml", "metrics.jsonl"):
                 (folder / name).unlink(missing_ok=True)
             if folder in missing:

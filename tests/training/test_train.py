@@ -415,8 +415,8 @@ def test_divergence_before_any_checkpoint(tmp_path: Path) -> None:
     images[:, :, ::2] = -1.0
     data = TensorDataset(images * torch.rand(32, 1, 1, 1), torch.arange(32) % 4)
     with pytest.raises(DivergenceError, match="no checkpoint before it"):
-        train(data, lr=1e30, epochs=3, out=tmp_path, warmup_steps=0, batch_size=8)
-    assert not list(tmp_path.glob("checkpoints/*"))
+        train(data, lr=1e30, epochs=3, out=tmp_path / "runs" / "a", warmup_steps=0, batch_size=8)
+    assert not list(tmp_path.iterdir()), "the next run of the name would get a number"
 
 
 def test_train_works_outside_the_main_thread(tmp_path: Path) -> None:
