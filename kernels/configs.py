@@ -1,4 +1,4 @@
-"""Which tile each kernel uses for a shape: a heuristic, and the few others worth timing.
+"""Which tile each kernel uses for a shape where none was measured (choices.py): a heuristic.
 
 The heuristic counts instructions and programs (inspect/sass.py, on an H100): the widest tile that
 still leaves two programs for each multiprocessor, because a program's fixed cost (weights, border
@@ -8,12 +8,12 @@ masks, reductions) is spread over its rows, and a tile of all columns reads its 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
-from . import launch, tuning
+from . import launch
 from .integers import cdiv, next_power_of_2
 from .launch import Config, Device, KernelError
 
@@ -186,41 +186,6 @@ def row_splits(rows: int, c: int, config: Config, device: Device) -> tuple[int, 
     blocks = cdiv(rows, config.block_m)
     programs = _PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
     return blocks, min(blocks, cdiv(programs, cdiv(c, config.block_n)))
-
-
-def conv_candidates(shape: ConvShape, device: Device) -> list[Config]:
-    """What the autotuner times: the heuristic's tile first, then its neighbours."""
-    first = conv(shape, device)
-    if device.backend == "interpreter" or _exact(shape.dtype):
-        return [first]
-    m, n = first.block_m, first.block_n
-    near = [(m // 2, n), (m * 2, n), (m, n // 2), (m, n * 2), (m * 2, n // 2), (m // 2, n * 2)]
-    widest = min(64, next_power_of_2(shape.columns))
-    largest = _max_accumulators(shape.dtype, shape.long_epilogue)
-    others = [
-        first._replace(block_m=m, block_n=n)
-        for m, n in near
-        if 64 <= m <= 256 and 16 <= n <= widest and m * n <= largest
-    ]
-    return [first, *others[:5]]
-
-
-def tuned_conv(
-    kernel: str,
-    shape: ConvShape,
-    device: Device,
-    details: Callable[[], tuple[Any, ...]],
-    run: Callable[[Config], Any],
-) -> Config:
-    """``conv(shape, device)``, or the fastest of its candidates where tuning is on.
-
-    Args:
-        details: what else the time depends on; see ConvShape for what must stay out.
-        run: ``kernel`` with a tile.
-    """
-    if not tuning.enabled():
-        return conv(shape, device)
-    return tuning.choose(kernel, (*shape, *details()), conv_candidates(shape, device), run)
 
 
 def smaller(config: Config, times: int) -> Config:

@@ -246,28 +246,8 @@ def conv_dgrad(
         prologue = "affine" if grad.h is None else "affine_h"
     long_epilogue = coef is not None or act.kind in configs.SMOOTH_ACTS
     if config is None:
-        config = configs.tuned_conv(
-            "conv_dgrad",
-            configs.ConvShape(rows, conv.K, c, conv.R * conv.S, dtype, long_epilogue),
-            device_of(h),
-            lambda: (h.shape, geometry, grad.q.dtype, weight.dtype, weight.stride(), prologue),
-            lambda tile: conv_dgrad(
-                grad,
-                weight,
-                h,
-                geometry,
-                dtype=dtype,
-                stats=stats,
-                act=act,
-                add=add,
-                write=write,
-                coef=coef,
-                identity=identity,
-                training=training,
-                out_dtype=out_dtype,
-                config=tile,
-            ),
-        )
+        sizes = configs.ConvShape(rows, conv.K, c, conv.R * conv.S, dtype, long_epilogue)
+        config = configs.conv(sizes, device_of(h))
     config = configs.smaller(config, smaller)
     classes = _classes(conv)
     tiles = classes * cdiv(rows // classes, config.block_m)

@@ -215,28 +215,8 @@ def conv_forward(
     rows = shape[0] * conv.P * conv.Q
     long_epilogue = act.kind in configs.SMOOTH_ACTS
     if config is None:
-        config = configs.tuned_conv(
-            "conv_forward",
-            configs.ConvShape(rows, conv.C, conv.K, conv.R * conv.S, dtype, long_epilogue),
-            device_of(h),
-            lambda: (h.shape, geometry, h.dtype, weight.dtype, weight.stride(), stats is not None),
-            lambda tile: conv_forward(
-                h,
-                weight,
-                bias,
-                geometry,
-                dtype=dtype,
-                stats=stats,
-                act=act,
-                residual=residual,
-                residual_stats=residual_stats,
-                subtract=subtract,
-                out_dtype=out_dtype,
-                with_moments=with_moments,
-                norm=norm,
-                config=tile,
-            ),
-        )
+        sizes = configs.ConvShape(rows, conv.C, conv.K, conv.R * conv.S, dtype, long_epilogue)
+        config = configs.conv(sizes, device_of(h))
     config = configs.smaller(config, smaller)
     tiles = cdiv(rows, config.block_m)
     place = NOWHERE

@@ -34,7 +34,7 @@ from .launch import TRITON_DTYPES, device_of, input_precision, is_wide, launch
 from .merging import arrive, group_size
 from .operands import IDENTITY, Act, Geometry, Grad
 from .products import merge_products, store_products, write_products
-from .wgrad_config import config_of
+from .wgrad_config import WgradConfig, config_of
 
 
 @triton.jit
@@ -271,6 +271,7 @@ def conv_wgrad(
     stats: Tensor | None = None,
     act: Act = IDENTITY,
     with_bias: bool = False,
+    config: WgradConfig | None = None,
     smaller: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """dweight = wgrad(act(a*h + b), g) and dbias = sum of g, in one launch, deterministic.
@@ -281,7 +282,7 @@ def conv_wgrad(
         weight: (K, C, R, S); gives dweight its shape, dtype and memory layout.
         dtype: of both operands of the multiplication; it accumulates in float32.
         stats, act: the prologue; ``stats=None`` means that h is the operand.
-        smaller: times the tile (wgrad_config.py) is halved.
+        config: the tile; chosen by shape (wgrad_config.py) if None. smaller: times it is halved.
 
     Returns:
         dweight like weight, dbias (K,) in weight's dtype or None.
@@ -309,16 +310,18 @@ def conv_wgrad(
     if rows == 0:
         return dweight.zero_(), None if dbias is None else dbias.zero_()
     device = device_of(h)
-    config = config_of(
-        rows,
-        weight.shape,
-        geometry,
-        device,
-        dtype=dtype,
-        stream=h.dtype,
-        prologue=stats is not None or gh is not None,
-        plain_gradient=gh is None and q.dtype == dtype,
-    ).smaller(smaller)
+    if config is None:
+        config = config_of(
+            rows,
+            weight.shape,
+            geometry,
+            device,
+            dtype=dtype,
+            stream=h.dtype,
+            prologue=stats is not None or gh is not None,
+            plain_gradient=gh is None and q.dtype == dtype,
+        )
+    config = config.smaller(smaller)
     blocks, splits = config.splits(rows, k, j, device)
     _, size = config.workspace(rows, k, j, with_bias, device)
     group = group_size(splits)

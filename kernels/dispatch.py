@@ -14,13 +14,16 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ranks, reference
+from . import choices, ranks, reference
+from .choices import APART, ATEN, BOTH, DGRAD, FORWARD, FUSED, WGRAD, WRITTEN, Choice
 from .operands import (
     IDENTITY,
     Act,
@@ -255,17 +258,14 @@ class AtenEngine:
         return ConvGrads(Grad(g), dweight, dbias, dgamma, dbeta)
 
 
-FUSED = "fused"  # prologues are applied as the kernel loads its operands
-WRITTEN = "written"  # an elementwise kernel writes the operands once, the kernel reads them plain
-ATEN = "aten"  # ATen's (cuDNN's) convolution, between the same elementwise kernels
-
 # Channels on the narrower side from which arithmetic binds a convolution of that kernel size
 # (kernels/README.md, "Which implementation runs").
 WIDE = {(1, 1): 512, (3, 3): 128}
 
 
 def implementation(weight_shape: Sequence[int], geometry: Geometry) -> str:
-    """The table: how a convolution with a weight (K, C, R, S) is computed, in both directions.
+    """The cost model: how a convolution with a weight (K, C, R, S) is computed, in both directions,
+    where nothing was measured (``choices``).
 
     A prologue at each tap of a 3x3 costs 2-3x its memory time in instructions, against 0.7x
     without one: its operands are written once. A 1x1 is at the memory floor with all fused. Where
@@ -303,9 +303,11 @@ class TritonEngine(AtenEngine):
             conv_forward,
             conv_wgrad,
             fallback,
+            launch,
             moments,
             norm_act,
             norm_backward,
+            wgrad_config,
         )
 
         self._run = fallback.Fallbacks().run
@@ -317,6 +319,17 @@ class TritonEngine(AtenEngine):
         self._conv_backward = conv_backward
         self._conv_dgrad = conv_dgrad
         self._conv_wgrad = conv_wgrad
+        self._tiles: dict[str, Any] = dict.fromkeys(choices.OPERATIONS, launch.Config)
+        self._tiles[WGRAD] = wgrad_config.WgradConfig
+
+    def _choice(
+        self, operation: str, h: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype
+    ) -> tuple[str, Any]:
+        """How a convolution of h is computed, and its kernel's tile, None where no other than that
+        of the shape was measured."""
+        found = choices.find(operation, h, weight.shape, geometry, dtype) or Choice(None)
+        tile = None if found.tile is None else self._tiles[operation](*found.tile)
+        return found.how or implementation(weight.shape, geometry), tile
 
     def projection_adds(self, other: Convolved, projection: Convolved) -> bool:
         return implementation(*other) == ATEN != implementation(*projection)
@@ -373,6 +386,11 @@ class TritonEngine(AtenEngine):
             lambda: reference.input_grad(grad, identity, dtype),
             tiled=False,
         )  # fmt: skip
+
+    def _plain(self, grad: Grad, dtype: torch.dtype) -> Tensor:
+        """g in ``dtype``, written where it waits."""
+        waits = grad.coef is not None or grad.z is not None or grad.q.dtype != dtype
+        return self._input_grad(grad, None, dtype) if waits else grad.q
 
     def _operands(
         self, grad: Grad, h: Tensor, stats: Tensor, act: Act, dtype: torch.dtype
@@ -435,9 +453,9 @@ class TritonEngine(AtenEngine):
         norm: Norm | None = None,
         **options: Any,
     ) -> tuple[Tensor, Any]:
-        """``reference.conv_forward`` by whatever ``implementation`` names."""
+        """``reference.conv_forward``, computed as chosen."""
         dtype = options["dtype"]
-        how = implementation(weight.shape, geometry)
+        how, tile = self._choice(FORWARD, h, weight, geometry, dtype)
         if how != FUSED and options.get("stats") is not None:
             h = self._operand(h, options["stats"], options["act"], dtype)
             options["stats"] = None
@@ -463,18 +481,25 @@ class TritonEngine(AtenEngine):
             "conv forward", h, (h.shape, weight.shape, geometry, dtype),
             lambda smaller: self._conv_forward.conv_forward(
                 h, weight, bias, geometry,
-                with_moments=with_moments, norm=norm, smaller=smaller, **options,
+                with_moments=with_moments, norm=norm, config=tile, smaller=smaller, **options,
             ),
             aten,
         )  # fmt: skip
 
     def _weight_grad(
-        self, how: str, grad: Grad, h: Tensor, weight: Tensor, geometry: Geometry, *,
+        self, choice: tuple[str, Any], grad: Grad, h: Tensor, weight: Tensor, geometry: Geometry, *,
         dtype: torch.dtype, stats: Tensor | None, act: Act, with_bias: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if how == WRITTEN and stats is not None:
+        how, tile = choice
+        if how == ATEN or (how == WRITTEN and stats is not None):
             h = self._operand(h, stats, act, dtype)
             stats = None
+        if how == ATEN:
+            g = self._plain(grad, dtype)
+            mask = (False, True, with_bias)
+            _, dweight, dbias = reference.convolution_backward(g, h, weight, geometry, mask)
+            assert dweight is not None
+            return dweight, dbias
         options: dict[str, Any] = {
             "dtype": dtype,
             "stats": stats,
@@ -484,7 +509,7 @@ class TritonEngine(AtenEngine):
         return self._run(
             "conv wgrad", h, (h.shape, weight.shape, geometry, dtype),
             lambda smaller: self._conv_wgrad.conv_wgrad(
-                grad, h, weight, geometry, smaller=smaller, **options
+                grad, h, weight, geometry, config=tile, smaller=smaller, **options
             ),
             lambda: reference.conv_wgrad(grad, h, weight, geometry, **options),
         )  # fmt: skip
@@ -492,12 +517,12 @@ class TritonEngine(AtenEngine):
     def conv_backward(
         self, g, h, weight, geometry, *, dtype, stats, act, need_input, need_weight, need_bias
     ):  # type: ignore[no-untyped-def]
-        """``AtenEngine.conv_backward`` by whatever ``implementation`` names."""
-        how = implementation(weight.shape, geometry)
+        """``AtenEngine.conv_backward``, computed as chosen."""
+        how, tile = self._choice(DGRAD, h, weight, geometry, dtype)
+        wgrad = self._choice(WGRAD, h, weight, geometry, dtype)
         dz = dweight = dbias = None
-        if how == ATEN:
-            if g.dtype != dtype:
-                g = self._input_grad(Grad(g), None, dtype)
+        if how == ATEN == wgrad[0]:
+            g = self._plain(Grad(g), dtype)
             z = self._operand(h, stats, act, dtype) if need_weight else h
             dz, dweight, dbias = reference.convolution_backward(
                 g, z, weight, geometry, (need_input, need_weight, need_bias)
@@ -505,29 +530,37 @@ class TritonEngine(AtenEngine):
             return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
         if need_weight or need_bias:
             dweight, dbias = self._weight_grad(
-                how, Grad(g), h, weight, geometry,
+                wgrad, Grad(g), h, weight, geometry,
                 dtype=dtype, stats=stats, act=act, with_bias=need_bias,
             )  # fmt: skip
-        if need_input:
-            dz, _ = self._dgrad(Grad(g), weight, h, geometry, dtype=dtype)
+        if need_input and how == ATEN:
+            mask = (True, False, False)
+            dz, _, _ = reference.convolution_backward(
+                self._plain(Grad(g), dtype), h, weight, geometry, mask
+            )
+        elif need_input:
+            dz, _ = self._dgrad(Grad(g), weight, h, geometry, dtype=dtype, config=tile)
         return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
 
     def norm_conv_backward(
         self, grad, h, stats, act, weight, geometry, *, training, gamma, dtype,
         need_input, need_weight, need_bias, add=None, identity=None, final=False, sync=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
-        """``AtenEngine.norm_conv_backward`` by whatever ``implementation`` names."""
-        how = implementation(weight.shape, geometry)
+        """``AtenEngine.norm_conv_backward``, computed as chosen."""
+        hows = [self._choice(each, h, weight, geometry, dtype) for each in (DGRAD, WGRAD)]
+        wide = hows[0][0] == ATEN
+        if isinstance(add, Dgrad) and not wide:
+            add = self._written(add, h, dtype)
         projection = add if isinstance(add, Dgrad) else None
         z = Activated(h, stats, act, None if projection else add)
         need = need_input, need_weight, need_bias
-        if how == ATEN:
+        if wide:
             found = self._wide_backward(
-                grad, z, weight, geometry, dtype, training, need, projection
+                hows[1], grad, z, weight, geometry, dtype, training, need, projection
             )
         else:
             found = self._narrow_backward(
-                how, grad, z, weight, geometry, dtype, training, need, final and runs_twice(weight)
+                hows, grad, z, weight, geometry, dtype, training, need, final and runs_twice(weight)
             )
         del grad
         grad, sums, dweight, dbias, again = found
@@ -545,16 +578,27 @@ class TritonEngine(AtenEngine):
             grad = Grad(self._input_grad(grad, identity, h.dtype))
         return ConvGrads(grad, dweight, dbias, dgamma, dbeta)
 
+    def _written(self, projection: Dgrad, h: Tensor, dtype: torch.dtype) -> Tensor:
+        """A projection's input gradient, where no kernel adds to it on the way."""
+        g, weight, geometry = projection
+        found = self.conv_backward(
+            g, h, weight, geometry, dtype=dtype, stats=None, act=IDENTITY,
+            need_input=True, need_weight=False, need_bias=False,
+        )  # fmt: skip
+        result: Tensor = found.grad.q
+        return result
+
     def _wide_backward(
-        self, grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
+        self, wgrad: tuple[str, Any], grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
         dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool],
         projection: Dgrad | None,
     ) -> _Found:  # fmt: skip
-        """By ATen's convolutions. dgrad first: the pass for its sums writes wgrad's operand too."""
+        """By ATen's convolutions. dgrad first: the pass for its sums writes wgrad's operand too.
+
+        wgrad: how that is computed, of written operands at any rate.
+        """
         h, stats, act, _ = z
-        g = grad.q
-        if grad.coef is not None or grad.z is not None or g.dtype != dtype:
-            g = self._input_grad(grad, None, dtype)
+        g = self._plain(grad, dtype)
         del grad
         need_input, need_weight, need_bias = need
         backward = functools.partial(reference.convolution_backward, g)
@@ -577,23 +621,33 @@ class TritonEngine(AtenEngine):
             operand = self._operand(h, stats, act, dtype)
         if need_weight or need_bias:
             operand = h if operand is None else operand
-            mask = (False, need_weight, need_bias)
-            _, dweight, dbias = backward(operand, weight, geometry, mask)
+            if need_weight and wgrad[0] != ATEN:
+                dweight, dbias = self._weight_grad(
+                    wgrad, Grad(g), operand, weight, geometry,
+                    dtype=dtype, stats=None, act=act, with_bias=need_bias,
+                )  # fmt: skip
+            else:
+                mask = (False, need_weight, need_bias)
+                _, dweight, dbias = backward(operand, weight, geometry, mask)
         return _Found(found, sums, dweight, dbias)
 
     def _narrow_backward(
-        self, how: str, grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
-        dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool], twice: bool,
+        self, hows: list[tuple[str, Any]], grad: Grad, z: Activated, weight: Tensor,
+        geometry: Geometry, dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool],
+        twice: bool,
     ) -> _Found:  # fmt: skip
-        """By the fused kernels. twice: ``runs_twice``."""
+        """By the fused kernels, wgrad perhaps by ATen's. twice: ``runs_twice``."""
+        (how, tile), wgrad = hows
+        # What one of them reads written, the other does as well.
+        written = not how == wgrad[0] == FUSED
         h, stats, act, add = z
         need_input, _, need_bias = need
         need_weight = need[1] or need_bias
         norm: Tensor | None = stats
         operand: Tensor | None = h
         waits = grad.coef is not None or grad.q.dtype != dtype
-        if grad.z is not None or (how == WRITTEN and waits):
-            if how == WRITTEN and need_weight:
+        if grad.z is not None or (written and waits):
+            if written and need_weight:
                 g, operand = self._operands(grad, h, stats, act, dtype)
                 grad, norm = Grad(g), None
             else:
@@ -601,7 +655,7 @@ class TritonEngine(AtenEngine):
         options: dict[str, Any] = {
             "dtype": dtype, "stats": stats, "act": act, "add": add, "training": training
         }  # fmt: skip
-        dgrad = functools.partial(self._dgrad, grad, weight, h, geometry, **options)
+        dgrad = functools.partial(self._dgrad, grad, weight, h, geometry, config=tile, **options)
 
         def apart() -> tuple[Tensor | None, NormGrads | None, Tensor | None, Tensor | None]:
             nonlocal operand
@@ -609,7 +663,7 @@ class TritonEngine(AtenEngine):
             if need_weight:
                 assert operand is not None
                 dweight, dbias = self._weight_grad(
-                    how, grad, operand, weight, geometry,
+                    wgrad, grad, operand, weight, geometry,
                     dtype=dtype, stats=norm, act=act, with_bias=need_bias,
                 )  # fmt: skip
             operand = None
@@ -617,19 +671,21 @@ class TritonEngine(AtenEngine):
                 q, sums = dgrad(write=not twice)
             return q, sums, dweight, dbias
 
-        tile = None
-        if how == FUSED and need_input and need_weight:
-            tile = self._conv_backward.tile(
-                grad, weight, h, geometry, dtype=dtype, act=act, add=add
-            )
-        if tile is None:
+        both = None
+        if not written and need_input and need_weight:
+            how, both = self._choice(BOTH, h, weight, geometry, dtype)
+            if both is None and how != APART:
+                both = self._conv_backward.tile(
+                    grad, weight, h, geometry, dtype=dtype, act=act, add=add
+                )
+        if both is None:
             q, sums, dweight, dbias = apart()
         else:
             q, sums, dweight, dbias = self._run(
                 "conv backward", h, (h.shape, weight.shape, geometry, dtype),
                 lambda smaller: self._conv_backward.conv_backward(
                     grad, weight, h, geometry, write=not twice, with_bias=need_bias,
-                    config=tile, smaller=smaller, **options,
+                    config=both, smaller=smaller, **options,
                 ),
                 apart,
                 instead="by a kernel for each gradient",
@@ -701,4 +757,17 @@ def engine(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) 
     name = resolve_backend(backend, device)
     if name == "triton" and any(dtype not in TRITON_DTYPES for dtype in dtypes):
         name = "aten"
-    return _engine(name)
+    return (_stand_in.get() if name == "triton" else None) or _engine(name)
+
+
+_stand_in: ContextVar[AtenEngine | None] = ContextVar("stand-in", default=None)
+
+
+@contextmanager
+def stand_in(engine: AtenEngine) -> Iterator[None]:
+    """Inside the block chains run on ``engine`` where they would on Triton's: it is looked at."""
+    token = _stand_in.set(engine)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)

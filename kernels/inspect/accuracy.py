@@ -21,7 +21,7 @@ from .cases import DTYPES, Random, Unit, steps
 from .yardstick import MOST_DRAWS, Draw, Yardstick, judged
 
 # What a step returns beside sums over rows.
-_ELEMENTWISE = ("result", "gradient")
+ELEMENTWISE = ("result", "gradient")
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ class Steps:
                 self.failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
                 return  # its draws are no longer those of the others
             self.kernels[label] = sorted({*launched})
-            terms = {n: float(v.norm()) for n, v in truth.items() if n not in _ELEMENTWISE}
+            terms = {n: float(v.norm()) for n, v in truth.items() if n not in ELEMENTWISE}
             yield label, Draw(found, expected, truth, terms)
 
 

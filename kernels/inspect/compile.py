@@ -26,7 +26,6 @@ Exit status 1: something spills, or a convolution in fp16 or bf16 lacks wgmma on
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import queue
@@ -41,10 +40,8 @@ from pathlib import Path
 
 import torch
 
-from .. import tuning
 from ..fallback import FallbackWarning
-from ..launch import Config
-from . import compile_report, dryrun
+from . import compile_report, dryrun, tuning
 from .cases import DTYPES, UNITS, Unit, rated, selected, steps
 from .compile_row import Row
 
@@ -144,25 +141,6 @@ def row(target: str, dtype: str, case: str, launch: dryrun.Launch, counted: bool
     )
 
 
-@contextlib.contextmanager
-def _candidates_too() -> Iterator[None]:
-    """Launch every tile that the autotuner would time, the heuristic's included."""
-
-    def choose(
-        kernel: str, key: object, candidates: Sequence[Config], run: Callable[[Config], object]
-    ) -> Config:
-        for config in candidates[1:]:
-            run(config)
-        return candidates[0]
-
-    enabled, chosen = tuning.enabled, tuning.choose
-    tuning.enabled, tuning.choose = lambda: True, choose  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        tuning.enabled, tuning.choose = enabled, chosen
-
-
 def rows_of(
     target: str,
     dtype: str,
@@ -173,17 +151,16 @@ def rows_of(
 ) -> list[Row]:
     """Compile the steps of ``UNITS[number]`` whose label contains ``case``, in this process.
 
-    With ``candidates``, also the tiles that RESNETV2_AUTOTUNE=1 would time; with ``count``, the
+    With ``candidates``, also the tiles that ``doctor --tune`` would time; with ``count``, the
     instructions of every kernel, beside those that ``cases.rated`` names.
     """
     count = count or rated(UNITS[number], target, dtype)
     rows = []
     for label, step in _steps(dtype, number, case):
-        tiles = _candidates_too() if candidates else contextlib.nullcontext()
-        with dryrun.dry_run(target) as run, tiles, warnings.catch_warnings():
+        with dryrun.dry_run(target) as run, warnings.catch_warnings():
             # The table is about the kernels that should run, not about what replaces them.
             warnings.simplefilter("error", FallbackWarning)
-            step()
+            tuning.with_neighbours(step) if candidates else step()
         if run.failures:
             raise RuntimeError(f"{label} does not fit on {target}: {'; '.join(run.failures)}")
         rows += [row(target, dtype, label, launch, count) for launch in run.launches]
@@ -245,8 +222,8 @@ def compile_all(
 ) -> list[Row]:
     """The units that ``choose`` names for a target and dtype, distinct kernels and grids.
 
-    They are compiled by ``jobs`` processes. With ``candidates``, also the tiles that the autotuner
-    would time; with ``count``, every kernel's instructions on sm_90.
+    They are compiled by ``jobs`` processes. With ``candidates``, also the tiles that
+    ``doctor --tune`` would time; with ``count``, every kernel's instructions on sm_90.
     """
     pairs = [(target, dtype) for target in targets for dtype in dtypes]
     tasks: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
@@ -309,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--all", action="store_true", help="all units for all targets and dtypes")
     parser.add_argument(
-        "--candidates", action="store_true", help="also the tiles that RESNETV2_AUTOTUNE=1 times"
+        "--candidates", action="store_true", help="also the tiles that resnetv2 doctor --tune times"
     )
     parser.add_argument(
         "--count", action="store_true", help="count every kernel's instructions (sm_90; 0.4 s each)"
