@@ -100,9 +100,16 @@ def key(
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and allow_tf32():
         name = "tf32"
-    sizes = ("x".join(map(str, size)) for size in (x, weight))
-    stride, padding = ("x".join(map(str, pair)) for pair in (geometry.stride, geometry.padding))
-    return f"{operation} {' * '.join(sizes)} stride {stride} padding {padding} {name}"
+    return f"{operation} {_times(x)} * {_place(weight, geometry)} {name}"
+
+
+def _place(weight: Sequence[int], geometry: Geometry) -> str:
+    stride, padding = _times(geometry.stride), _times(geometry.padding)
+    return f"{_times(weight)} stride {stride} padding {padding}"
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def find(
@@ -119,13 +126,29 @@ def find(
     return known.get(key(operation, x.shape, weight, geometry, dtype)) if known else None
 
 
+def known(x: Tensor, weight: Sequence[int], geometry: Geometry) -> dict[str, tuple[str, ...]]:
+    """How each direction of a convolution is computed for sizes of x that were measured on its
+    device: the implementations by operation, nothing where none was."""
+    device = device_name(x)
+    found: dict[str, set[str]] = {}
+    if device is not None:
+        place = _place(weight, geometry)
+        for name, choice in measured(device).choices.items():
+            operation = next(o for o in OPERATIONS if name.startswith(o + " "))
+            if f" * {place} " in name and operation != BOTH:
+                found.setdefault(operation, set()).add(str(choice.how))
+    return {operation: tuple(sorted(hows)) for operation, hows in found.items()}
+
+
 def device_name(x: Tensor) -> str | None:
     """What choices for a tensor's device are kept under; None where no kernel of Triton's runs.
 
     Name, target and multiprocessors. Tensors without memory stand for the GPU that is here, if it
     is that which they are planned for.
     """
-    if not x.is_cuda and (not x.is_meta or recording.gpu() is None or not torch.cuda.is_available()):
+    if not x.is_cuda and (
+        not x.is_meta or recording.gpu() is None or not torch.cuda.is_available()
+    ):
         return None if x.is_meta else _of_a_stand_in(x)
     from . import launch
 
@@ -228,7 +251,9 @@ def _sections(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise DamagedError(f"expected JSON, got {len(text)} bytes that are none: {error}") from error
+        raise DamagedError(
+            f"expected JSON, got {len(text)} bytes that are none: {error}"
+        ) from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise DamagedError(f"expected format {FORMAT}, got {found!r}")

@@ -17,8 +17,9 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -132,9 +133,7 @@ def tasks_of(step: Callable[[], object]) -> list[Task]:
         if geometry != Geometry(geometry.stride, geometry.padding):
             continue
         direction = FORWARD if call.method == "conv_forward" else BACKWARD
-        task = Task(
-            direction, given["h"].shape, given["weight"].shape, geometry, given["dtype"]
-        )
+        task = Task(direction, given["h"].shape, given["weight"].shape, geometry, given["dtype"])
         found.setdefault(task, []).append((call, count))
     return [task._replace(calls=tuple(calls)) for task, calls in found.items()]
 
@@ -305,9 +304,7 @@ class Tuner:
                 if seconds < best[1] * (_GAIN if best is timed[0] else 1):
                     best = candidate, seconds, launched
         name = next(iter(self.seconds)) if best is timed[0] else _name(best[0])
-        return Found(
-            self._kept(best[0]), timed[0][1], best[1], name, self.seconds, self.refused
-        )
+        return Found(self._kept(best[0]), timed[0][1], best[1], name, self.seconds, self.refused)
 
     def _kept(self, candidate: Candidate) -> dict[str, Choice]:
         at = self.task[1:5]
@@ -356,7 +353,7 @@ class Tuner:
                 total = 0.0
                 for call, count in self.task.calls:
                     arguments = _tensors(call, 0, self.device, False)
-                    total += count * self.timer(lambda: _run(self.engine, call, arguments))
+                    total += count * self.timer(partial(_run, self.engine, call, arguments))
         except (RefusedError, KernelError, FallbackWarning, torch.OutOfMemoryError) as error:
             self.refused[name] = str(error).partition("\n")[0]
             return None
@@ -369,12 +366,12 @@ class Tuner:
             if not self.check:
                 _run(self.engine, call, _tensors(call, 0, self.device, False))
                 continue
-            held = judged(lambda seed, _: self._draw(call, seed), 1, 1, _DRAWS)
+            held = judged(partial(self._draw, call), 1, 1, _DRAWS)
             name, excess = held.worst()
             if not excess <= 1:
                 raise RefusedError(f"wrong: {name} is off by {excess:.3g} of the allowed error")
 
-    def _draw(self, call: Call, seed: int) -> Draw:
+    def _draw(self, call: Call, seed: int, _: bool) -> Draw:
         if (call, seed) not in self._expected:
             aten = AtenEngine()
             eager, exact = (
@@ -432,6 +429,3 @@ def with_neighbours(step: Callable[[], object]) -> None:
         for tile in neighbours(kernel, constants):
             with choices.forced({_OPERATION[kernel]: Choice(None, tile)}):
                 step()
-
-
-__all__: Iterable[str] = ("Call", "Found", "RefusedError", "Task", "Tuner", "tasks_of")

@@ -12,7 +12,10 @@ from typing import Any, TypeVar
 
 import click
 
+from ..models import BLOCKS, IMAGE_SIZES, MODELS, PreActResNet, standard_net
+from ..names import DTYPES
 from ..training.fields import Choice, Field, fields_of
+from .command import WrongInput
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,6 +28,74 @@ threads = click.option(
 progress = click.option(
     "--progress/--no-progress", default=None, help="Progress bar.  [default: on a terminal]"
 )
+
+
+_NET = (
+    click.option(
+        "--depth",
+        type=click.IntRange(1, 99_999),
+        help="Layers: 6n+2 for basic, 9n+2 for bottleneck.",
+    ),
+    click.option("--block", type=click.Choice(list(BLOCKS)), help="For --depth.  [default: basic]"),
+    click.option(
+        "--model",
+        type=click.Choice(list(MODELS)),
+        metavar="NAME",
+        help="A standard net by its name, instead of --depth and --block; resnetv2 train "
+        "--list-models has them.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1, 2**31 - 1),
+        default=128,
+        show_default=True,
+        help="Images a step.",
+    ),
+    click.option(
+        "--image-size",
+        type=click.IntRange(1, 2**16),
+        help="Height and width in pixels.  [default: 32; 224 for a net of ImageNet]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(list(DTYPES)),
+        default="fp32",
+        show_default=True,
+        help="In which convolutions multiply (autocast).",
+    ),
+)
+
+
+def net_options(command: F) -> F:
+    """The options that say which net a step has, of which images, in which dtype."""
+    for option in reversed(_NET):
+        command = option(command)
+    return command
+
+
+def net_of(
+    depth: int | None, block: str | None, model: str | None, image_size: int | None
+) -> tuple[PreActResNet, int]:
+    """The net of ``net_options``, without memory, and the size of its images.
+
+    Raises:
+        WrongInput: they name no net, or two.
+    """
+    import torch
+
+    if (depth is None) == (model is None):
+        raise WrongInput("give --depth or --model: one of them says which net it is")
+    if model is not None and block is not None:
+        raise WrongInput(f"--block belongs to --depth: {model} has its own")
+    try:
+        with torch.device("meta"):
+            if depth is not None:
+                net = PreActResNet.from_depth(depth, block or "basic")
+            else:
+                net = standard_net(str(model)).build()
+    except ValueError as error:
+        raise WrongInput(str(error)) from error
+    return net, image_size or IMAGE_SIZES[net.stem]
 
 
 def options_of(

@@ -4,44 +4,14 @@ from __future__ import annotations
 
 import click
 
-from ..models import BLOCKS, IMAGE_SIZES, MODELS, PreActResNet, standard_net
+from ..models import PreActResNet
 from ..names import DTYPES
 from .command import WrongInput
+from .options import net_of, net_options
 
 
 @click.command()
-@click.option(
-    "--depth",
-    type=click.IntRange(1, 99_999),
-    help="Layers: 6n+2 for basic, 9n+2 for bottleneck.",
-)
-@click.option("--block", type=click.Choice(list(BLOCKS)), help="For --depth.  [default: basic]")
-@click.option(
-    "--model",
-    type=click.Choice(list(MODELS)),
-    metavar="NAME",
-    help="A standard net by its name, instead of --depth and --block; resnetv2 train "
-    "--list-models has them.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 2**31 - 1),
-    default=128,
-    show_default=True,
-    help="Images a step.",
-)
-@click.option(
-    "--image-size",
-    type=click.IntRange(1, 2**16),
-    help="Height and width in pixels.  [default: 32; 224 for a net of ImageNet]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    default="fp32",
-    show_default=True,
-    help="In which convolutions multiply (autocast).",
-)
+@net_options
 @click.option(
     "--budget",
     help='Bytes for everything: "8GiB", "500MB".  [default: the free memory of the GPU]',
@@ -98,8 +68,7 @@ def plan(
     if budget is None and not with_time and not torch.cuda.is_available():
         raise WrongInput("there is no GPU whose free memory could be asked: give --budget")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = _net(depth, block, model)
-    image_size = image_size or IMAGE_SIZES[net.stem]
+    net, image_size = net_of(depth, block, model, image_size)
     try:
         result = predict(
             net,
@@ -116,23 +85,6 @@ def plan(
     if with_time:
         click.echo()
         click.echo(_floors(net, batch_size, image_size, dtype, device, rates))
-
-
-def _net(depth: int | None, block: str | None, model: str | None) -> PreActResNet:
-    """The net of the options, without memory."""
-    import torch
-
-    if (depth is None) == (model is None):
-        raise WrongInput("give --depth or --model: one of them says which net it is")
-    if model is not None and block is not None:
-        raise WrongInput(f"--block belongs to --depth: {model} has its own")
-    try:
-        with torch.device("meta"):
-            if depth is not None:
-                return PreActResNet.from_depth(depth, block or "basic")
-            return standard_net(str(model)).build()
-    except ValueError as error:
-        raise WrongInput(str(error)) from error
 
 
 def _floors(

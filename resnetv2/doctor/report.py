@@ -5,8 +5,9 @@ The JSON is an object with
 - ``schema``: 1, the version of this description, counted up where a reader would have to change;
 - ``quick``, ``seconds``, ``time`` (ISO 8601, UTC): which checks were asked for, how long they took;
 - ``environment``: ``versions``, ``system``, ``device``, ``threads``, ``backend``, ``variables``,
-  ``missing`` (objects of ``what``, ``why``, ``command``), and of a GPU ``capability``,
-  ``memory_bytes``, ``cuda`` and ``driver``;
+  ``missing`` (objects of ``what``, ``why``, ``command``), ``choices`` (what ``doctor --tune``
+  measured: ``file``, the ``number`` and ``digest`` of those that are used, a ``note`` where none
+  is), and of a GPU ``capability``, ``memory_bytes``, ``cuda`` and ``driver``;
 - ``checks``: objects of ``part``, ``name``, ``state`` ("right", "wrong" or "not checked"),
   ``detail`` (why, in a sentence; may be empty) and ``figures`` (numbers by name);
 - ``right`` (whether no check is "wrong") and ``verdict``.
@@ -103,6 +104,14 @@ def _environment(facts: dict[str, Any]) -> list[str]:
         device += f" (sm_{major}{minor}, {memory}, CUDA {facts['cuda']}{driver})"
     lines = [versions, f"{device}, {facts['threads']} threads, backend {facts['backend']}"]
     lines += [f"{name}={value}" for name, value in facts["variables"].items()]
+    measured = facts["choices"]
+    if measured["number"]:
+        lines.append(
+            f"measured choices: {measured['number']} of {measured['file']}, "
+            f"digest {measured['digest']}"
+        )
+    elif measured["note"]:
+        lines.append(f"measured choices: none: {measured['note']}")
     lines += [
         f"missing: {each['what']} ({each['why']}): {each['command']}" for each in facts["missing"]
     ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..kernels import choices
 from ..kernels.dispatch import has_triton, resolve_backend
 from ..training.environment import device_name, package_versions
 
@@ -48,6 +49,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             if name.startswith(("RESNETV2_", "TRITON_")) or name == "CUDA_VISIBLE_DEVICES"
         },
         "missing": missing(device),
+        "choices": _measured(device),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -56,6 +58,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
         facts["driver"] = _driver()
     return facts
+
+
+def _measured(device: torch.device) -> dict[str, Any]:
+    """The file of ``doctor --tune``: its path, what of it is used, and why not."""
+    found = choices.Measured({})
+    if backend_of(device) == "triton":
+        name = choices.device_name(torch.empty(0, device=device))
+        assert name is not None
+        found = choices.measured(name)
+    return {
+        "file": str(choices.path()),
+        "number": len(found.choices),
+        "digest": found.digest,
+        "note": found.note,
+    }
 
 
 def _driver() -> str:

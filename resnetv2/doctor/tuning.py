@@ -94,9 +94,7 @@ def tune(
     except OSError as error:
         raise InputError(f"cannot write {choices.path()}: {error.strerror}") from error
     began = time.perf_counter()
-    tasks = tasks_of(
-        lambda: step_costs(model, batch_size, image_size, DTYPES[dtype], triton=True)
-    )
+    tasks = tasks_of(lambda: step_costs(model, batch_size, image_size, DTYPES[dtype], triton=True))
     rows: list[tuple[str, float | None, float | None, str]] = []
     kept: dict[str, choices.Choice] = {}
     for number, task in enumerate(tasks, start=1):

@@ -28,6 +28,7 @@ from ..core.sync import NORMS
 from ..core.table import Cells, html_lines, html_table, text_table
 from ..names import AUTO, BACKENDS, EAGER
 from .auto import FUSION, AutoMemory, auto_memory, check_memory, remove_auto_memory
+from .computed import computed_by, measured_note
 from .dataflow import MOST_NORMS, read_unit
 from .reasons import NotAUnitError
 from .unit_plan import Standing, UnitPlan, describe_unit, modules_of, signature
@@ -206,7 +207,8 @@ class BlockReport(NamedTuple):
 
     path: dotted, from the model. class_name: of the original class. fused: whether it runs fused
     now. kind: as what, such as "basic, projection from preact"; empty where it is none. reason:
-    why it does not run fused, or empty.
+    why it does not run fused, or empty. by: what computes each convolution of one that is fused
+    (kernels/README.md, "Which implementation runs"), a star behind what was measured.
     """
 
     path: str
@@ -214,6 +216,7 @@ class BlockReport(NamedTuple):
     fused: bool
     kind: str
     reason: str
+    by: str = ""
 
 
 class Report(NamedTuple):
@@ -221,11 +224,13 @@ class Report(NamedTuple):
 
     blocks: all rows, in the model's order. chains: paths of the Sequentials whose blocks run as
     one chain. memory: of memory "auto", the modes chosen and their predicted peaks; else empty.
+    measured: which file of ``resnetv2 doctor --tune`` is used, or why it is not; or empty.
     """
 
     blocks: tuple[BlockReport, ...]
     chains: tuple[str, ...] = ()
     memory: str = ""
+    measured: str = ""
 
     @property
     def fused(self) -> tuple[BlockReport, ...]:
@@ -253,9 +258,10 @@ class Report(NamedTuple):
             number = stop - start
             path = row.path or "(the model)"
             path = path if number == 1 else f"{path} ... {last} ({number})"
-            lines.append((path, row.class_name, "yes" if row.fused else "no", *row[3:]))
+            fused = "yes" if row.fused else "no"
+            lines.append((path, row.class_name, fused, row.kind, row.by, row.reason))
             start = stop
-        names = ("path", "class", "fused", "as", "reason")
+        names = ("path", "class", "fused", "as", "by", "reason")
         return names, lines, [False] * len(names)
 
     def _notes(self) -> list[str]:
@@ -263,6 +269,8 @@ class Report(NamedTuple):
         if self.chains:
             paths = ", ".join(path or "(the model)" for path in self.chains)
             notes.append(f"run as chains: {paths}")
+        if self.measured:
+            notes.append(self.measured)
         return notes + self.memory.splitlines()
 
 
@@ -457,21 +465,21 @@ def explain(model: nn.Module) -> Report:
     _check_module(model)
     rows = []
     for path, module, plans, reason in _survey(model):
-        kind = ""
+        kind = by = ""
         if isinstance(module, FusedUnit):
             kind = describe_unit(module, _fusion(module).plans[0])
             name = _fusion(module).original.__name__
-            reason = _reason(module.chain_unit())
+            reason, by = _state(module.chain_unit(), _fusion(module).backend)
         elif isinstance(module, PreActUnit):
             name = type(module).__name__
             kind = type(module).__name__
-            reason = _reason(module.chain_unit())
+            reason, by = _state(module.chain_unit(), module.backend)
         else:
             name = type(module).__name__
             if plans:
                 kind = describe_unit(module, plans[0])
                 reason = "can be fused: call fuse(model)"
-        rows.append(BlockReport(path, name, not reason, kind, reason))
+        rows.append(BlockReport(path, name, not reason, kind, reason, by))
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     rows.sort(key=lambda row: order[row.path])
     outer = [name for name, m in model.named_modules() if isinstance(m, FusedSequential)]
@@ -479,11 +487,17 @@ def explain(model: nn.Module) -> Report:
         p for p in outer if not any(p != q and (not q or p.startswith(q + ".")) for q in outer)
     ]
     choice = auto_memory(model)
-    return Report(tuple(rows), tuple(chains), choice.describe() if choice else "")
+    measured = ""
+    if any(row.by for row in rows):
+        weight = next(model.parameters())
+        measured = measured_note(weight.device, any("*" in row.by for row in rows))
+    memory = choice.describe() if choice else ""
+    return Report(tuple(rows), tuple(chains), memory, measured)
 
 
-def _reason(unit: UnitModules | str) -> str:
-    return unit if isinstance(unit, str) else ""
+def _state(unit: UnitModules | str, backend: str) -> tuple[str, str]:
+    """Why a block does not run fused, and what computes it if it does."""
+    return (unit, "") if isinstance(unit, str) else ("", computed_by(unit, backend))
 
 
 def _check_module(model: object) -> None:

@@ -245,7 +245,6 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "run": dict,
     "processes": int,
     "machine": dict,
-    "tiles": dict,
     "model": dict,
     "optimizer": dict,
     "scaler": dict,
@@ -264,8 +263,8 @@ def check_parts(state: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: names the file and the first part that is missing or of another type.
     """
-    # Versions before these were kept wrote none.
-    state = {"machine": {}, "tiles": {}, **state}
+    # Versions before it was kept wrote none.
+    state = {"machine": {}, **state}
     for name, kind in _PARTS.items():
         if not isinstance(state.get(name, ...), kind):
             what = f"its {name} is of another kind" if name in state else f"it has no {name}"

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..kernels.dispatch import has_triton
+from ..kernels import choices
+from ..kernels.dispatch import resolve_backend
 from ..kernels.switches import allow_tf32
+from ..names import AUTO
 from .fields import show
 
 
@@ -68,11 +70,14 @@ def package_versions() -> dict[str, str]:
 
 
 # Variables of the environment that choose between implementations of one function.
-_SWITCHES = ("RESNETV2_BACKEND", "RESNETV2_STREAM", "RESNETV2_AUTOTUNE", "TRITON_INTERPRET")
+_SWITCHES = ("RESNETV2_BACKEND", "RESNETV2_STREAM", "TRITON_INTERPRET")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What decides the roundings of a run beside its options: a value by name, None if not set."""
+def machine(device: torch.device, backend: str = AUTO) -> dict[str, Any]:
+    """What decides the roundings of a run beside its options: a value by name, None if not set.
+
+    backend: the run's.
+    """
     versions = package_versions()
     name = device_name(device)
     if device.type == "cpu":
@@ -82,6 +87,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": name,
         **{f"version of {package}": versions.get(package) for package in ("torch", "triton")},
+        "measured choices": choices_digest(device, backend),
         "TF32": device.type == "cuda" and allow_tf32(),
         **{name: os.environ.get(name) for name in _SWITCHES},
     }
@@ -97,21 +103,15 @@ def machine_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def measured_tiles() -> dict[str, Any]:
-    """The kernels' tiles that were timed, not derived, in this process; none without a GPU."""
-    if not has_triton():
-        return {}
-    from ..kernels import tuning
+def choices_digest(device: torch.device, backend: str = AUTO) -> str | None:
+    """Of what ``resnetv2 doctor --tune`` measured on this device; None where nothing of it is used.
 
-    return tuning.choices()
-
-
-def take_measured_tiles(tiles: dict[str, Any]) -> None:
-    """Use these tiles again, as ``measured_tiles`` gave them, instead of timing others."""
-    if tiles and has_triton():
-        from ..kernels import tuning
-
-        tuning.take(tiles)
+    A run that goes on with others has other roundings.
+    """
+    if backend not in (AUTO, "triton") or resolve_backend(AUTO, device) != "triton":
+        return None
+    name = choices.device_name(torch.empty(0, device=device))
+    return None if name is None else choices.measured(name).digest
 
 
 @contextlib.contextmanager

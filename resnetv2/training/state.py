@@ -27,12 +27,11 @@ from .average import averaged_model
 from .checkpoint import Checkpoints, check_parts
 from .config import TrainConfig, check_resumable, check_steps
 from .environment import (
+    choices_digest,
     device_name,
     machine,
     machine_changes,
-    measured_tiles,
     package_versions,
-    take_measured_tiles,
 )
 from .evaluate import load_weights
 from .metrics import EpochMetrics
@@ -151,6 +150,7 @@ class RunState:
             "device_name": device_name(self.device),
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
+            "measured_choices": choices_digest(self.device, config.backend),
             "versions": package_versions(),
         }
 
@@ -230,7 +230,6 @@ class RunState:
             "run": {**self._identity, "epoch_ends_at": ends, "pixels": self._pixels()},
             "processes": self.world.size,
             "machine": self._machine(),
-            "tiles": measured_tiles(),
             "model": self.model.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
@@ -325,7 +324,7 @@ class RunState:
     def _machine(self) -> dict[str, Any]:
         """What decides the bits beside the options, the mode that memory "auto" takes included."""
         chosen = {} if self.predicted is None else {"mode of memory auto": self.predicted.mode}
-        return {**machine(self.device), **chosen}
+        return {**machine(self.device, self.config.backend), **chosen}
 
     def _threads(self, before: dict[str, Any]) -> int:
         """The CPU threads to go on with: those asked for, or the checkpoint's."""
@@ -338,7 +337,6 @@ class RunState:
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         self.result.config["threads"] = threads
-        take_measured_tiles(state.get("tiles") or {})
 
     def _own_part(self, sums: list[Tensor]) -> Tensor:
         """This process' sums of an epoch in hand, or all where their number has changed."""
