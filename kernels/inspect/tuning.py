@@ -229,7 +229,7 @@ def neighbours(kernel: str, constants: Mapping[str, Any]) -> list[tuple[int, ...
         ]
         return [tuple(t) for t in some if 16 <= t.block_m <= 128]
     conv = constants["CONV"]
-    widest = min(64, next_power_of_2(conv.K if operation == FORWARD else conv.C))
+    widest = max(16, min(64, next_power_of_2(conv.K if operation == FORWARD else conv.C)))
     least = 16 if launch.INTERPRET else 64
     sizes = [(m // 2, n), (m * 2, n), (m, n // 2), (m, n * 2), (m * 2, n // 2), (m // 2, n * 2)]
     return [

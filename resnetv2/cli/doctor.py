@@ -53,7 +53,7 @@ def doctor(quick: bool, path: Path | None, tune: bool, threads: int | None, **ne
     if tune and (quick or path is not None):
         raise WrongInput("--tune measures and checks nothing else: leave out --quick and --json")
     if given and not tune:
-        raise WrongInput(f"{', '.join(given)} belong to --tune: give it too")
+        raise WrongInput(f"{', '.join(given)}: only with --tune")
     with clean_errors():
         # PyTorch's profiler, which counts a CPU's memory, tells on stderr that it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from resnetv2 import BottleneckPreActBlock, PreActResNet
-from resnetv2.kernels import dispatch, launch, reference, tuning
+from resnetv2.kernels import dispatch, launch, reference
 from resnetv2.kernels.fallback import FallbackWarning
 from resnetv2.kernels.inspect import stub_driver
 from resnetv2.kernels.launch import Config, KernelError
@@ -275,25 +275,6 @@ def test_an_error_as_a_filter_decides_nothing(
         for _ in range(2):
             with pytest.raises(FallbackWarning):
                 call("forward")
-
-
-def test_tuning_passes_over_a_tile_that_cannot_be_had(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RESNETV2_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "_chosen", {})
-    tiles = [Config(64, 16, 16), Config(128, 16, 16)]
-
-    def run(tile: Config) -> None:
-        if tile == tiles[0]:
-            raise KernelError("too large")
-
-    def timer(run: Callable[[], Any]) -> float:
-        run()
-        return 1.0
-
-    best = tuning.choose("conv_forward", (8,), tiles, run, timer=timer, device=lambda: "H100")
-    assert best == tiles[1]
 
 
 # --- with Triton's compiler and launcher (tests/support/fallback_checks.py) ---------------------

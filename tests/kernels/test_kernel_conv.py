@@ -599,10 +599,7 @@ def test_two_programs_a_multiprocessor(size: tuple[int, int, int, int], dtype: t
     rows, _, columns, _ = size
     for long_epilogue in (False, True):
         shape = configs.ConvShape(*size, dtype, long_epilogue)
-        candidates = configs.conv_candidates(shape, h100)
         first = configs.conv(shape, h100)
-        assert candidates[0] == first
-        assert len(candidates) <= 6
-        assert len(set(candidates)) == len(candidates)
-        assert all(c.block_m >= 64 and c.block_n >= 16 and c.block_k >= 16 for c in candidates)
+        assert first.block_m >= 64
+        assert min(first.block_n, first.block_k) >= 16
         assert -(-rows // first.block_m) * -(-columns // first.block_n) >= 264

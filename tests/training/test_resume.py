@@ -306,19 +306,7 @@ def test_checkpoint_of_a_version_that_kept_no_machine(
 ) -> None:
     for path in Checkpoints(broken_off / "checkpoints").files():
         state = read(path)
-        del state["machine"], state["tiles"]
+        del state["machine"]
         torch.save(state, path)
     run(broken_off, verbose=True)
     assert "other roundings" not in capsys.readouterr().out
-
-
-def test_measured_tiles_are_taken_again(
-    broken_off: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tuning = pytest.importorskip("resnetv2.kernels.tuning")
-    monkeypatch.setattr(tuning, "_chosen", {"a": tuning.Config(16, 32, 64)})
-    run(tmp_path / "other")
-    monkeypatch.setattr(tuning, "_chosen", {})
-    last = Checkpoints(tmp_path / "other" / "checkpoints").files()[1]
-    run(tmp_path / "third", resume=last)
-    assert tuning._chosen == {"a": tuning.Config(16, 32, 64)}
