@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from . import recording
+from .progress import COMPILING
 from .switches import allow_tf32
 
 INTERPRET: bool = triton.knobs.runtime.interpret
@@ -247,8 +248,9 @@ def _first(
 ) -> Any:
     """Triton's own launch, which compiles and loads what is needed; its ``CompiledKernel``."""
     try:
-        # Said, and not left to a default that differs between versions of Triton.
-        return kernel[grid](*args, **constants, enable_fp_fusion=True)
+        with COMPILING.kernel():
+            # Said, and not left to a default that differs between versions of Triton.
+            return kernel[grid](*args, **constants, enable_fp_fusion=True)
     except (TritonError, RuntimeError) as error:
         if not _of_the_kernel(error):
             raise

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -204,23 +203,33 @@ def dry_run(
     run = DryRun(DEVICES[target])
     config.set_active(_Driver(target, run))
     try:
-        with _compilation_timed(), _listed(run, compiles), _Unconvolved():
+        with _compilation_timed(), _listed(run, compiles), _unconvolved():
             yield run
     finally:
         config._active = previous
 
 
-class _Unconvolved(TorchDispatchMode):
-    """ATen's convolutions take no time either: their results are memory as it is found."""
+@contextlib.contextmanager
+def _unconvolved() -> Iterator[None]:
+    """ATen's convolutions take no time either: their results are memory as it is found.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        aten = torch.ops.aten
-        if func not in (aten.convolution.default, aten.convolution_backward.default):
-            return func(*args, **kwargs)
-        arguments = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-        result = func(*arguments[0], **arguments[1])
-        return tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), result)
+    By another kernel of the operators: under a mode chains would run as operators, whole.
+    """
+
+    def found(operator: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            result = operator(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), args))
+            return tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cpu"), result)
+
+        return run
+
+    library = torch.library.Library("aten", "IMPL")
+    for operator in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+        library.impl(operator.default, found(operator.default), "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 _SECONDS = "compile_seconds"
