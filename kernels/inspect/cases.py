@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, norm_backward, ranks, reference
+from .. import choices, dispatch, norm_backward, ranks, reference
 from ..operands import Act, Activated, Geometry, Grad, Norm, running_stats
 
 # name: dtype of the multiplication, dtype of the residual stream, TF32.
@@ -308,7 +308,7 @@ def steps(
     def is_wide(i: int) -> bool:
         c, k, kernel, _ = unit.convs[i]
         how = dispatch.implementation((k, c, kernel, kernel), Geometry())
-        return how == dispatch.ATEN
+        return how == choices.ATEN
 
     size, last = unit.size, len(unit.convs) - 1
     x = h = activation(unit.convs[0][0], size, stream, _STREAM_MEAN)

@@ -33,7 +33,7 @@ from ..dispatch import AtenEngine, TritonEngine, implementation, stand_in
 from ..fallback import FallbackWarning
 from ..integers import next_power_of_2
 from ..launch import Config, KernelError
-from ..operands import Geometry, Norm, running_stats
+from ..operands import Dgrad, Geometry, Norm, running_stats
 from ..wgrad_config import WgradConfig
 from .accuracy import ELEMENTWISE, named
 from .yardstick import Draw, judged
@@ -59,8 +59,9 @@ Candidate = Mapping[str, Choice]
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor's place in a call: all but its values."""
+    """A tensor's place in a call: all but its values. number: the same where the tensor is."""
 
+    number: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -95,10 +96,13 @@ class _Watching(TritonEngine):
         self.calls: Counter[Call] = Counter()
 
     def _note(self, method: str, **arguments: Any) -> None:
+        numbers: dict[int, int] = {}
+
         def like(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return Like(tuple(value.shape), tuple(value.stride()), value.dtype)
+            number = numbers.setdefault(id(value), len(numbers))
+            return Like(number, tuple(value.shape), tuple(value.stride()), value.dtype)
 
         self.calls[Call(method, tuple(tree_map(like, arguments).items()))] += 1
 
@@ -141,15 +145,18 @@ def tasks_of(step: Callable[[], object]) -> list[Task]:
 def _tensors(call: Call, seed: int, device: torch.device, exact: bool) -> dict[str, Any]:
     """The arguments of a call with random values, the same for a seed; in float64 if ``exact``."""
     generator = torch.Generator(device).manual_seed(seed)
-    affine: dict[str, Tensor] = {}  # of norms, by the name of their statistics
+    weights: list[Tensor] = []  # of the norm whose statistics are an argument themselves
+    made: dict[int, Tensor] = {}
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    def values(name: str, like: Like) -> Tensor:
+    def values(path: Sequence[Any], like: Like) -> Tensor:
+        name = getattr(path[-1], "name", getattr(path[-1], "key", ""))
         if name.endswith("stats"):
             mean, deviation, weight, bias = draw(4, like.shape[1])
-            affine[name] = weight
+            if len(path) == 1 and name == "stats":
+                weights.append(weight)
             return running_stats(mean, deviation.square() + 0.5, weight, bias, 1e-5)
         # A weight's sums over C*R*S are of the size of what they are summed from.
         scale = math.prod(like.shape[1:]) ** -0.5 if name == "weight" else 1.0
@@ -160,20 +167,30 @@ def _tensors(call: Call, seed: int, device: torch.device, exact: bool) -> dict[s
             return torch.float64 if exact else like
         if not isinstance(like, Like):
             return like
-        rounded = values(getattr(path[-1], "name", getattr(path[-1], "key", "")), like)
-        rounded = rounded.to(like.dtype)
-        dtype = torch.float64 if exact else like.dtype
-        made = torch.empty_strided(like.shape, like.stride, dtype=dtype, device=device)
-        return made.copy_(rounded)
+        if like.number not in made:
+            rounded = values(path, like).to(like.dtype)
+            dtype = torch.float64 if exact else like.dtype
+            empty = torch.empty_strided(like.shape, like.stride, dtype=dtype, device=device)
+            made[like.number] = empty.copy_(rounded)
+        return made[like.number]
 
     filled = dict(tree_map_with_path(fill, dict(call.arguments)))
     if filled.get("gamma") is not None:
-        filled["gamma"] = filled["gamma"].copy_(affine["stats"])  # what the statistics were made of
+        filled["gamma"] = filled["gamma"].copy_(weights[0])  # what the statistics were made of
     return filled
 
 
 def _run(engine: AtenEngine, call: Call, arguments: dict[str, Any]) -> Any:
     """What a call gives; of moments, the statistics."""
+    waits = arguments.get("add")
+    if isinstance(waits, Dgrad) and engine.name != "triton":
+        given = {name: arguments[name] for name in ("h", "dtype", "act")}
+        found = engine.conv_backward(
+            g=waits.g, weight=waits.weight, geometry=waits.geometry, stats=None,
+            need_input=True, need_weight=False, need_bias=False, **given,
+        )  # fmt: skip
+        assert found.grad is not None
+        arguments = {**arguments, "add": found.grad.q}
     result = getattr(engine, call.method)(**arguments)
     if call.method == "conv_forward" and result[1] is not None:
         norm = arguments.get("norm") or Norm(None, None, 1e-5)
@@ -294,8 +311,7 @@ class Tuner:
             warnings.simplefilter("error", FallbackWarning)
             timed = self._implementations()
             if not timed:
-                reasons = "; ".join(f"{name}: {why}" for name, why in self.refused.items())
-                raise RefusedError(f"{self.task}: {reasons}")
+                raise RefusedError("; ".join(dict.fromkeys(self.refused.values())))
             fastest = min(seconds for _, seconds, _ in timed)
             best = timed[0]
             for candidate, seconds, launched in timed:

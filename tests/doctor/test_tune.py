@@ -152,7 +152,7 @@ def test_a_later_run_computes_by_it(measured: tuple[Tuned, str]) -> None:
         assert tile is not None
         launches = [
             c for c in after["_conv_forward_kernel"]
-            if (c["CONV"].K, c["CONV"].C, c["CONV"].R) == weight[:3]
+            if weight[:3] == (c["CONV"].K, c["CONV"].C, c["CONV"].R)
         ]  # fmt: skip
         assert [(c["BLOCK_M"], c["BLOCK_N"]) for c in launches] == [tile[:2]]
     assert [c["BLOCK_M"] for c in before["_conv_forward_kernel"]] != [
@@ -259,8 +259,8 @@ def test_a_run_records_the_digest_and_says_another(
 
     def run(epochs: int, **options: Any) -> Any:
         return train_resnet_v2(
-            data, model=net(), epochs=epochs, batch_size=4, device=str(DEVICE), out=tmp_path / "run",
-            backend="auto", verbose=True, **options,
+            data, model=net(), epochs=epochs, batch_size=4, device=str(DEVICE), backend="auto",
+            out=tmp_path / "run", verbose=True, **options,
         )  # fmt: skip
 
     first = choices.write(NAME or "", {key(FORWARD, FIRST): choices.Choice(ATEN)})

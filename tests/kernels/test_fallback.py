@@ -21,7 +21,7 @@ from resnetv2 import BottleneckPreActBlock, PreActResNet
 from resnetv2.kernels import dispatch, launch, reference
 from resnetv2.kernels.fallback import FallbackWarning
 from resnetv2.kernels.inspect import stub_driver
-from resnetv2.kernels.launch import Config, KernelError
+from resnetv2.kernels.launch import KernelError
 from resnetv2.kernels.operands import Act, Geometry, Grad, running_stats
 from tests.support.compiled import checked
 

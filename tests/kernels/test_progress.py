@@ -1,4 +1,4 @@
-"""The line that says what compiles: on a terminal, not before it takes long, gone when it is over."""
+"""What is said of compiling: on a terminal, not before it takes long, gone when it is over."""
 
 from __future__ import annotations
 
