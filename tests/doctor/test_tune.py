@@ -196,6 +196,19 @@ def test_a_wrong_candidate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.choices[key(FORWARD, SECOND)].how != WRITTEN
 
 
+@pytest.mark.parametrize("weight", [FIRST, SECOND], ids=["first", "second"])
+def test_all_candidates_between_atens_convolutions(
+    weight: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step makes other calls: gradients that wait for z, a projection's that is added."""
+    monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 512, (3, 3): 8})
+    found = one(BACKWARD, weight)
+    assert found.refused == {}
+    assert [*found.seconds] == [
+        ATEN, "fused", WRITTEN, "dgrad written, wgrad aten", "dgrad aten, wgrad written"
+    ]  # fmt: skip
+
+
 def test_what_is_hardly_faster_is_not_chosen() -> None:
     """Or the clock's noise would change bits."""
     found = one(BACKWARD, SECOND, lambda run: 1.0 if atens() else 1.01)
