@@ -34,6 +34,8 @@ NETS = {
     "preact_resnet50": (32, 224),
     "wide_resnet28_10": (128, 32),
 }
+# Units of a deep net's stages that launch all of its kernels: more than a part of a chain has (16).
+FEW = {"preact_resnet1001": (18, 18, 18)}
 # On these ATen computes unless it is told otherwise (kernels/README.md).
 ATENS = {"sm_75": (7, 5)}
 OUT = REPORTS / "compile"
@@ -123,7 +125,7 @@ def _claimed(folder: Path, digest: str) -> bool:
     return True
 
 
-def _share(net: str, target: str, cache: str, claims: str, units: Sequence[int] | None) -> None:
+def _share(net: str, target: str, cache: str, claims: str) -> None:
     """Compile what no other process has begun."""
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ.pop("TRITON_INTERPRET", None)
@@ -132,16 +134,14 @@ def _share(net: str, target: str, cache: str, claims: str, units: Sequence[int] 
     from resnetv2.kernels.inspect.dryrun import dry_run
 
     torch.set_num_threads(1)
-    step = step_of(net, "triton", units)
+    step = step_of(net, "triton", FEW.get(net))
     with dry_run(target, lambda digest: _claimed(Path(claims), digest)) as run:
         step()
     if run.failures:
         raise RuntimeError(f"{net} on {target}: {'; '.join(run.failures)}")
 
 
-def _whole(
-    net: str, target: str, cache: str, backend: str, units: Sequence[int] | None, answers: Any
-) -> None:
+def _whole(net: str, target: str, cache: str, backend: str, answers: Any) -> None:
     """A step by the cache: launches, and of each kernel its name and seconds; what is compiled."""
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ.pop("TRITON_INTERPRET", None)
@@ -152,7 +152,7 @@ def _whole(
 
     torch.set_num_threads(1)
     before = {path.parent.name for path in Path(cache).rglob("compile_seconds")}
-    step = step_of(net, backend, units)
+    step = step_of(net, backend)
     with dry_run(target if target in DEVICES else "sm_80") as run, warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         step()
@@ -161,7 +161,7 @@ def _whole(
     answers.put((len(run.launches), kernels, len(after - before), run.failures))
 
 
-def measure(net: str, target: str, jobs: int = 2, units: Sequence[int] | None = None) -> Row:
+def measure(net: str, target: str, jobs: int = 2) -> Row:
     """Compile a network's step for a target with an empty cache.
 
     Raises:
@@ -178,13 +178,13 @@ def measure(net: str, target: str, jobs: int = 2, units: Sequence[int] | None = 
         began = time.perf_counter()
         if backend == "triton":
             shares = [
-                context.Process(target=_share, args=(net, target, cache, claims, units))
+                context.Process(target=_share, args=(net, target, cache, claims))
                 for _ in range(jobs)
             ]
             _finish(shares, net, target)
         wall = time.perf_counter() - began
         answers = context.SimpleQueue()
-        last = context.Process(target=_whole, args=(net, target, cache, backend, units, answers))
+        last = context.Process(target=_whole, args=(net, target, cache, backend, answers))
         last.start()
         last.join()
         if last.exitcode or answers.empty():

@@ -64,8 +64,7 @@ def doctor(quick: bool, path: Path | None, tune: bool, threads: int | None, **ne
         if threads is not None:
             torch.set_num_threads(threads)
         if tune:
-            click.echo(_tuned(**net))
-            return
+            sys.exit(_tuned(**net))
         if path is not None and not path.absolute().parent.is_dir():
             raise WrongInput(f"cannot write {path}: there is no folder {path.absolute().parent}")
         diagnosis = examine(quick=quick, say=_Progress())
@@ -83,14 +82,15 @@ def _tuned(
     batch_size: int,
     image_size: int | None,
     dtype: str,
-) -> str:
-    """What ``doctor --tune`` prints."""
+) -> int:
+    """``doctor --tune``; its exit code."""
     from ..doctor.tuning import tune
 
     net, size = net_of(depth, block, model, image_size)
     found = tune(net, batch_size, image_size=size, dtype=dtype, say=_Progress(whole=True))
     _clear()
-    return str(found)
+    click.echo(str(found))
+    return 0 if found.right else 1
 
 
 def _clear() -> None:

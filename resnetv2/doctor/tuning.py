@@ -33,6 +33,11 @@ class Tuned(NamedTuple):
     seconds: float = 0.0
     reason: str = ""
 
+    @property
+    def right(self) -> bool:
+        """Whether no candidate's results were wrong."""
+        return not any("wrong: " in by for *_, by in self.rows)
+
     def __str__(self) -> str:
         if self.reason:
             return f"nothing to choose: {self.reason}"
@@ -105,7 +110,7 @@ def tune(
             rows.append((str(task), None, None, f"not measured: {error}"))
             continue
         kept |= found.choices
-        wrong = [f"{name}: {why}" for name, why in found.refused.items() if "wrong" in why]
+        wrong = [f"{name} is {why}" for name, why in found.refused.items() if "wrong" in why]
         words = "; ".join([found.name, *wrong])
         rows.append((str(task), found.before, found.after, words))
     name = choices.device_name(torch.empty(0, device=where))

@@ -17,19 +17,18 @@ from resnetv2.kernels.inspect.dryrun import DEVICES
 from tests.support.compiled import compiled
 
 TARGETS = [*ATENS, *DEVICES]
-# Of a stage: more than a part of a chain has units (16), so that every kind of part is there.
 LISTED = """
 import json
 
 import torch
 
-from bench.compiling import NETS, backend_on, step_of
+from bench.compiling import FEW, NETS, step_of
 from resnetv2.kernels.inspect.dryrun import DEVICES, dry_run
 
 torch.set_num_threads(1)
 found = {}
 for net in NETS:
-    step = step_of(net, "triton", (18, 18, 18) if net == "preact_resnet1001" else None)
+    step = step_of(net, "triton", FEW.get(net))
     for target in DEVICES:
         with dry_run(target, lambda digest: False) as run:
             step()
