@@ -33,7 +33,8 @@ from tests.support.yardstick import DEVICE, needs_triton
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FACTS = {"versions": {"torch": "2"}, "device": "cpu", "threads": 2, "backend": "aten",
-         "variables": {}, "missing": []}  # fmt: skip
+         "variables": {}, "missing": [],
+         "choices": {"file": "choices.json", "number": 0, "digest": None, "note": ""}}  # fmt: skip
 GPU = {**FACTS, "capability": [9, 0], "backend": "triton"}
 
 

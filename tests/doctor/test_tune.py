@@ -19,6 +19,7 @@ from resnetv2 import PreActResNet, explain
 from resnetv2.cli import main
 from resnetv2.core import execution
 from resnetv2.data.datasets import create_synthetic_dataset
+from resnetv2.doctor.report import Diagnosis
 from resnetv2.doctor.surroundings import environment
 from resnetv2.doctor.tuning import Tuned, tune
 from resnetv2.errors import InputError
@@ -263,6 +264,15 @@ def test_doctor_names_the_file() -> None:
     digest = choices.write(NAME or "", entry)
     facts = environment(DEVICE)["choices"]
     assert facts == {"file": str(choices.path()), "number": 1, "digest": digest, "note": ""}
+    told = [f"1 of {choices.path()}, digest {digest}"]
+    choices.path().write_text(choices.path().read_text().replace(NAME or "", "NVIDIA A100"))
+    choices.forget()
+    told.append(f"none: {choices.path()} has choices for NVIDIA A100, none for {NAME}")
+    found = [facts, environment(DEVICE)["choices"]]
+    for each, expected in zip(found, told, strict=True):
+        about = {**environment(DEVICE), "choices": each}
+        text = str(Diagnosis(about, (), "right", True, 0.0, "now"))
+        assert f"\nmeasured choices: {expected}\n" in text
 
 
 def test_a_run_records_the_digest_and_says_another(
