@@ -431,13 +431,13 @@ class TritonEngine(AtenEngine):
 
     def _dgrad(
         self, grad: Grad, weight: Tensor, h: Tensor, geometry: Geometry, *,
-        dtype: torch.dtype, **options: Any,
+        dtype: torch.dtype, config: Any = None, **options: Any,
     ) -> tuple[Any, Any]:  # fmt: skip
-        """``reference.conv_dgrad``."""
+        """``reference.conv_dgrad``. config: its kernel's tile, None for that of the shape."""
         return self._run(
             "conv dgrad", h, (h.shape, weight.shape, geometry, dtype),
             lambda smaller: self._conv_dgrad.conv_dgrad(
-                grad, weight, h, geometry, dtype=dtype, smaller=smaller, **options
+                grad, weight, h, geometry, dtype=dtype, config=config, smaller=smaller, **options
             ),
             lambda: reference.conv_dgrad(grad, weight, h, geometry, dtype=dtype, **options),
         )  # fmt: skip
