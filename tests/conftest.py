@@ -1,6 +1,7 @@
 """Where there is no GPU, kernels run in Triton's interpreter, which must be asked for before
 triton is imported; with one, the same tests run on it."""
 
+import gc
 import os
 
 import pytest
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    # Modules, tests and their parameters stay: no collection need look through them again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

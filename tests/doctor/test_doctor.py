@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ GPU = {**FACTS, "capability": [9, 0], "backend": "triton"}
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One unit of odd shape, and cases of a few pixels; on a CPU without its interpreter."""
     monkeypatch.setenv("RESNETV2_BACKEND", "triton" if DEVICE.type == "cuda" else "aten")
     unit = Case("a unit", "basic", 2, 0, 4, 4, size=4)
@@ -48,8 +47,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(examination, "_LIMITS", {True: math.inf})
     # Between cases garbage is collected, which takes long among all that tests import.
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_the_json_holds_what_it_documents(small: None, tmp_path: Path) -> None:
