@@ -100,7 +100,8 @@ class Observer:
         self.ran: dict[Any, Ran] = {}
         self.offsets: dict[types.CodeType, set[int]] = {}
         self.reasons: list[str] = []
-        self._kinds: dict[types.CodeType, str] = {}
+        # By a code object's id, which it keeps: its hash is one of all its bytes, at every look.
+        self._kinds: dict[int, tuple[str, types.CodeType]] = {}
         self._calls: list[tuple[Any, Any, int]] = []
 
     def __enter__(self) -> Observer:
@@ -136,11 +137,12 @@ class Observer:
         """Whether a frame runs the model's code: neither PyTorch's nor this library's, nor what
         these call of other libraries."""
         while frame is not None:
-            kind = self._kinds.get(frame.f_code)
-            if kind is None:
-                kind = self._kinds[frame.f_code] = _kind_of(frame)
-            if kind != "library":
-                return kind == "user"
+            code = frame.f_code
+            known = self._kinds.get(id(code))
+            if known is None:
+                known = self._kinds[id(code)] = _kind_of(frame), code
+            if known[0] != "library":
+                return known[0] == "user"
             frame = frame.f_back
         return True
 
