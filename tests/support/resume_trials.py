@@ -106,7 +106,10 @@ def options_of(kind: str, folder: Path) -> dict[str, Any]:
         "keep": 2, "log_steps": True, "verbose": False, "progress": False, "seed": 3,
     }  # fmt: skip
     if kind == "plain":
-        return {**common, "steps": STEPS, "ema": 0.9, "drop_last": False, "label_smoothing": 0.1}
+        return {
+            **common, "steps": STEPS, "ema": 0.9, "drop_last": False, "label_smoothing": 0.1,
+            "batch_size": 16, "limit_batches": 13,
+        }  # fmt: skip
     if kind in ("bf16", "fp16"):
         return {**common, "steps": 9, "limit_batches": 7, "dtype": kind}
     if kind == "dropout":
