@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from resnetv2.kernels import reference
-from resnetv2.kernels.dispatch import AtenEngine, ConvGrads, TritonEngine
+from resnetv2.kernels.aten_engine import AtenEngine, ConvGrads
+from resnetv2.kernels.dispatch import TritonEngine
 from tests import test_blocks
 from tests.support import yardstick
 from tests.support.yardstick import BACKENDS, DEVICE, needs_triton

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import launch, reference
-from ..dispatch import AtenEngine, ConvGrads, TritonEngine
+from ..aten_engine import AtenEngine, ConvGrads
+from ..dispatch import TritonEngine
 from ..operands import NormGrads
 from .cases import DTYPES, Random, Unit, steps
 from .yardstick import MOST_DRAWS, Draw, Yardstick, judged

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import choices, dispatch, norm_backward, ranks, reference
+from ..aten_engine import AtenEngine, ConvGrads
 from ..operands import Act, Activated, Geometry, Grad, Norm, running_stats
 
 # name: dtype of the multiplication, dtype of the residual stream, TF32.
@@ -199,7 +200,7 @@ def steps(
     dtype: torch.dtype,
     stream: torch.dtype,
     tensors: Tensors | None = None,
-    engine: dispatch.AtenEngine | None = None,
+    engine: AtenEngine | None = None,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """(label, what a chain does there) for each step of a unit's forward and backward.
 
@@ -278,7 +279,7 @@ def steps(
         else:
             g = reference.input_grad(grad, None, compute)
             written = reference.norm_act(h, stats, unit.act, compute)
-        return dispatch.ConvGrads(Grad(g), None, None, None, None), written
+        return ConvGrads(Grad(g), None, None, None, None), written
 
     def between_ranks(like: Tensor) -> object:
         h = tensors.activation(tuple(like.shape), stream, _STREAM_MEAN)

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_with_path
 
 from .. import choices, launch
+from ..aten_engine import AtenEngine
 from ..choices import APART, ATEN, BOTH, DGRAD, FORWARD, FUSED, WGRAD, WRITTEN, Choice
-from ..dispatch import AtenEngine, TritonEngine, implementation, stand_in
+from ..dispatch import TritonEngine, implementation, stand_in
 from ..fallback import FallbackWarning
 from ..integers import next_power_of_2
 from ..launch import Config, KernelError

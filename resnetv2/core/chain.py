@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import OF_RANKS, AtenEngine
+from ..kernels.aten_engine import OF_RANKS, AtenEngine
 from ..kernels.operands import Dgrad, Grad, Norm, running_stats
 from ..kernels.ranks import Ranks
 from .spec import HAND_TO_RANKS, Shortcut, Spec, Unit, UnitParams

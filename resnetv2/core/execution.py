@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import AtenEngine, engine, resolve_backend
+from ..kernels.aten_engine import AtenEngine
+from ..kernels.dispatch import engine, resolve_backend
 from ..kernels.operands import flat_moments, joined_moments
 from ..kernels.reference import in_memory_format, is_channels_last
 from ..kernels.switches import allow_tf32

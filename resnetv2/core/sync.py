@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels import recording, reference
-from ..kernels.dispatch import AtenEngine
+from ..kernels.aten_engine import AtenEngine
 from ..kernels.ranks import Gather, gather_sums
 from .statistics import BufferUpdate
 
