@@ -244,8 +244,8 @@ def _page(entries: Sequence[dict[str, str]], command: str) -> str:
         "when a row began, beside which wall seconds are to be read. The next run compiled the "
         "kernels of the column *again*.",
         "",
-        f"Most processor seconds of a network and target: {most:.1f}, of 2 x {LIMIT} that two "
-        f"cores have in {LIMIT} s.",
+        f"Most processor seconds of a network and target: {most:.1f}. The limit is what two cores "
+        f"have in {LIMIT} s; a run itself compiles one kernel after the other, on one core.",
         "",
         "| network | target | runs on | launches | kernels | processor s | wall s | again | "
         "slowest kernel, s | images | load |",

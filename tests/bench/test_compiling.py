@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="the dry run needs Triton")
 
 from bench import compiling
-from bench.compiling import ATENS, NETS, Row
+from bench.compiling import ATENS, NETS, OUT, Row
 from resnetv2.kernels.inspect.dryrun import DEVICES
 from tests.support.compiled import compiled
 
@@ -73,3 +73,13 @@ def test_rows_of_others_stay(tmp_path: Path) -> None:
     page = (tmp_path / "networks.md").read_text()
     assert "command again" in page
     assert "Most processor seconds of a network and target: 30.0" in page
+
+
+def test_the_committed_table_is_whole_and_within_the_limit() -> None:
+    with (OUT / "networks.csv").open() as lines:
+        entries = list(csv.DictReader(lines))
+    assert [(e["network"], e["target"]) for e in entries] == [(n, t) for n in NETS for t in TARGETS]
+    for entry in entries:
+        assert float(entry["cpu_seconds"]) <= 2 * compiling.LIMIT
+        assert int(entry["again"]) == 0
+        assert (entry["target"] in ATENS) == (entry["kernels"] == "0")
