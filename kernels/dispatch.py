@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import choices, ranks, reference
+from . import choices, ranks, recording, reference
 from .aten_engine import OF_RANKS, AtenEngine, ConvGrads, Convolved
 from .choices import APART, ATEN, BOTH, DGRAD, FORWARD, FUSED, WGRAD, WRITTEN, Choice
 from .operands import (
@@ -538,6 +538,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
         if device.type == "cuda":
             on = not _below_sm80(device)
+        elif device.type == "meta" and recording.gpu() is not None:
+            on = True  # tensors without memory, for a GPU whose kernels are wanted
         else:
             on = os.environ.get("TRITON_INTERPRET") == "1"
         return "triton" if on and has_triton() else "aten"

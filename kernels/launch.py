@@ -142,6 +142,8 @@ def start_of(compiled: Compiled) -> Start:
     return Start(run.launch, before, compiled.constants, True)
 
 
+# Of every compilation: said, and not left to a default that differs between versions of Triton.
+OPTIONS = {"enable_fp_fusion": True}
 _compiled: dict[tuple[Any, ...], Compiled] = {}
 
 
@@ -173,7 +175,9 @@ def _launch(
 ) -> Compiled | None:
     """``launch``; what starts the kernel again, or None where Triton itself must."""
     if args[0].is_meta:
-        return None  # nothing to compute: a program's cost is wanted
+        # Nothing to compute: a program's cost is wanted, or the names of its kernels.
+        recording.list_launch(kernel, args, constants)
+        return None
     for callback in _recorders:
         callback(kernel.fn.__name__, grid, constants)
     if INTERPRET:
@@ -185,10 +189,29 @@ def _launch(
     if tensor.is_cuda and tensor.get_device() != number:
         with torch.cuda.device(tensor.device):
             return _launch(kernel, grid, args, constants)
-    if _unusual(kernel):
+    if unusual(kernel):
         _first(kernel, grid, args, constants)
         return None
-    # What decides which kernel is needed, never coarser than Triton's own specialization.
+    key = key_of(kernel, number, args, constants)
+    found = _compiled.get(key)
+    if found is not None:
+        found.start(grid, active.get_current_stream(number), args)
+        return found
+    handle = _first(kernel, grid, args, constants)
+    # None where a hook of Triton's says that there is nothing to launch.
+    if handle is None:
+        return None
+    behind = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    compiled = Compiled(handle.run, handle.function, handle.packed_metadata, behind, handle)
+    _compiled[key] = compiled
+    return compiled
+
+
+def key_of(
+    kernel: Any, number: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, ...]:
+    """What decides which kernel is needed on device ``number``, never coarser than Triton's own
+    specialization. Tensors without memory count as aligned."""
     key = [kernel.fn, number, *constants, *constants.values()]
     for a in args:
         if a is None:
@@ -202,18 +225,12 @@ def _launch(
     if _device(number).backend == "hip":
         # Buffer operations, for memory that ends within 2 GiB.
         key += [a.untyped_storage().size() < 2**31 for a in args if isinstance(a, Tensor)]
-    found = _compiled.get(tuple(key))
-    if found is not None:
-        found.start(grid, active.get_current_stream(number), args)
-        return found
-    handle = _first(kernel, grid, args, constants)
-    # None where a hook of Triton's says that there is nothing to launch.
-    if handle is None:
-        return None
-    behind = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    compiled = Compiled(handle.run, handle.function, handle.packed_metadata, behind, handle)
-    _compiled[tuple(key)] = compiled
-    return compiled
+    return tuple(key)
+
+
+def is_compiled(key: tuple[Any, ...]) -> bool:
+    """Whether the kernel of ``key_of`` has been launched before."""
+    return key in _compiled
 
 
 def replay_stream() -> int | None:
@@ -232,7 +249,7 @@ def replay_stream() -> int | None:
     return int(active.get_current_stream(active.get_current_device()))
 
 
-def _unusual(kernel: Any) -> bool:
+def unusual(kernel: Any) -> bool:
     """Whether Triton's own way to a launch does more than look its kernel up and start it."""
     runtime = triton.knobs.runtime
     return (
@@ -249,8 +266,7 @@ def _first(
     """Triton's own launch, which compiles and loads what is needed; its ``CompiledKernel``."""
     try:
         with COMPILING.kernel():
-            # Said, and not left to a default that differs between versions of Triton.
-            return kernel[grid](*args, **constants, enable_fp_fusion=True)
+            return kernel[grid](*args, **constants, **OPTIONS)
     except (TritonError, RuntimeError) as error:
         if not _of_the_kernel(error):
             raise

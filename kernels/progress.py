@@ -27,23 +27,35 @@ class Compiling:
     @contextmanager
     def kernel(self) -> Iterator[None]:
         """Around what compiles a kernel, or finds it in the cache. The line goes with the block."""
-        stream = sys.stderr
-        shown = self.seconds > _QUIET and stream is not None and stream.isatty()
-        if shown:
-            text = f"compiling kernels: {self.kernels} in {self.seconds:.0f} s, kept for later runs"
-            stream.write(f"\r\033[K{text}")
-            stream.flush()
-        began = self.clock()
-        try:
+        with self.several(1):
             yield
+
+    @contextmanager
+    def several(self, number: int) -> Iterator[Callable[[int], None]]:
+        """The same for ``number`` of them; to be told how many are done."""
+        began, shown = self.clock(), False
+
+        def tell(done: int) -> None:
+            nonlocal shown
+            seconds = self.seconds + self.clock() - began
+            stream = sys.stderr
+            if seconds > _QUIET and stream is not None and stream.isatty():
+                shown = True
+                text = f"{self.kernels + done} in {seconds:.0f} s, kept for later runs"
+                stream.write(f"\r\033[Kcompiling kernels: {text}")
+                stream.flush()
+
+        tell(0)
+        try:
+            yield tell
         finally:
             took = self.clock() - began
             if took > _LOADED:
-                self.kernels += 1
+                self.kernels += number
                 self.seconds += took
             if shown:
-                stream.write("\r\033[K")
-                stream.flush()
+                sys.stderr.write("\r\033[K")
+                sys.stderr.flush()
 
 
 COMPILING = Compiling()

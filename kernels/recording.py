@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _recorder: ContextVar[Any] = ContextVar("recorder", default=None)
 _gpu: ContextVar[Any] = ContextVar("gpu", default=None)
+_listed: ContextVar[list[Any] | None] = ContextVar("listed", default=None)
 
 
 def current() -> Any:
@@ -82,3 +83,21 @@ def for_gpu(device: Any) -> Iterator[None]:
         yield
     finally:
         _gpu.reset(token)
+
+
+def list_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Note a launch on tensors without memory, where somebody lists them (``ahead``)."""
+    listed = _listed.get()
+    if listed is not None:
+        listed.append((kernel, args, constants))
+
+
+@contextmanager
+def listing() -> Iterator[list[Any]]:
+    """The list that ``list_launch`` fills inside the block."""
+    listed: list[Any] = []
+    token = _listed.set(listed)
+    try:
+        yield listed
+    finally:
+        _listed.reset(token)

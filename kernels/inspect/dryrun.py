@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
 
-from .. import launch
+from .. import ahead, launch
 from . import identity, sass, trips
 
 
@@ -203,7 +203,7 @@ def dry_run(
     run = DryRun(DEVICES[target])
     config.set_active(_Driver(target, run))
     try:
-        with _compilation_timed(), _listed(run, compiles), _unconvolved():
+        with ahead.one_at_a_time(), _compilation_timed(), _listed(run, compiles), _unconvolved():
             yield run
     finally:
         config._active = previous

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,6 @@ from ..kernels.switches import allow_tf32
 from .chain import Chain, stream_dtypes
 from .program import Programs
 from .spec import Spec
-
-# Each part of a chain has one for either direction, and for each shape and dtype.
-PROGRAMS = Programs(limit=512)
 
 
 class Forward(NamedTuple):
@@ -43,6 +40,26 @@ class Forward(NamedTuple):
 def _engine(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> AtenEngine:
     dtypes = {x.dtype, spec.dtype, *(p.dtype for p in params)}
     return engine(spec.backend, x.device, tuple(dtypes))
+
+
+def _compile_ahead(function: Callable[..., Any], inputs: Sequence[Tensor], spec: Spec) -> None:
+    """Have the kernels of a new program compiled side by side, where kernels are compiled."""
+    x = inputs[0]
+    # What is exchanged between ranks must not be exchanged for tensors without memory.
+    if spec.synced or x.is_meta or _engine(spec, x, inputs).name != "triton":
+        return
+    from ..kernels.ahead import compile_ahead
+
+    # A tensor that is given twice stays one.
+    like = {
+        id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        for t in inputs
+    }
+    compile_ahead(lambda: function(*[like[id(t)] for t in inputs]), x.device)
+
+
+# Each part of a chain has one for either direction, and for each shape and dtype.
+PROGRAMS = Programs(limit=512, prepare=_compile_ahead)
 
 
 def _key(spec: Spec, direction: str, form: Any, tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -158,10 +158,14 @@ class Programs:
 
     Args:
         limit: how many are kept.
+        prepare: called with what is run and recorded next: its function, inputs and ``named``.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(
+        self, limit: int, prepare: Callable[[Any, Sequence[Tensor], Any], None] | None = None
+    ) -> None:
         self.limit = limit
+        self._prepare = prepare
         # With each what its function gave that is static, and what its key names by identity.
         self._kept: OrderedDict[Hashable, tuple[Program, Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
@@ -190,6 +194,8 @@ class Programs:
             except found[0].faults:
                 # Recorded anew, its kernel's replacement is chosen as at first (kernels.fallback).
                 self._kept.pop(key, None)
+        if self._prepare is not None:
+            self._prepare(function, inputs, named)
         program, results, static = record(function, inputs, device)
         with self._lock:
             self._kept[key] = program, static, named
