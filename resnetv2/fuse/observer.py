@@ -153,12 +153,13 @@ class Observer:
         if name in ("_modules", "__class__"):
             return
         if name in INTERNAL or name == "__dict__":
-            self._note(f"its forward reads {name}")
+            self.note(f"its forward reads {name}")
             return
         if not name.startswith("__"):
             self.log[path, name] = None
 
-    def _note(self, reason: str) -> None:
+    def note(self, reason: str) -> None:
+        """Why the block is left alone."""
         if reason not in self.reasons:
             self.reasons.append(reason)
 
@@ -168,7 +169,7 @@ class Observer:
         if self.is_user(frame):
             entered = caller is not None and not by_user and code.co_name != "__getattr__"
             if entered and not _listed(caller.f_code, _ENTRIES):  # type: ignore[union-attr]
-                self._note(_reason_of(caller))  # type: ignore[arg-type]
+                self.note(_reason_of(caller))  # type: ignore[arg-type]
             # The first of code.co_freevars that are not yet bound stand for themselves.
             local = frame.f_locals
             cells = tuple([(name, local.get(name, Absent)) for name in code.co_freevars])
@@ -182,7 +183,7 @@ class Observer:
 
             def on_return(frame: types.FrameType, event: str, arg: Any) -> Any:
                 if event == "return" and not self._is_traced(start, code):
-                    self._note(_reason_of(frame))
+                    self.note(_reason_of(frame))
                 return on_return
 
             return on_return
@@ -211,7 +212,7 @@ class Observer:
                 at, function, start = self._calls.pop()
                 if at is frame:
                     if not _is_pure(function) and not self._is_traced(start, function):
-                        self._note(
+                        self.note(
                             f"its forward calls {_called(function)}, whose answer may be another "
                             "at the next call"
                         )

@@ -228,7 +228,10 @@ def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.G
         torch.as_tensor = lambda data, *a, **k: (  # type: ignore[assignment]
             data if type(data) is _Value and not a and not k else as_tensor(data, *a, **k)
         )
-        with no_modes(), torch.enable_grad(), _autocast_on(), OBSERVING, tracer.observer:
+        with (
+            no_modes(), torch.enable_grad(), _autocast_on(), OBSERVING,
+            _no_functions(tracer.observer), tracer.observer,
+        ):  # fmt: skip
             tracer.switches = _switches()
             graph = tracer.trace(module)
         if not same_states(states, random_states()):
@@ -247,6 +250,31 @@ def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.G
         torch.as_tensor = as_tensor
         restore(states)
     return graph, Reads(tracer.observer, tracer.asked)
+
+
+@contextlib.contextmanager
+def _no_functions(observer: Observer) -> Iterator[None]:
+    """Have ``autograd.Function.apply`` of a traced value raise: from PyTorch 2.14 on its code in C
+    takes what calls itself a tensor for one, and crashes."""
+    function: Any = torch.autograd.Function
+    before = vars(function).get("apply")
+
+    def apply(cls: type, *args: Any, **options: Any) -> Any:
+        if any(type(value) is _Value for value in (*args, *options.values())):
+            reason = f"autograd.Function {cls.__name__} may have a gradient of its own"
+            observer.note(reason)
+            raise NotAUnitError(reason, True)
+        own = super(function, cls).apply if before is None else before.__get__(None, cls)
+        return own(*args, **options)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        if before is None:
+            del function.apply
+        else:
+            function.apply = before
 
 
 def _line_of(error: Exception) -> str:
