@@ -54,10 +54,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-def pytest_collection_finish():
-    # Modules, tests and their parameters stay: no collection need look through them again.
+@pytest.fixture(scope="module")
+def quick_collections():
+    """Collections of garbage pass by what is there already: modules, tests, their parameters."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -281,7 +281,8 @@ def _functions_of(ran: Ran, module: nn.Module) -> list[types.FunctionType]:
         and _closes_over(function, ran)
     ]
     if not found:
-        raise NotAUnitError(f"where {ran.code.co_name} comes from cannot be told", True)
+        hidden = ", since gc.freeze() hides it: fuse before" if gc.get_freeze_count() else ""
+        raise NotAUnitError(f"where {ran.code.co_name} comes from cannot be told{hidden}", True)
     return found
 
 

@@ -7,7 +7,6 @@ of its own shows (limits of the system, other processes, the environment at star
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import re
 import shlex
@@ -37,7 +36,8 @@ INSIDES = re.compile(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# Each command that fails collects garbage, twice.
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("template") / "run"
     result = run(RUN.replace("--out run", f"--out {out}"))
     assert result.exit_code == 0, result.output
-    # What it has imported stays: each command that fails collects garbage, twice.
-    gc.collect()
-    gc.freeze()
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import re
@@ -38,15 +37,13 @@ GPU = {**FACTS, "capability": [9, 0], "backend": "triton"}
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, quick_collections: None) -> None:
     """One unit of odd shape, and cases of a few pixels; on a CPU without its interpreter."""
     monkeypatch.setenv("RESNETV2_BACKEND", "triton" if DEVICE.type == "cuda" else "aten")
     unit = Case("a unit", "basic", 2, 0, 4, 4, size=4)
     monkeypatch.setattr(examination._Examination, "_cases", lambda self: [(unit, True)])
     monkeypatch.setattr(examination, "_SHAPES", (("basic", 5, 5, 1, 4, 3),))
     monkeypatch.setattr(examination, "_LIMITS", {True: math.inf})
-    # Between cases garbage is collected, which takes long among all that tests import.
-    gc.freeze()
 
 
 def test_the_json_holds_what_it_documents(small: None, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from resnetv2 import PreActBlock, explain, fuse
 from resnetv2.core.run import run_blocks
 from tests.support.fuse_checks import chain_calls, fuse_if_any, fused_copy, fused_units
 from tests.support.fuse_models import Basic, IdentityFromPreact, PlainNet, conv3
+from tests.support.mutations import MUTATIONS
 from tests.support.yardstick import DEVICE, assert_close_steps, images, randomise, step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,3 +238,18 @@ def test_walking_back_warns_where_it_loses_the_stream(memory, half):
                 out.sum().backward()
         said = [str(w.message) for w in caught if "walked back" in str(w.message)]
         assert len(said) == warned, said
+
+
+def test_frozen_garbage_collection_is_said() -> None:
+    """What gc.freeze() hides is no referrer of any code."""
+    model = MUTATIONS["closure"].build()
+    gc.freeze()
+    try:
+        with pytest.warns(UserWarning, match="no pre-activation block"):
+            fuse(model)
+        report = explain(model)
+    finally:
+        gc.unfreeze()
+    assert "gc.freeze()" in report.blocks[0].reason
+    fuse(model)
+    assert explain(model).fused
