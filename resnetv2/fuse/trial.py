@@ -1,0 +1,200 @@
+"""What a trace says of a block, tried: the block's own step against its plan's, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.checks import UnfitError
+from ..core.modules import UnitModules
+from ..core.reading import Reading
+from ..core.run import run_chain
+from .frozen import Freezer, Frozen, difference, is_same
+from .reads import lookup
+from .reasons import NotAUnitError
+from .trace import (
+    keep_groups,
+    make_local,
+    no_modes,
+    random_states,
+    restore,
+    same_states,
+    unhook,
+)
+from .unit_plan import Container, Path, UnitPlan, child_at, dotted, is_leaf, modules_of
+
+# Of images for a trial; some blocks take only even sizes, or squares.
+_TRIAL_SIZES = ((8, 6), (16, 16), (7, 7))
+
+
+def structure(module: nn.Module, plan: UnitPlan) -> dict[str, Any]:
+    """The containers of a block, and its descendants that a plan does not read at every call."""
+    read = {*plan.norms, *plan.convs, *plan.inert, plan.projection, *plan.acts}
+    containers: list[Container] = []
+    others: list[tuple[Path, type]] = []
+
+    def visit(child: nn.Module | None, path: Path) -> None:
+        if path and (child is None or is_leaf(child)):
+            if path not in read:
+                others.append((path, type(child)))
+            return
+        assert child is not None
+        children = tuple((*path, name) for name in child._modules)
+        containers.append(Container(path, type(child), children, tuple(child._parameters)))
+        for name, grandchild in child._modules.items():
+            visit(grandchild, (*path, name))
+
+    visit(module, ())
+    return {"containers": tuple(containers), "others": tuple(others)}
+
+
+class _Trial:
+    """Copies of a module with random parameters, and steps of them.
+
+    In float64, so that rounding hides no difference, and in float32 under autocast, which leaves
+    float64 alone. Random parameters, so that no zero hides one. On a CPU.
+    """
+
+    def __init__(self, module: nn.Module, plan: UnitPlan, training: bool) -> None:
+        self.module, self.plan, self.training = module, plan, training
+        self.generator = torch.Generator().manual_seed(0)
+        self.values: dict[int, Tensor] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            value = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+            if tensor.is_floating_point():
+                value = self._random(torch.rand, tensor.shape) + 0.5
+            if tensor.dim() > 1:
+                value = value - 1.0  # signs in weights, so that activations see both
+            self.values[id(tensor)] = value
+
+    def _random(self, draw: Any, shape: Any) -> Tensor:
+        drawn: Tensor = draw(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        return drawn
+
+    def copy(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """A twin in ``dtype``."""
+        memo: dict[int, Any] = {}
+        for parameter in self.module.parameters():
+            value = self.values[id(parameter)].to(dtype, copy=True)
+            memo[id(parameter)] = nn.Parameter(value)
+        for buffer in self.module.buffers():
+            value = self.values[id(buffer)]
+            memo[id(buffer)] = value.to(
+                dtype if value.is_floating_point() else value.dtype, copy=True
+            )
+        keep_groups(self.module, memo)
+        twin = copy.deepcopy(self.module, memo)
+        for child in twin.modules():
+            child.training = self.training
+            unhook(child)
+        make_local(twin)
+        return twin
+
+    def images(self, channels: int, height: int, width: int) -> Tensor:
+        return self._random(torch.randn, (2, channels, height, width))
+
+    def own(self, twin: nn.Module, x: Tensor) -> list[Any]:
+        """Output, buffers and gradients of a twin's own forward."""
+        x = x.clone().requires_grad_()
+        return _step(twin, twin(x), x)
+
+    def fused(self, twin: nn.Module, x: Tensor) -> list[Any]:
+        """The same of the chain that its plan gives."""
+        unit = modules_of(twin, self.plan, guarded=False)
+        assert isinstance(unit, UnitModules)
+        x = x.clone().requires_grad_()
+        return _step(twin, run_chain([Reading(unit)], x, backend="aten"), x)
+
+
+def _step(twin: nn.Module, out: Any, x: Tensor) -> list[Any]:
+    if not isinstance(out, Tensor):
+        raise NotAUnitError(f"returns a {type(out).__name__}, not one tensor", True)
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
+    wanted = [x, *twin.parameters()]
+    found = torch.autograd.grad(out, wanted, g.to(out.dtype), allow_unused=True)
+    return [out.detach(), *twin.buffers(), *found]
+
+
+def try_out(module: nn.Module, plan: UnitPlan, training: bool) -> None:
+    """Run a copy's own forward and its plan on trial inputs; raise unless they are the same.
+
+    A trace cannot see what Python decided on the type of its input, nor what its code changed.
+    """
+    trial = _Trial(module, plan, training)
+    unit = modules_of(trial.copy(), plan, guarded=False)
+    if isinstance(unit, str):
+        return  # nothing would run fused now: there is nothing to compare
+    channels = unit.norms[0].num_features
+    states = random_states()
+    failure: Exception | None = None
+    try:
+        with no_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            for size in _TRIAL_SIZES:
+                twin, x = trial.copy(), trial.images(channels, *size)
+                before = _read_in(twin, plan)
+                try:
+                    expected = trial.own(twin, x)
+                    found = trial.fused(trial.copy(), x)
+                except NotAUnitError:
+                    raise
+                except Exception as error:
+                    failure = failure or error
+                    continue
+                for (path, name, now), frozen in zip(_values_in(twin, plan), before):
+                    if not is_same(frozen, now):
+                        what = difference(frozen, now, dotted((*path, name))).split(",")[0]
+                        raise NotAUnitError(f"its forward changes what it reads: {what}", True)
+                reason = plan.watch.changed()
+                if reason:
+                    raise NotAUnitError(f"its forward changes what it reads: {reason}", True)
+                _compare(found, expected, 1e-6)
+                break
+            else:
+                line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+                fails = "" if isinstance(failure, UnfitError) else "its forward fails on a trial: "
+                raise NotAUnitError(f"{fails}{line}", True)
+            half = x.float()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                theirs = trial.own(trial.copy(torch.float32), half)
+                mine = trial.fused(trial.copy(torch.float32), half)
+            # Some gradients are sums that come to nothing but rounding.
+            _compare(mine, theirs, 0.1, max(_norm(each) for each in theirs[1:]))
+        if not same_states(states, random_states()):
+            raise NotAUnitError("draws random numbers", True)
+    finally:
+        restore(states)
+
+
+def _values_in(twin: nn.Module, plan: UnitPlan) -> list[tuple[Path, str, Any]]:
+    return [(path, name, lookup(child_at(twin, path), name)) for path, name, _ in plan.guards]
+
+
+def _read_in(twin: nn.Module, plan: UnitPlan) -> list[Frozen]:
+    """What the guards of a plan read, in a copy."""
+    inside = {id(child) for child in twin.modules()}
+    freezer = Freezer(inside, lambda _: None, lambda _: None)
+    frozen = []
+    for (path, name, value), (_, _, guard) in zip(_values_in(twin, plan), plan.guards):
+        kept = guard.same == "tensor"
+        frozen.append(guard if kept else freezer.freeze(value, dotted((*path, name))))
+    return frozen
+
+
+def _norm(value: Tensor | None) -> float:
+    return 0.0 if value is None else float(value.double().norm())
+
+
+def _compare(found: list[Any], expected: list[Any], tolerance: float, scale: float = 1e-3) -> None:
+    """By the norm of the difference; gradients that are missing must be so in both."""
+    for a, b in zip(found, expected):
+        if a is None or b is None:
+            same = a is b
+        else:
+            same = a.shape == b.shape and a.dtype == b.dtype
+            same = same and _norm(a.double() - b.double()) <= tolerance * max(_norm(b), scale)
+        if not same:
+            raise NotAUnitError("its forward computes something else than its trace", True)
