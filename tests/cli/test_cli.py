@@ -248,6 +248,8 @@ def test_ctrl_c_while_torch_is_imported(way: str, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         stderr=subprocess.PIPE,
         text=True,
+        # What a shell starts behind it ignores Ctrl-C, this test's children then too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for(process, started.exists)
     process.send_signal(signal.SIGINT)
