@@ -245,7 +245,8 @@ def _page(entries: Sequence[dict[str, str]], command: str) -> str:
         "kernels of the column *again*.",
         "",
         f"Most processor seconds of a network and target: {most:.1f}. The limit is what two cores "
-        f"have in {LIMIT} s; a run itself compiles one kernel after the other, on one core.",
+        f"have in {LIMIT} s; from Triton 3.7 on a run compiles as many kernels at a time as there "
+        "are processors.",
         "",
         "| network | target | runs on | launches | kernels | processor s | wall s | again | "
         "slowest kernel, s | images | load |",
