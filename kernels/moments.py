@@ -62,6 +62,9 @@ from .operands import IDENTITY, Act, Norm, Partials
 # Elements of one block: 16 a thread at 4 warps, two 16-byte loads of each 16-bit tensor in flight.
 # With more, the longest activations spill.
 BLOCK_ELEMENTS = 2048
+# Of a program of one warp for Blackwell, to which Triton 3.8's ptxas gives 128 registers a thread:
+# twice as many spill.
+_ELEMENTS_OF_A_WARP = {"tcgen05": 1024}
 MAX_TILES = 1024
 # The merge's tile: rows of partials at a time, and channels, one L2 sector of each row.
 MERGE_TILES = 1024
@@ -90,8 +93,11 @@ def row_tiling(
     channels: int,
     device: Device,
     max_tiles: int | None = None,
+    elements: int = BLOCK_ELEMENTS,
 ) -> RowTiling:
     """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
+
+    Blocks have at most ``elements``.
 
     Blocks are wide enough for 16-byte loads and narrow enough that multiples of 16 channels waste
     no lane; they shrink until every multiprocessor has four programs, or two where each program
@@ -101,7 +107,6 @@ def row_tiling(
     block_c = min(whole, 64)
     column_blocks = cdiv(channels, block_c)
     wanted = (4 if max_tiles is None else 2) * device.multiprocessors
-    elements = BLOCK_ELEMENTS
     while elements > 1024 and cdiv(rows, elements // block_c) * column_blocks < wanted:
         elements //= 2
     block_m = elements // block_c
@@ -362,7 +367,9 @@ def _pass(
     if rows == 0:
         raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
     check_norm(norm, channels)
-    tiling = row_tiling(rows, channels, device_of(x), MAX_TILES)
+    device = device_of(x)
+    most = _ELEMENTS_OF_A_WARP.get(device.matrix_unit, BLOCK_ELEMENTS)
+    tiling = row_tiling(rows, channels, device, MAX_TILES, most)
     place = NOWHERE
     if with_moments:
         place = place_of_moments(x, norm, channels, tiling.tiles, tiling.block_c)
