@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -49,10 +50,15 @@ def compile_ahead(run: Callable[[], object], device: torch.device) -> None:
         return
     on_cuda = device.type == "cuda"
     with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
-        known = launch.device_of(torch.empty(0, device=device))
-        with recording.for_gpu(known), recording.listing() as listed, torch.no_grad():
-            run()
-        _compile(listed)
+        try:
+            known = launch.device_of(torch.empty(0, device=device))
+            with recording.for_gpu(known), recording.listing() as listed, torch.no_grad():
+                run()
+        except Exception as error:  # a step does not depend on it
+            text = f"kernels are compiled one at a time: what is launched was not told: {error!r}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        else:
+            _compile(listed)
 
 
 def _compile(listed: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -39,3 +40,16 @@ def test_one_that_does_not_compile_is_replaced_at_its_launch(tmp_path: Path) -> 
     found = step(tmp_path, "_norm_act_kernel")
     assert len(found["said"]) == 1
     assert "_norm_act_kernel: PassManager::run failed" in found["said"][0]
+
+
+def test_a_step_does_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_RAISES", True)
+    monkeypatch.setattr(ahead, "processors", lambda: 2)
+    monkeypatch.setattr(ahead.launch, "INTERPRET", False)
+    monkeypatch.setattr(ahead.launch, "device_of", lambda tensor: None)
+
+    def run() -> None:
+        raise KeyError("no such operator on meta")
+
+    with pytest.warns(RuntimeWarning, match="one at a time.*no such operator"):
+        ahead.compile_ahead(run, torch.device("cpu"))
