@@ -139,7 +139,9 @@ def peak_bytes(step: Callable[[], object], cuda: bool) -> int:
         step()
         return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
     quiet_profiler()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         step()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
