@@ -25,7 +25,7 @@ from ..core.checks import SHADOWS, is_norm
 from ..core.modules import act_of
 from ..core.sync import NORMS
 from ..kernels.operands import Act
-from .observer import OBSERVING, Observer
+from .observer import OBSERVING, Observer, is_torchs
 from .reads import Reads
 from .reasons import NotAUnitError
 from .unit_plan import is_leaf
@@ -261,7 +261,8 @@ def _no_functions(observer: Observer) -> Iterator[None]:
 
     def apply(cls: type, *args: Any, **options: Any) -> Any:
         if any(type(value) is _Value for value in (*args, *options.values())):
-            reason = f"autograd.Function {cls.__name__} may have a gradient of its own"
+            theirs = f"{cls.__module__}." if is_torchs(cls.__module__) else ""
+            reason = f"autograd.Function {theirs}{cls.__name__} may have a gradient of its own"
             observer.note(reason)
             raise NotAUnitError(reason, True)
         own = super(function, cls).apply if before is None else before.__get__(None, cls)
