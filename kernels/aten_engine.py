@@ -44,8 +44,13 @@ class AtenEngine:
     # Whether moments that ranks merge come with the convolution that writes their tensor.
     _rank_moments_from_conv = False
 
-    def gives_moments(self, training: bool, synced: bool) -> bool:
+    # Whether statistics of a group norm come with the convolution that writes its input.
+    _group_moments_from_conv = False
+
+    def gives_moments(self, training: bool, synced: bool, groups: int = 0) -> bool:
         """Whether what writes a norm's input is to give its moments as well."""
+        if groups:
+            return self._group_moments_from_conv
         return training and (not synced or self._rank_moments_from_conv)
 
     def projection_adds(self, other: Convolved, projection: Convolved) -> bool:
@@ -79,6 +84,16 @@ class AtenEngine:
         # For the convolution that comes next, which takes it away.
         stats.__dict__[_NORMALISED] = normalised
         return stats
+
+    def group_stats(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Of a group norm: mean and rstd, (2, N, G), and its ``stats``, (5, N, C)."""
+        found = reference.moments(x, norm)
+        assert isinstance(found, tuple) and not isinstance(found, Partials)
+        return found
+
+    def group_affine(self, kept: Tensor, norm: Norm, channels: int) -> Tensor:
+        """The latter from the former."""
+        return reference.group_affine(kept, norm, channels)
 
     def _merged_stats(
         self, partials: Partials, counts: Tensor,
@@ -150,6 +165,10 @@ class AtenEngine:
         )
         return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
 
+    def written(self, grad: Grad, dtype: torch.dtype) -> Tensor:
+        """A gradient in ``dtype`` that waits for nothing."""
+        return reference.input_grad(grad, None, dtype)
+
     def norm_conv_backward(
         self,
         grad: Grad,
@@ -160,7 +179,7 @@ class AtenEngine:
         geometry: Geometry,
         *,
         training: bool,
-        gamma: Tensor | None,
+        norm: Norm,
         dtype: torch.dtype,
         need_input: bool,
         need_weight: bool,
@@ -175,8 +194,8 @@ class AtenEngine:
 
         Args:
             grad: gradient of the convolution's output, (N, K, P, Q).
-            h: (N, C, H, W), the norm's input; stats: (5, C), its statistics.
-            training: whether ``stats`` depend on h. gamma: (C,) or None, the norm's weight.
+            h: (N, C, H, W), the norm's input; stats: (5, C), its statistics, or (5, N, C).
+            training: whether ``stats`` depend on h. norm: the norm itself.
             add: a further gradient of act(norm(h)), (N, C, H, W); where ``projection_adds``, as
                 the projection's whose it is.
             identity: added to h's gradient untouched (the identity path), where ``final``.
@@ -202,8 +221,12 @@ class AtenEngine:
         del dz
         del u
         identity = identity if final else None
-        if sync is None:
-            g, dgamma, dbeta = reference.norm_backward(q, h, stats, gamma, training, identity)
+        if norm.groups:
+            coef, dgamma, dbeta = reference.group_norm_grad(q, h, stats, norm)
+            g = reference.input_grad(Grad(q, h, coef), identity, q.dtype)
+        elif sync is None:
+            weight = norm.weight
+            g, dgamma, dbeta = reference.norm_backward(q, h, stats, weight, training, identity)
         else:
             dbeta, dgamma = reference.rank_gradient_sums(q, h, stats)
             sums = ranks.gather_sums(dbeta, dgamma, sync.gather).data.sum(0)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 ACTS = ("identity", "relu", "leaky_relu", "silu", "gelu")
 
-# Rows of a ``stats`` tensor, shape (5, C), float32 (float64 for float64 activations).
+# Rows of a ``stats`` tensor, float32 (float64 for float64 activations): (5, C), or "per image"
+# (5, N, C) for a norm over groups of channels of an image, whose row VAR nobody reads.
 MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
 
 
@@ -97,7 +98,8 @@ class Grad(NamedTuple):
 
     q:    (N, C, H, W), channels_last.
     h:    (N, C, H, W), the norm's input, or None where B = C = 0 (running statistics).
-    coef: (4, C) rows A, B, C, mean, or None where g = q.
+    coef: (4, C) rows A, B, C, mean, or None where g = q. (4, N, C) behind a group norm, where
+          g = A*q - C - B*(h - mean): its sums are weighted by gamma, which may be 0.
     z:    where it waits for act' too: ``q`` holds dz, and (dz + add) * act'(a*h + b) stands for it.
     """
 
@@ -119,15 +121,24 @@ class Dgrad(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A norm that takes a batch's statistics: its weight and bias, (C,) or None, and its eps."""
+    """A norm that takes its input's statistics: its weight and bias, (C,) or None, and its eps.
+
+    groups: 0 where they are over the batch; else over each of so many groups of an image's channels
+    (Wu and He 2018), and weight and bias may be (N, C).
+    """
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    groups: int = 0
 
 
 class NormGrads(NamedTuple):
-    """What the sums of a norm's backward give: coef (4, C), dweight = S2 and dbias = S1, (C,)."""
+    """What the sums of a norm's backward give: coef (4, C), dweight = S2 and dbias = S1, (C,).
+
+    Of a group norm coef is (4, N, C), and dweight and dbias are summed over images where the weight
+    and bias are (C,), and (N, C) where these are.
+    """
 
     coef: Tensor
     dweight: Tensor
@@ -147,6 +158,11 @@ class Partials(NamedTuple):
     data: Tensor
     rows: int
     tile_rows: int
+
+
+# What a kernel gives of the moments of what it wrote: a tile's, or the statistics of the norm that
+# it was told of; of a group norm (2, N, G), mean and rstd, and ``stats`` per image.
+Moments = Partials | Tensor | tuple[Tensor, Tensor]
 
 
 def flat_moments(moments: Any) -> tuple[list[Tensor], Any]:

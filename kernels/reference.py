@@ -24,6 +24,7 @@ from .operands import (
     Activated,
     Geometry,
     Grad,
+    Moments,
     Norm,
     NormGrads,
     Partials,
@@ -40,7 +41,8 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _per_channel(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
+    """(C,), or (N, C) for values of each image, to go with (N, C, H, W)."""
+    return values.view(-1, values.shape[-1], 1, 1)
 
 
 def _rows(x: Tensor) -> int:
@@ -89,15 +91,19 @@ def in_memory_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 # --- statistics ---------------------------------------------------------------------------------
 
 
-def moments(x: Tensor, norm: Norm | None = None) -> Partials | Tensor:
+def moments(x: Tensor, norm: Norm | None = None) -> Moments:
     """Per-channel mean and sum of squared deviations of x (N, C, H, W), as one tile.
 
-    Half-precision inputs are accumulated in float32. norm: whose ``stats``, (5, C), are returned.
+    Half-precision inputs are accumulated in float32. norm: whose ``stats``, (5, C), are returned;
+    for a group norm ``group_moments`` and its ``stats``, (5, N, C).
     """
     rows = _rows(x)
+    if norm is not None and norm.groups:
+        kept = group_moments(x, norm.groups, norm.eps)
+        return kept, group_affine(kept, norm, x.shape[1])
     mean, var = batch_moments(x)
     if norm is not None:
-        return running_stats(mean, var, *norm)
+        return running_stats(mean, var, norm.weight, norm.bias, norm.eps)
     return Partials(torch.stack((mean, var.mul_(rows))).unsqueeze(0), rows, rows)
 
 
@@ -123,6 +129,49 @@ def normalise(
     scale = rstd if weight is None else rstd * weight
     shift = mean * -scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
     return torch.stack((mean, var, rstd, scale, shift)), u
+
+
+def group_moments(x: Tensor, groups: int, eps: float) -> Tensor:
+    """(2, N, G): mean and 1/sqrt(var + eps) of each image's groups of channels (Wu and He 2018).
+
+    In two passes. ATen's kernel for channels_last takes E[x^2] - E[x]^2, which is nothing but
+    rounding where |mean| >> std.
+    """
+    x = cast(x, stats_dtype(x.dtype))
+    channels = x.shape[1]
+
+    def means(values: Tensor) -> Tensor:  # (N, C, H, W) to (N, G)
+        return _over_groups(values.mean((2, 3)), groups) * (groups / channels)
+
+    mean = means(x)
+    deviation = x - _per_channel(_of_groups(mean, channels))
+    rest = means(deviation)
+    var = means(deviation.square_()).sub_(rest.square())
+    # In float64, as running_stats.
+    rstd = (var.double() + eps).rsqrt_().to(x.dtype)
+    return torch.stack((mean + rest, rstd))
+
+
+def _over_groups(values: Tensor, groups: int) -> Tensor:
+    """(N, C) to the sums (N, G) over each group's channels."""
+    return values.unflatten(1, (groups, -1)).sum(2)
+
+
+def _of_groups(values: Tensor, channels: int) -> Tensor:
+    """(..., G) to (..., C): each channel has its group's."""
+    groups = values.shape[-1]
+    each = values.unsqueeze(-1).expand(*values.shape, channels // groups)
+    return each.reshape(*values.shape[:-1], channels)
+
+
+def group_affine(kept: Tensor, norm: Norm, channels: int) -> Tensor:
+    """A group norm's ``stats``, (5, N, C), from its ``group_moments``."""
+    mean, rstd = _of_groups(kept, channels).unbind(0)
+    scale = rstd if norm.weight is None else rstd * norm.weight
+    shift = mean * -scale
+    if norm.bias is not None:
+        shift = torch.addcmul(norm.bias.to(kept.dtype), mean, scale, value=-1)
+    return torch.stack((mean, torch.zeros_like(mean), rstd, scale.to(kept.dtype), shift))
 
 
 # Of a reduction between ranks: rows are summed in so many places side by side.
@@ -240,13 +289,18 @@ def act_backward(
     add: Tensor | None = None,
     training: bool = True,
     dtype: torch.dtype | None = None,
+    norm: Norm | None = None,
 ) -> tuple[Tensor | None, NormGrads]:
     """What the sums of q = (dz + add) * act'(a*h + b) give, and z = act(a*h + b).
 
-    dz, add, h: (N, C, H, W). dtype: of z, None for no z.
+    dz, add, h: (N, C, H, W). dtype: of z, None for no z. norm: the group norm whose ``stats`` are
+    per image.
     """
     q = _through_act(dz, Activated(h, stats, act, add))
-    grads = norm_grad(gradient_sums(q, h, stats), stats, training)
+    if norm is not None and norm.groups:
+        grads = group_norm_grad(q, h, stats, norm)
+    else:
+        grads = norm_grad(gradient_sums(q, h, stats), stats, training)
     return (None if dtype is None else norm_act(h, stats, act, dtype)), grads
 
 
@@ -308,6 +362,32 @@ def norm_grad(
     return NormGrads(coef, s2, s1)
 
 
+def group_norm_grad(q: Tensor, h: Tensor, stats: Tensor, norm: Norm) -> NormGrads:
+    """Coefficients (4, N, C) of g = A*q - C - B*(h - mean) of a group norm, and its own gradients.
+
+    With S1 = sum q and S2 = sum q*xhat over an image's pixels, and m values in a group:
+    A = a,  C = rstd*sum gamma*S1/m,  B = rstd^2*sum gamma*S2/m, sums over the group's channels.
+    """
+    mean, _, rstd, scale, _ = stats.unbind(0)
+    channels = h.shape[1]
+    q = cast(q, stats.dtype)
+    s1 = q.sum((2, 3))
+    s2 = cast(h, stats.dtype).sub(_per_channel(mean)).mul_(q).sum((2, 3)).mul_(rstd)
+    values = h[0, 0].numel() * channels // norm.groups
+
+    def over_group(sums: Tensor) -> Tensor:
+        weighted = sums if norm.weight is None else sums * norm.weight
+        return _of_groups(_over_groups(weighted, norm.groups), channels) / values * rstd
+
+    coef = torch.stack((scale, over_group(s2) * rstd, over_group(s1), mean)).to(stats.dtype)
+    dweight = s2 if _is_per_image(norm.weight) else s2.sum(0)
+    return NormGrads(coef, dweight, s1 if _is_per_image(norm.bias) else s1.sum(0))
+
+
+def _is_per_image(values: Tensor | None) -> bool:
+    return values is not None and values.dim() == 2
+
+
 def norm_backward(
     q: Tensor,
     h: Tensor,
@@ -362,7 +442,7 @@ def input_grad(
     identity: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """g = A*(q - C - B*(h - mean)) (+ identity), written: a norm's dx, or an operand.
+    """g (``Grad``) (+ identity), written: a norm's dx, or an operand.
 
     identity: the identity path's gradient, (N, C, H, W), added untouched. dtype: of the result,
     q's if None.
@@ -376,9 +456,13 @@ def input_grad(
         return cast(g, dtype)
     a, b, c, center = (_per_channel(row) for row in coef.unbind(0))
     g = cast(q, coef.dtype)
+    per_image = coef.dim() == 3
+    if per_image:
+        g = g * a
     if h is not None:
         g = (g - c).addcmul_(cast(h, coef.dtype) - center, b, value=-1.0)
-    g = g * a
+    if not per_image:
+        g = g * a
     if identity is not None:
         g = g.add_(identity)
     return cast(g, dtype)
@@ -402,11 +486,12 @@ def conv_forward(
     out_dtype: torch.dtype | None = None,
     with_moments: bool = False,
     norm: Norm | None = None,
-) -> tuple[Tensor, Partials | Tensor | None]:
+) -> tuple[Tensor, Moments | None]:
     """out = conv(act(a*h + b)) + bias + residual, and the moments of out.
 
     Args:
-        h: (N, C, H, W). weight: (K, C, R, S). bias: (K,) or None; all three are read as they are.
+        h: (N, C, H, W). weight: (K, C, R, S). bias: (K,), (N, K) for one of each image, or None;
+            all three are read as they are.
         dtype: of both operands of the multiplication; accumulation is in float32 or wider.
         stats, act: the prologue; ``stats=None`` convolves h itself.
         residual: (N, K, P, Q) or None. With ``residual_stats``, act(a*residual + b) is added
@@ -414,15 +499,17 @@ def conv_forward(
         subtract: out = residual - (conv + bias): walks the identity path back.
         out_dtype: of out, ``dtype`` if None.
         with_moments: also return the moments of out as stored, one tile or several. norm: the norm
-            that reads out, whose ``stats`` (5, K) are returned instead.
+            that reads out, whose ``stats`` (5, K) are returned instead (``moments``).
     """
     z = norm_act(h, stats, act, dtype)
     bias = None if bias is None else cast(bias, dtype)
-    out = conv2d(z, cast(weight, dtype), bias, geometry)
+    late = bias if bias is not None and bias.dim() == 2 else None
+    out = conv2d(z, cast(weight, dtype), None if bias is late else bias, geometry)
     # Not every convolution of ATen keeps the layout: on CUDA cuDNN's do, but in float64 none does.
     out = in_memory_format(out, memory_format_of(h))
     return conv_end(
         out,
+        late,
         residual=residual,
         residual_stats=residual_stats,
         act=act,
@@ -444,7 +531,7 @@ def conv_end(
     out_dtype: torch.dtype | None = None,
     with_moments: bool = False,
     norm: Norm | None = None,
-) -> tuple[Tensor, Partials | Tensor | None]:
+) -> tuple[Tensor, Moments | None]:
     """What ``conv_forward`` does with its product ``out``, whose memory it may take."""
     out_dtype = out.dtype if out_dtype is None else out_dtype
     if bias is not None:
