@@ -88,7 +88,8 @@ class AtenEngine:
     def group_stats(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """Of a group norm: mean and rstd, (2, N, G), and its ``stats``, (5, N, C)."""
         found = reference.moments(x, norm)
-        assert isinstance(found, tuple) and not isinstance(found, Partials)
+        assert isinstance(found, tuple)
+        assert not isinstance(found, Partials)
         return found
 
     def group_affine(self, kept: Tensor, norm: Norm, channels: int) -> Tensor:
@@ -114,7 +115,7 @@ class AtenEngine:
 
         moments: ``rank_moments`` of this rank's ``rows`` rows.
         """
-        local = self.norm_stats(moments, *OF_RANKS)
+        local = self.norm_stats(moments, *OF_RANKS[:3])
         partials, counts = ranks.gather_moments(local, rows, gather)
         stats = self._merged_stats(partials, counts, weight, bias, eps)
         return stats, counts.sum().view(1)
@@ -222,14 +223,15 @@ class AtenEngine:
         del u
         identity = identity if final else None
         if norm.groups:
-            coef, dgamma, dbeta = reference.group_norm_grad(q, h, stats, norm)
-            g = reference.input_grad(Grad(q, h, coef), identity, q.dtype)
+            sums = reference.group_norm_grad(q, h, stats, norm)
+            g = reference.input_grad(Grad(q, h, sums.coef), identity, q.dtype)
+            dgamma, dbeta = sums.dweight, sums.dbias
         elif sync is None:
-            weight = norm.weight
-            g, dgamma, dbeta = reference.norm_backward(q, h, stats, weight, training, identity)
+            gamma = norm.weight
+            g, dgamma, dbeta = reference.norm_backward(q, h, stats, gamma, training, identity)
         else:
             dbeta, dgamma = reference.rank_gradient_sums(q, h, stats)
-            sums = ranks.gather_sums(dbeta, dgamma, sync.gather).data.sum(0)
-            g = reference.norm_backward_of(q, h, stats, sums, sync.total, identity)
+            both = ranks.gather_sums(dbeta, dgamma, sync.gather).data.sum(0)
+            g = reference.norm_backward_of(q, h, stats, both, sync.total, identity)
         g = cast(g, h.dtype if final else dtype)
         return ConvGrads(Grad(g), dweight, dbias, dgamma, dbeta)

@@ -133,6 +133,9 @@ class TritonEngine(AtenEngine):
     def projection_adds(self, other: Convolved, projection: Convolved) -> bool:
         return implementation(*other) == ATEN != implementation(*projection)
 
+    def written(self, grad: Grad, dtype: torch.dtype) -> Tensor:
+        return self._plain(grad, dtype)
+
     def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
         """Given the norm, its statistics already (``kernels.merging``)."""
         return self._run(
@@ -253,6 +256,10 @@ class TritonEngine(AtenEngine):
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """``reference.conv_forward``, computed as chosen."""
+        stats = options.get("stats")
+        if (stats is not None and stats.dim() == 3) or (bias is not None and bias.dim() == 2):
+            out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
+            return out, self.moments(out, norm) if with_moments else None
         dtype = options["dtype"]
         how, tile = self._choice(FORWARD, h, weight, geometry, dtype)
         if how != FUSED and options.get("stats") is not None:
@@ -317,6 +324,11 @@ class TritonEngine(AtenEngine):
         self, g, h, weight, geometry, *, dtype, stats, act, need_input, need_weight, need_bias
     ):  # type: ignore[no-untyped-def]
         """``AtenEngine.conv_backward``, computed as chosen."""
+        if stats is not None and stats.dim() == 3:
+            return super().conv_backward(
+                g, h, weight, geometry, dtype=dtype, stats=stats, act=act, need_input=need_input,
+                need_weight=need_weight, need_bias=need_bias,
+            )  # fmt: skip
         how, tile = self._choice(DGRAD, h, weight, geometry, dtype)
         wgrad = self._choice(WGRAD, h, weight, geometry, dtype)
         dz = dweight = dbias = None
@@ -342,10 +354,19 @@ class TritonEngine(AtenEngine):
         return ConvGrads(None if dz is None else Grad(dz), dweight, dbias, None, None)
 
     def norm_conv_backward(
-        self, grad, h, stats, act, weight, geometry, *, training, gamma, dtype,
+        self, grad, h, stats, act, weight, geometry, *, training, norm, dtype,
         need_input, need_weight, need_bias, add=None, identity=None, final=False, sync=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         """``AtenEngine.norm_conv_backward``, computed as chosen."""
+        if norm.groups:
+            grad = Grad(self._plain(grad, dtype))
+            if isinstance(add, Dgrad):
+                add = self._written(add, h, dtype)
+            return super().norm_conv_backward(
+                grad, h, stats, act, weight, geometry, training=training, norm=norm, dtype=dtype,
+                need_input=need_input, need_weight=need_weight, need_bias=need_bias, add=add,
+                identity=identity, final=final, sync=sync,
+            )  # fmt: skip
         hows = [self._choice(each, h, weight, geometry, dtype) for each in (DGRAD, WGRAD)]
         wide = hows[0][0] == ATEN
         if isinstance(add, Dgrad) and not wide:

@@ -416,7 +416,7 @@ class Place(NamedTuple):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The kernel's, in order: data, counters, weight, bias, stats, eps."""
-        weight, bias, eps = self.norm or (None, None, 0.0)
+        weight, bias, eps, _ = self.norm or Norm(None, None, 0.0)
         return self.data, self.counters, weight, bias, self.stats, float(eps)
 
     def result(self, rows: int, tile_rows: int) -> Partials | Tensor | None:

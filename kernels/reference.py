@@ -623,6 +623,11 @@ def convolution_backward(
     )
 
 
+def image_sums(g: Tensor, like: Tensor) -> Tensor:
+    """Of g, (N, K, P, Q), over each image's pixels: (N, K), in ``like``'s dtype."""
+    return g.sum((2, 3), dtype=stats_dtype(g.dtype)).to(like.dtype)
+
+
 def conv_dgrad(
     grad: Grad,
     weight: Tensor,

@@ -1,13 +1,14 @@
 """Pre-activation blocks as drop-in modules (He et al. 2016, Figure 4(e) and equation (3)).
 
-Each block computes x_{l+1} = shortcut + F(x), F a sequence of BN -> act -> conv. The children are
-ordinary ``nn.BatchNorm2d`` and ``nn.Conv2d`` under the usual names and are read afresh at every
-call; ``forward_children`` says in plain PyTorch what ``forward`` computes by fused kernels, and
-runs wherever those cannot honour what was asked (hooks, other child types, vmap, ...).
+Each block computes x_{l+1} = shortcut + F(x), F a sequence of norm -> act -> conv. The children are
+ordinary ``nn.BatchNorm2d``, or group norms, and ``nn.Conv2d`` under the usual names and are read
+afresh at every call; ``forward_children`` says in plain PyTorch what ``forward`` computes by fused
+kernels, and runs wherever those cannot honour what was asked (hooks, other child types, vmap, ...).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +31,37 @@ from .names import AUTO, EAGER
 BACKENDS = (AUTO, "triton", "aten", EAGER)
 
 
-def _norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+def norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    """What makes a norm of so many channels: "batch", "group:G", "instance", "layer" or a callable.
+
+    "layer" is over channels and pixels of each image, "instance" over the pixels of each channel of
+    it (with a weight and bias for each channel): G = 1 and G = C groups (Wu and He 2018).
+
+    Raises:
+        ValueError: another name, or a number of groups that is none. The callable: channels that
+            are no multiple of the groups.
+    """
     if callable(norm):
         return norm
-    if norm != "batch":
+    if norm == "batch":
+        return nn.BatchNorm2d
+    if norm == "layer":
+        return functools.partial(_group_norm, 1)
+    if norm == "instance":
+        return lambda channels: nn.GroupNorm(channels, channels)
+    kind, _, number = norm.partition(":")
+    if kind != "group" or not (number.isascii() and number.isdigit() and int(number)):
         raise ValueError(
-            f'norm must be "batch" or a callable from channels to module, got {norm!r}'
+            'norm must be "batch", "group:32" (so many groups), "instance", "layer" or a callable '
+            f"from channels to module, got {norm!r}"
         )
-    return nn.BatchNorm2d
+    return functools.partial(_group_norm, int(number))
+
+
+def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    if channels % groups:
+        raise ValueError(f"norm must divide {channels} channels, got {groups} groups")
+    return nn.GroupNorm(groups, channels)
 
 
 class PreActUnit(ChainUnit, nn.Module):
@@ -182,8 +206,9 @@ class PreActBlock(PreActUnit):
             act(bn1(x)), as in the paper, or ``"raw"``, x.
         identity: the same for a shortcut without projection; ``"preact"`` is the paper's first
             unit, which activates before the two paths part.
-        norm: ``"batch"``, or a callable from channels to a module (other than BatchNorm2d: the
-            children run one by one).
+        norm: ``"batch"``, ``"group:32"`` (so many groups), ``"instance"``, ``"layer"``, or a
+            callable from channels to a module (``norm_layer``; of another class than PyTorch's
+            norms: the children run one by one).
         act: relu, leaky_relu (0.1), silu, gelu, identity, or a module.
         backend: ``"auto"``, ``"triton"``, ``"aten"``, or ``"eager"`` for child by child.
 
@@ -209,7 +234,7 @@ class PreActBlock(PreActUnit):
         super().__init__(
             in_channels, out_channels, stride, shortcut=shortcut, identity=identity, backend=backend
         )
-        layer = _norm_layer(norm)
+        layer = norm_layer(norm)
         self.bn1 = layer(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
         self.bn2 = layer(out_channels)
@@ -253,7 +278,7 @@ class BottleneckPreActBlock(PreActUnit):
             )
         self.expansion = expansion
         width = out_channels // expansion
-        layer = _norm_layer(norm)
+        layer = norm_layer(norm)
         self.bn1 = layer(in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=bias)
         self.bn2 = layer(width)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage
+from .blocks import BottleneckPreActBlock, PreActBlock, PreActUnit, Stage, norm_layer
 from .core.footprint import Footprint, footprint
 from .core.memory import choose_mode, parse_bytes, planned_gpu, step_limit
 from .core.meta import MetaPrograms
@@ -134,15 +134,14 @@ class PreActResNet(nn.Module):
             self.add_module(f"stage{number}", Stage(*blocks, backend=backend, memory=mode))
         self.num_stages = len(layers)
         self._chosen: tuple[Any, ...] | None = None
-        norm = block_options.get("norm", "batch")
-        self.bn = norm(channels) if callable(norm) else nn.BatchNorm2d(channels)
+        self.bn = norm_layer(block_options.get("norm", "batch"))(channels)
         self.act = activation(block_options.get("act", "relu"))
         self.fc = nn.Linear(channels, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the paper's code: conv weights N(0, sqrt(2/(k*k*out_channels))), BN 1 and
-        0, biases 0."""
+        """Initialise as the paper's code: conv weights N(0, sqrt(2/(k*k*out_channels))), norms 1
+        and 0, biases 0."""
         if self.conv1.weight.is_meta:
             return
         for module in self.modules():
@@ -152,8 +151,9 @@ class PreActResNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_running_stats()
+            elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+                if isinstance(module, nn.BatchNorm2d):
+                    module.reset_running_stats()
                 if module.affine:
                     nn.init.ones_(module.weight)
                     nn.init.zeros_(module.bias)

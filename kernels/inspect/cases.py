@@ -228,7 +228,7 @@ def steps(
 
     def moments(x: Tensor) -> object:
         norm = norm_of(x.shape[1])
-        return engine.norm_stats(engine.moments(x, norm), *norm)
+        return engine.norm_stats(engine.moments(x, norm), *norm[:3])
 
     def forward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, residual: Tensor | None
@@ -238,7 +238,7 @@ def steps(
             h, weight, None, geometry, dtype=compute, stats=stats_of(h.shape[1]), act=unit.act,
             residual=residual, out_dtype=out.dtype, with_moments=True, norm=norm,
         )  # fmt: skip
-        return result, engine.norm_stats(found, *norm)
+        return result, engine.norm_stats(found, *norm[:3])
 
     def backward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool,
@@ -254,7 +254,7 @@ def steps(
         stats, gamma = tensors.stats(h.shape[1])
         return engine.norm_conv_backward(
             grad, h, stats, unit.act, weight, geometry, training=unit.training,
-            gamma=gamma, dtype=compute, need_input=True, need_weight=True,
+            norm=Norm(gamma, None, 1e-5), dtype=compute, need_input=True, need_weight=True,
             need_bias=False, final=first,
             add=other if unit.projection else None, identity=None if unit.projection else other,
         )  # fmt: skip

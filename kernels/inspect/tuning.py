@@ -195,7 +195,7 @@ def _run(engine: AtenEngine, call: Call, arguments: dict[str, Any]) -> Any:
     result = getattr(engine, call.method)(**arguments)
     if call.method == "conv_forward" and result[1] is not None:
         norm = arguments.get("norm") or Norm(None, None, 1e-5)
-        return result[0], engine.norm_stats(result[1], *norm)
+        return result[0], engine.norm_stats(result[1], *norm[:3])
     return result
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels.aten_engine import OF_RANKS, AtenEngine
 from ..kernels.operands import Dgrad, Grad, Norm, running_stats
 from ..kernels.ranks import Ranks
+from ..kernels.reference import image_sums
 from .spec import HAND_TO_RANKS, Shortcut, Spec, Unit, UnitParams
 from .sync import gather_over
 
@@ -30,8 +31,9 @@ class Chain:
 
     Args:
         spec: the record. params: its tensors, flat, where ``spec.positions`` says.
-        engine: the implementation. stats: each norm's (5, C) statistics where they are known
-            already (a backward); computed and appended otherwise.
+        engine: the implementation. stats: each norm's (5, C) statistics, or a group norm's (2, N,
+            G) mean and rstd, where they are known already (a backward); computed and appended
+            otherwise.
         totals: with ``stats``, the rows (1,) of each norm that is synchronised over ranks.
     """
 
@@ -49,6 +51,8 @@ class Chain:
         self.known_stats = stats is not None
         self.stats: list[Tensor] = [] if stats is None else stats
         self.totals: list[Tensor] = [] if totals is None else totals
+        # Group norms' statistics as convolutions read them, of the unit at hand.
+        self._per_image: dict[int, Tensor] = {}
 
     def _param(self, position: int) -> Tensor | None:
         return None if position < 0 else self.params[position]
@@ -56,9 +60,13 @@ class Chain:
     def _stats(self, unit: Unit, at: UnitParams, i: int, h: Tensor, partials: Any) -> Tensor:
         """Statistics of norm i: those known, the running ones, or those of the batch h."""
         if self.known_stats:
-            return self.stats[at.first_stats + i]
+            return self._at(unit, at, i)
         norm = unit.norms[i]
-        weight, bias = self._param(at.norm_weight[i]), self._param(at.norm_bias[i])
+        weight, bias, _, _ = known = self._norm(unit, at, i)
+        if norm.groups:
+            kept, stats = self.engine.group_stats(h, known) if partials is None else partials
+            self.stats.append(kept)
+            return stats  # type: ignore[no-any-return]
         if norm.training:
             if norm.sync:
                 partials = self.engine.rank_moments(h) if partials is None else partials
@@ -69,7 +77,7 @@ class Chain:
                 self.totals.append(total)
             else:
                 if partials is None:
-                    partials = self.engine.moments(h, Norm(weight, bias, norm.eps))
+                    partials = self.engine.moments(h, known)
                 stats = self.engine.norm_stats(partials, weight, bias, norm.eps)
         else:
             mean, var = self.params[at.running_mean[i]], self.params[at.running_var[i]]
@@ -77,6 +85,11 @@ class Chain:
             stats = running_stats(mean.to(wide), var.to(wide), weight, bias, norm.eps)
         self.stats.append(stats)
         return stats
+
+    def _norm(self, unit: Unit, at: UnitParams, i: int) -> Norm:
+        norm = unit.norms[i]
+        weight, bias = self._param(at.norm_weight[i]), self._param(at.norm_bias[i])
+        return Norm(weight, bias, norm.eps, norm.groups)
 
     def _conv(
         self,
@@ -209,11 +222,11 @@ class Chain:
         else:
             hands_on = self.spec.part.hands_on
             return self.engine.gives_moments(hands_on > 0, hands_on == HAND_TO_RANKS), None
-        norm, at = self.spec.units[number].norms[i], self.spec.positions[number]
-        known = Norm(self._param(at.norm_weight[i]), self._param(at.norm_bias[i]), norm.eps)
+        unit, at = self.spec.units[number], self.spec.positions[number]
+        norm = unit.norms[i]
         return (
-            self.engine.gives_moments(norm.training, norm.sync > 0),
-            OF_RANKS if norm.sync else known,
+            self.engine.gives_moments(norm.training, norm.sync > 0, norm.groups),
+            OF_RANKS if norm.sync else self._norm(unit, at, i),
         )
 
     def backward(
@@ -279,7 +292,7 @@ class Chain:
             for i in range(last):
                 h = kept.pop((number, i + 1), None)
                 if h is None:
-                    h, _ = self._conv(number, i, hs[i], self._at(number, i))
+                    h, _ = self._conv(number, i, hs[i], self._at_unit(number, i))
                 hs.append(h)
             del h
             grad = self._unit_backward(number, grad, hs, grads)
@@ -293,8 +306,20 @@ class Chain:
         number = unit.norms[i].sync
         return Ranks(gather_over(number), self.totals.pop()) if number else None
 
-    def _at(self, number: int, i: int) -> Tensor:
-        return self.stats[self.spec.positions[number].first_stats + i]
+    def _at_unit(self, number: int, i: int) -> Tensor:
+        return self._at(self.spec.units[number], self.spec.positions[number], i)
+
+    def _at(self, unit: Unit, at: UnitParams, i: int) -> Tensor:
+        """Known statistics of norm i; a group norm's are expanded, once in each unit's backward."""
+        place = at.first_stats + i
+        if not unit.norms[i].groups:
+            return self.stats[place]
+        if place not in self._per_image:
+            channels = self.params[at.conv_weight[i]].shape[1] * unit.convs[i].geometry.groups
+            self._per_image[place] = self.engine.group_affine(
+                self.stats[place], self._norm(unit, at, i), channels
+            )
+        return self._per_image[place]
 
     def _previous(self, number: int, h_last: Tensor, out: Tensor) -> Tensor:
         """x_l = x_{l+1} - F_last(h_{k-1}): one step back along the identity path.
@@ -303,7 +328,8 @@ class Chain:
         its bits are the same and the only error is that of one addition and one subtraction.
         """
         i = len(self.spec.units[number].convs) - 1
-        return self._conv(number, i, h_last, self._at(number, i), residual=out, subtract=True)[0]
+        stats = self._at_unit(number, i)
+        return self._conv(number, i, h_last, stats, residual=out, subtract=True)[0]
 
     def walk_back(self, x: Tensor, out: Tensor, kept: Kept) -> Tensor | None:
         """The chain's input x as a backward would walk to it from its output ``out``, or, in
@@ -350,7 +376,7 @@ class Chain:
                 weight,
                 geometry,
                 dtype=spec.dtype,
-                stats=self._at(number, 0) if preact else None,
+                stats=self._at_unit(number, 0) if preact else None,
                 act=unit.act,
                 need_input=need_input and not later,
                 need_weight=spec.needs[at.projection_weight],
@@ -364,19 +390,24 @@ class Chain:
                 add = Dgrad(g, weight, geometry)
         grad = Grad(g)
         for i in reversed(range(len(unit.convs))):
+            need_bias = unit.convs[i].bias and spec.needs[at.conv_bias[i]]
+            if need_bias and self.params[at.conv_bias[i]].dim() == 2:
+                # One of each image: no convolution's backward sums it.
+                grad, need_bias = Grad(engine.written(grad, spec.dtype)), False
+                _store(grads, at.conv_bias[i], image_sums(grad.q, self.params[at.conv_bias[i]]))
             result = engine.norm_conv_backward(
                 grad,
                 hs[i],
-                self._at(number, i),
+                self._at_unit(number, i),
                 unit.act,
                 self.params[at.conv_weight[i]],
                 unit.convs[i].geometry,
                 training=unit.norms[i].training,
-                gamma=self._param(at.norm_weight[i]),
+                norm=self._norm(unit, at, i),
                 dtype=spec.dtype,
                 need_input=spec.needs_before(at.conv_weight[i]),
                 need_weight=spec.needs[at.conv_weight[i]],
-                need_bias=unit.convs[i].bias and spec.needs[at.conv_bias[i]],
+                need_bias=need_bias,
                 add=add if i == 0 else None,
                 identity=identity if i == 0 else None,
                 final=i == 0,
@@ -389,6 +420,7 @@ class Chain:
             if result.grad is None:
                 return None
             grad = result.grad
+        self._per_image.clear()
         return grad.q
 
 

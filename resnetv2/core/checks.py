@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..kernels.operands import ACTS
 from .execution import layout_of
-from .modules import UnitModules, act_of, batch_statistics, padding_of
+from .modules import UnitModules, act_of, padding_of
+from .norms import NORMS, batch_statistics, channels_of, groups_of
 from .spec import DTYPES
 from .sync import SyncBatchNorm, check_rows, group_number
 
@@ -24,7 +25,8 @@ SHADOWS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_
 CHILD_ATTRIBUTES = frozenset(
     (
         "training", "momentum", "eps", "affine", "track_running_stats", "num_features", "weight",
-        "bias", "running_mean", "running_var", "num_batches_tracked", "in_channels", "out_channels",
+        "bias", "running_mean", "running_var", "num_batches_tracked", "num_groups", "num_channels",
+        "in_channels", "out_channels",
         "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
         "_reversed_padding_repeated_twice", "__getattr__", "__getattribute__",
     )
@@ -74,14 +76,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         )
         and own.forward is kind.forward
         and own.__call__ is kind.__call__
-        and getattr(own, inner) is getattr(kind, inner)
+        and getattr(own, inner, None) is getattr(kind, inner, None)
         and not hasattr(module, "parametrizations")
     )
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module computes what BatchNorm2d or SyncBatchNorm does."""
-    return any(is_plain(module, kind) for kind in (nn.BatchNorm2d, SyncBatchNorm, nn.SyncBatchNorm))
+    """Whether a module computes what one of ``NORMS`` does, an instance norm by its input alone."""
+    if isinstance(module, nn.InstanceNorm2d) and module.running_mean is not None:
+        return False
+    return any(is_plain(module, kind) for kind in (SyncBatchNorm, *NORMS))
 
 
 def why_not(unit: UnitModules, norm_types: Sequence[type | None] = ()) -> str | None:
@@ -114,8 +118,9 @@ def why_not(unit: UnitModules, norm_types: Sequence[type | None] = ()) -> str | 
     return None
 
 
-# Takes a chain's readings, input, dtype and mode instead of ``run`` (``core.footprint``).
-Follower = Callable[[Sequence[Any], Tensor, torch.dtype, str], Tensor]
+# Takes a chain's readings, their tensors, input, dtype and mode instead of ``run``
+# (``core.footprint``).
+Follower = Callable[[Sequence[Any], Sequence[Sequence[Tensor]], Tensor, torch.dtype, str], Tensor]
 _follower: ContextVar[Follower | None] = ContextVar("follower", default=None)
 
 
@@ -172,7 +177,7 @@ def accepts(unit: UnitModules, x: Any) -> bool:
         isinstance(x, Tensor)
         and not must_run_eagerly(x)
         and x.dim() == 4
-        and x.shape[1] == unit.norms[0].num_features
+        and x.shape[1] == channels_of(unit.norms[0])
         and x.device == unit.convs[0].weight.device
         and layout_of(x) is not None
     )
@@ -233,23 +238,38 @@ def rows_of(units: Sequence[UnitModules], x: Tensor) -> list[int]:
                 f"expected a projection of {channels} channels, got {projection.in_channels}"
             )
         for i, (norm, conv) in enumerate(zip(unit.norms, unit.convs)):
-            if norm.num_features != channels or conv.in_channels != channels:
+            if channels_of(norm) != channels or conv.in_channels != channels:
                 raise ValueError(
                     f"expected a norm and a convolution of {channels} channels, got "
-                    f"{norm.num_features} and {conv.in_channels}"
+                    f"{channels_of(norm)} and {conv.in_channels}"
                 )
-            channels = conv.out_channels
             rows.append(x.shape[0] * size[0] * size[1])
-            if rows[-1] == 1 and batch_statistics(norm) and not group_number(norm):
-                raise ValueError(
-                    "expected more than 1 value per channel when training, got input size "
-                    f"{(x.shape[0], norm.num_features, *size)}"
-                )
+            _check_values(norm, (x.shape[0], channels, *size))
+            channels = conv.out_channels
             geometry = unit.geometry(i)
             size = geometry.output_size(size, conv.kernel_size)  # type: ignore[arg-type]
         if beside != (channels, size):
             raise UnfitError("a shortcut of another shape than what it is added to")
     return rows
+
+
+def _check_values(norm: nn.Module, size: tuple[int, int, int, int]) -> None:
+    """Raise as eager does where a norm's input, (N, C, H, W), has nothing to average."""
+    groups = groups_of(norm)
+    values = size[0] * size[2] * size[3]
+    if not groups:
+        if values > 1 or not batch_statistics(norm) or group_number(norm):
+            return
+        what = "1 value per channel when training"
+    elif isinstance(norm, nn.InstanceNorm2d):
+        if size[2] * size[3] > 1:
+            return
+        what = "1 pixel per image"
+    else:
+        if values * size[1] // groups > 1:
+            return
+        what = "1 value per group"
+    raise ValueError(f"expected more than {what}, got input size {size}")
 
 
 def check_dtypes(units: Sequence[UnitModules], x: Tensor) -> None:
@@ -264,8 +284,18 @@ def check_dtypes(units: Sequence[UnitModules], x: Tensor) -> None:
                 if tensor.dtype == torch.float64 if mixes else tensor.dtype != x.dtype:
                     raise UnfitError(f"a convolution of {tensor.dtype} beside {x.dtype}")
         for norm in unit.norms:
-            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            names = ("weight", "bias", "running_mean", "running_var")
+            for tensor in [getattr(norm, name, None) for name in names]:
                 if tensor is None or tensor.dtype == (torch.float32 if mixes else x.dtype):
                     continue
-                if x.dtype == torch.float64 or tensor.dtype != torch.float32:
+                # On a GPU ATen's group norm takes one dtype alone.
+                takes_one = groups_of(norm) > 0 and x.is_cuda
+                if x.dtype == torch.float64 or tensor.dtype != torch.float32 or takes_one:
                     raise UnfitError(f"a norm of {tensor.dtype} beside {x.dtype}")
+        if mixes and x.is_cuda and groups_of(unit.norms[0]) and _adds_preact(unit):
+            # CUDA's autocast has group norms give float32, and so the sum.
+            raise UnfitError("an identity that reads a group norm's float32")
+
+
+def _adds_preact(unit: UnitModules) -> bool:
+    return unit.projection is None and unit.shortcut.reads_preact

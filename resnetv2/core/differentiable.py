@@ -41,12 +41,15 @@ def differentiable_forward(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> T
         h = x
         z: Tensor | None = None
         for i, (norm, conv) in enumerate(zip(unit.norms, unit.convs)):
-            u = _batch_norm(h, norm, [param(p[i]) for p in at[:4]])
+            u = _normalised(h, norm, [param(p[i]) for p in at[:4]])
             z_i = _activate(u, unit.act)
             z = z_i if z is None else z
             weight = params[at.conv_weight[i]].to(spec.dtype)
             bias = cast(param(at.conv_bias[i]))
-            h = reference.conv2d(z_i.to(spec.dtype), weight, bias, conv.geometry)
+            late = bias is not None and bias.dim() == 2
+            h = reference.conv2d(z_i.to(spec.dtype), weight, None if late else bias, conv.geometry)
+            if bias is not None and late:
+                h = h + bias[:, :, None, None]
         assert z is not None
         shortcut = z if unit.shortcut.reads_preact else x
         if unit.projection is not None:
@@ -60,8 +63,13 @@ def differentiable_forward(spec: Spec, x: Tensor, params: Sequence[Tensor]) -> T
     return x
 
 
-def _batch_norm(h: Tensor, norm: Norm, tensors: list[Tensor | None]) -> Tensor:
+def _normalised(h: Tensor, norm: Norm, tensors: list[Tensor | None]) -> Tensor:
     weight, bias, mean, var = tensors
+    if norm.groups:
+        u = F.group_norm(h, norm.groups, eps=norm.eps)
+        scale, shift = (None if t is None else t[..., None, None].to(h.dtype) for t in tensors[:2])
+        u = u if scale is None else u * scale
+        return u if shift is None else u + shift
     return F.batch_norm(h, mean, var, weight, bias, norm.training, 0.0, norm.eps)
 
 

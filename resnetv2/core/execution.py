@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ class Forward(NamedTuple):
     """The results of a part's forward.
 
     out: in eager's dtype, where the part is the chain's last. end: the same in the stream's dtype;
-    ``out`` itself where that is eager's. stats: flat; norm after norm, (5, C) each, then the number
-    of rows of each norm that is synchronised over ranks. kept: ``Spec.kept()`` in order. moments,
-    form: of ``end``, for the next part (``operands.flat_moments``).
+    ``out`` itself where that is eager's. stats: flat; norm after norm, (5, C) each or a group
+    norm's (2, N, G), then the number of rows of each norm that is synchronised over ranks. kept:
+    ``Spec.kept()`` in order. moments, form: of ``end``, for the next part
+    (``operands.flat_moments``).
     """
 
     out: Tensor
@@ -208,7 +210,7 @@ def backward(
             spec,
             its_params,
             _engine(spec, like, its_params),
-            *split_stats(spec, its_stats, its_params),
+            *split_stats(spec, its_stats, its_params, g.shape[0]),
         )
         stream = its_x
         if its_x is not None:
@@ -249,7 +251,8 @@ def walking_error(
     """How far a part's input x is from what a backward walks back to, relative to x; 0 where none
     does. By norms. Arguments as of ``backward``."""
     with torch.no_grad(), no_autocast(x.device.type):
-        chain = Chain(spec, params, _engine(spec, x, params), *split_stats(spec, stats, params))
+        known = split_stats(spec, stats, params, x.shape[0])
+        chain = Chain(spec, params, _engine(spec, x, params), *known)
         stream = in_memory_format(x.float() if spec.wide else x, memory_format)
         walked = chain.walk_back(stream, end, dict(zip(spec.kept(), kept)))
         if walked is None:
@@ -257,19 +260,22 @@ def walking_error(
         return float(torch.dist(walked, stream) / stream.norm().clamp_min(1e-30))
 
 
-def norm_channels(spec: Spec, params: Sequence[Tensor]) -> list[int]:
-    """Channels of each norm of a chain, in the order of its flat statistics."""
+def stats_sizes(spec: Spec, params: Sequence[Tensor], images: int) -> list[tuple[int, ...]]:
+    """Shape of each norm's statistics for so many images, as ``Forward.stats`` has them."""
     return [
-        params[at.conv_weight[i]].shape[1] * unit.convs[i].geometry.groups
+        (2, images, norm.groups)
+        if norm.groups
+        else (5, params[at.conv_weight[i]].shape[1] * conv.geometry.groups)
         for unit, at in zip(spec.units, spec.positions)
-        for i in range(len(unit.convs))
+        for i, (norm, conv) in enumerate(zip(unit.norms, unit.convs))
     ]
 
 
 def split_stats(
-    spec: Spec, stats: Tensor, params: Sequence[Tensor]
+    spec: Spec, stats: Tensor, params: Sequence[Tensor], images: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Each norm's (5, C) statistics, and the rows (1,) of each that is synchronised."""
-    sizes = [5 * c for c in norm_channels(spec, params)]
-    parts = stats.split([*sizes, *[1] * spec.synced])
-    return [part.view(5, -1) for part in parts[: len(sizes)]], list(parts[len(sizes) :])
+    """Each norm's statistics (``stats_sizes``), and the rows (1,) of each that is synchronised."""
+    shapes = stats_sizes(spec, params, images)
+    parts = stats.split([*map(math.prod, shapes), *[1] * spec.synced])
+    count = len(shapes)
+    return [part.view(shape) for part, shape in zip(parts, shapes)], list(parts[count:])

@@ -89,13 +89,19 @@ class _Notes:
         self.segments: list[int] = []
 
     def chain(
-        self, readings: Sequence[Reading], x: Tensor, dtype: torch.dtype, memory: str
+        self,
+        readings: Sequence[Reading],
+        tensors: Sequence[Sequence[Tensor]],
+        x: Tensor,
+        dtype: torch.dtype,
+        memory: str,
     ) -> Tensor:
         """The chain's output, for an input x without memory; its parts are noted."""
         with _disable_current_modes():
             like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
             parts, _ = chain_parts(
-                [reading.unit for reading in readings],
+                readings,
+                tensors,
                 like,
                 dtype,
                 memory,
@@ -105,7 +111,7 @@ class _Notes:
             )
         self.segments.append(parts[0].spec.segment)
         # In their names: without it, a chain of frozen inputs would not be walked back.
-        some = next((t for r in readings for t in r.tensors if t.requires_grad), None)
+        some = next((t for its in tensors for t in its if t.requires_grad), None)
         before = _Link()
         for part in parts:
             for program in (part.forward, part.backward):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..kernels import recording
 from . import execution
-from .modules import UnitModules
 from .program import Program, record
 from .reading import Reading
 from .run import Plan
@@ -73,7 +72,8 @@ class MetaPart(NamedTuple):
 
 
 def chain_parts(
-    units: Sequence[UnitModules],
+    readings: Sequence[Reading],
+    tensors: Sequence[Sequence[Tensor]],
     x: Tensor,
     dtype: torch.dtype,
     memory: str,
@@ -85,14 +85,14 @@ def chain_parts(
     """A chain's parts in order, and its output, for an input x, (N, C, H, W), on "meta".
 
     Args:
-        dtype: in which convolutions multiply. memory: a mode.
+        readings, tensors: as of ``Plan``. dtype: in which convolutions multiply. memory: a mode.
         gpu: whose kernels run; None for ATen's operators. programs: those that are known already.
     """
     backend = "aten" if gpu is None else "triton"
     with torch.enable_grad():
         like = on_meta(x).requires_grad_(need_x)
-        plan = Plan([Reading(unit) for unit in units], like, dtype, backend, memory, 0)
-    params = [list(map(on_meta, its)) for its in plan.params]
+        plan = Plan(readings, tensors, like, dtype, backend, memory, 0)
+    params = [list(map(on_meta, its)) for its in plan.params_of(tensors)]
     weights = [w for spec, its in zip(plan.specs, params) for w in execution.weights_of(spec, its)]
     form = execution.chain_format(x, weights, backend)
     x = x.contiguous(memory_format=form)

@@ -7,12 +7,14 @@ or the reason why they must run one by one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.operands import ACTS, Act, Geometry
-from .spec import Conv, Norm, Shortcut, Unit, slots
+from .norms import batch_statistics, groups_of
+from .spec import Conv, Norm, Shortcut, Slot, Unit, slots
 from .sync import group_number
 
 
@@ -33,21 +35,28 @@ Pad = tuple[int, int, int, int]  # left, right, top, bottom
 NO_PAD: Pad = (0, 0, 0, 0)
 
 
+# A tensor of a unit that is no attribute of its modules, given the block's second input or None.
+Compute = Callable[[Tensor | None], Tensor]
+
+
 class UnitModules(NamedTuple):
     """One unit's children: norms[i] -> act -> convs[i], a projection or None, and what it reads.
 
     act: the activation's module, or its record where it is a function. pads: zeros that the model
     adds itself before each convolution, as in ``torch.nn.functional.pad``, and last before the
-    projection; empty for none at all.
+    projection; empty for none at all. computed: slots whose tensor is computed at every call and
+    takes the attribute's place: a standardised weight; a convolution's bias (N, K), or a group
+    norm's weight and bias (N, C), out of a block's second input.
     """
 
-    norms: tuple[nn.BatchNorm2d | nn.SyncBatchNorm, ...]
+    norms: tuple[nn.Module, ...]
     convs: tuple[nn.Conv2d, ...]
     act: nn.Module | Act
     shortcut: Shortcut
     projection: nn.Conv2d | None = None
     add_in_place: bool = False
     pads: tuple[Pad, ...] = ()
+    computed: tuple[tuple[Slot, Compute], ...] = ()
 
     def record(self) -> Unit:
         """The unit's present state, besides its tensors."""
@@ -56,21 +65,32 @@ class UnitModules(NamedTuple):
         norms = tuple(
             Norm(
                 batch_statistics(norm),
-                norm.weight is not None,
-                norm.bias is not None,
-                norm.eps,
+                self._has("norms", i, "weight", norm),
+                self._has("norms", i, "bias", norm),
+                cast(float, norm.eps),
                 group_number(norm),
+                groups_of(norm),
             )
-            for norm in self.norms
+            for i, norm in enumerate(self.norms)
         )
         convs = tuple(self._conv(i) for i in range(len(self.convs)))
         projection = None if self.projection is None else self._conv(-1)
         return Unit(norms, convs, act, self.shortcut, projection, self.add_in_place)
 
     def tensors(self, record: Unit) -> list[Tensor]:
-        """Parameters, and running statistics where they are used, in the order of ``slots``."""
+        """Parameters, and running statistics where they are used, in the order of ``slots``.
+
+        For a computed one stands the attribute, or, where there is none, an empty tensor.
+        """
         owners = {"norms": self.norms, "convs": self.convs, "projection": (self.projection,)}
-        return [getattr(owners[kind][i], name) for kind, i, name in slots(record)]
+        found = [getattr(owners[kind][i], name) for kind, i, name in slots(record)]
+        return [_NOTHING if tensor is None else tensor for tensor in found]
+
+    def _has(self, kind: str, i: int, name: str, module: nn.Module | None) -> bool:
+        """Whether a slot is taken, by a module's attribute or by what is computed."""
+        if module is not None and getattr(module, name) is not None:
+            return True
+        return any(slot == (kind, i, name) for slot, _ in self.computed)
 
     def geometry(self, i: int) -> Geometry:
         """The geometry of convolution i, or of the projection where i = -1."""
@@ -88,7 +108,11 @@ class UnitModules(NamedTuple):
 
     def _conv(self, i: int) -> Conv:
         conv = self.projection if i < 0 else self.convs[i]
-        return Conv(self.geometry(i), conv is not None and conv.bias is not None)
+        kind = ("projection", 0) if i < 0 else ("convs", i)
+        return Conv(self.geometry(i), self._has(*kind, "bias", conv))
+
+
+_NOTHING = torch.empty(0)
 
 
 def activation(act: str | nn.Module) -> nn.Module:
@@ -130,11 +154,6 @@ def act_of(module: nn.Module | Act) -> Act | None:
     if type(module) is nn.GELU and module.approximate != "none":
         return None
     return _ACTS.get(type(module))
-
-
-def batch_statistics(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
-    """Whether a norm takes the batch's statistics, as in ``torch.nn.BatchNorm2d.forward``."""
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:

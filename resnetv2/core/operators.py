@@ -7,6 +7,7 @@ formula must not change its inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..kernels.operands import stats_dtype
 from . import execution
 from .chain import stream_dtypes
 from .differentiable import differentiable_backward
-from .execution import chain_format, norm_channels, weights_of
+from .execution import chain_format, stats_sizes, weights_of
 from .shapes import Shape, chain_shapes
 from .spec import Spec, decode
 
@@ -44,7 +45,7 @@ def _chain_forward_fake(
 ) -> list[Tensor]:
     spec = decode(layout, constants)
     hs = chain_shapes(spec, x.shape, x.dtype, params)
-    numbers = 5 * sum(norm_channels(spec, params)) + spec.synced
+    numbers = sum(map(math.prod, stats_sizes(spec, params, x.shape[0]))) + spec.synced
     stats = torch.empty((numbers,), dtype=stats_dtype(x.dtype), device=x.device)
     memory_format = chain_format(x, weights_of(spec, params), spec.backend)
     end = hs[-1][-1].empty(x.device, memory_format)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checks import hooked
 from .modules import ChainUnit, UnitModules
-from .spec import Unit
+from .spec import Unit, slots
 from .sync import SyncBatchNorm
 
 _epoch = [1]
@@ -38,12 +38,24 @@ class Reading:
 
     Attributes:
         unit: the modules. record: what they make up. tensors: in the order of ``spec.slots``.
+        computed: places among them whose tensor is computed at every call, and how.
     """
 
     def __init__(self, unit: UnitModules) -> None:
         self.unit = unit
         self.record: Unit = unit.record()
         self.tensors: list[Tensor] = unit.tensors(self.record)
+        places = {slot: place for place, slot in enumerate(slots(self.record))}
+        self.computed = [(places[slot], compute) for slot, compute in unit.computed]
+
+    def filled(self, second: Tensor | None) -> list[Tensor]:
+        """The tensors of a call; second: the block's second input."""
+        if not self.computed:
+            return self.tensors
+        tensors = list(self.tensors)
+        for place, compute in self.computed:
+            tensors[place] = compute(second)
+        return tensors
 
 
 class KeptReading(Reading):

@@ -35,7 +35,8 @@ class Plan:
     """A chain, prepared for calls with the same readings, shapes and switches.
 
     Args:
-        readings: the units'. x: an input of the chain.
+        readings: the units'. tensors: each one's, in the order of ``slots``. x: an input of the
+            chain.
 
     Raises:
         ValueError: neighbours' channels differ, or one value per channel in training.
@@ -44,6 +45,7 @@ class Plan:
     def __init__(
         self,
         readings: Sequence[Reading],
+        tensors: Sequence[Sequence[Tensor]],
         x: Tensor,
         dtype: torch.dtype,
         backend: str,
@@ -57,10 +59,12 @@ class Plan:
             segment = segment_length(units)
         self._compared = memory == "recompute"
         self.specs: list[Spec] = []
-        self.params: list[list[Tensor]] = []
+        # None where they are computed at every call.
+        self.params: list[list[Tensor] | None] = []
+        self._bounds: list[tuple[int, int]] = []
         self.updates: list[BufferUpdate] = []
         begin = 0
-        for start, stop, part, need_x in _parts(readings, x, dtype, memory, segment):
+        for start, stop, part, need_x in _parts(readings, tensors, x, dtype, memory, segment):
             its = readings[start:stop]
             params, layout, constants = describe(
                 its,
@@ -70,18 +74,30 @@ class Plan:
                 memory=memory,
                 segment=segment,
                 part=part,
+                tensors=tensors[start:stop],
             )
             self.specs.append(decode(layout, constants))
-            self.params.append(params)
+            self.params.append(None if any(r.computed for r in its) else params)
+            self._bounds.append((start, stop))
             norms = [norm for reading in its for norm in reading.unit.norms]
             end = begin + len(norms)
             synced = [i for i, norm in enumerate(norms) if group_number(norm)]
-            self.updates.append(BufferUpdate(norms, rows[begin:end], synced))
+            self.updates.append(BufferUpdate(norms, rows[begin:end], synced, x.shape[0]))
             begin = end
 
-    def __call__(self, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    def params_of(self, tensors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Each part's, where the units' tensors are these."""
+        return [
+            [t for its in tensors[start:stop] for t in its] if params is None else params
+            for params, (start, stop) in zip(self.params, self._bounds)
+        ]
+
+    def __call__(
+        self, tensors: Sequence[Sequence[Tensor]], x: Tensor, memory_format: torch.memory_format
+    ) -> Tensor:
         """The chain's output for x; buffers move."""
-        out, all_stats = parts.run_parts(self.specs, x, self.params, memory_format, self._compared)
+        params = self.params_of(tensors)
+        out, all_stats = parts.run_parts(self.specs, x, params, memory_format, self._compared)
         self._compared = True
         for update, stats in zip(self.updates, all_stats):
             update.apply(stats)
@@ -89,7 +105,12 @@ class Plan:
 
 
 def _parts(
-    readings: Sequence[Reading], x: Tensor, dtype: torch.dtype, memory: str, segment: int
+    readings: Sequence[Reading],
+    tensors: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    dtype: torch.dtype,
+    memory: str,
+    segment: int,
 ) -> Iterator[tuple[int, int, Part, bool]]:
     """Where the parts of a chain begin and end, their places, and whether they need x's gradient.
 
@@ -109,11 +130,11 @@ def _parts(
     for start, stop in zip(starts, [*starts[1:], len(records)]):
         last = stop == len(records)
         hands_on = 0
-        if not last and records[stop].norms[0].training:
+        if not last and records[stop].norms[0].training and not records[stop].norms[0].groups:
             hands_on = HAND_TO_RANKS if records[stop].norms[0].sync else HAND
         wide, _ = stream_of(dtype, memory)
         yield start, stop, Part(start == 0, last, hands_on, natural if wide else None), need_x
-        need_x = need_x or any(t.requires_grad for r in readings[start:stop] for t in r.tensors)
+        need_x = need_x or any(t.requires_grad for its in tensors[start:stop] for t in its)
         for record in records[start:stop]:
             projects = record.projection is not None
             natural = stream_dtype(projects, record.add_in_place, natural, dtype)
@@ -138,11 +159,13 @@ def run_chain(
     backend: str = AUTO,
     memory: str = "recompute",
     segment: int = 0,
+    second: Tensor | None = None,
 ) -> Tensor:
     """Run consecutive units as one chain: x (N, C, H, W) to the last unit's output.
 
     Running statistics and ``num_batches_tracked`` move as in eager. x is not modified; the result
-    has x's memory format.
+    has x's memory format. second: the second input of a block that is a chain by itself, for what
+    is computed of it (``UnitModules.computed``).
 
     Raises:
         ValueError: what ``check_input`` refuses, or one value per channel in training.
@@ -154,11 +177,12 @@ def run_chain(
     # Here rather than in the operator, so that it is kept for the backward as it is read there.
     memory_format = chain_format(x, _weights(readings), backend)
     x = x.contiguous(memory_format=memory_format)
+    tensors = [reading.filled(second) for reading in readings]
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         follower = None if torch.compiler.is_compiling() else follower_of(x)
         if follower is not None:
-            return follower(readings, x, dtype, memory)
-        out = _run_operator(readings, x, dtype, backend, memory, segment)
+            return follower(readings, tensors, x, dtype, memory)
+        out = _run_operator(readings, tensors, x, dtype, backend, memory, segment)
         return out.contiguous() if like_nchw else out
     first = readings[0]
     plan = None
@@ -166,7 +190,7 @@ def run_chain(
         assert isinstance(first, KeptReading)
         key = (
             tuple(map(id, readings)),
-            tuple([_of_tensor(t) for reading in readings for t in reading.tensors]),
+            tuple([_of_tensor(t) for its in tensors for t in its]),
             torch.is_autocast_enabled(x.device.type),
             x.shape,
             x.dtype,
@@ -182,17 +206,18 @@ def run_chain(
         plan = first.plans.get(key)
     if plan is None:
         check_dtypes([reading.unit for reading in readings], x)
-        plan = Plan(readings, x, dtype, backend, memory, segment)
+        plan = Plan(readings, tensors, x, dtype, backend, memory, segment)
         if isinstance(first, KeptReading) and all(isinstance(r, KeptReading) for r in readings):
             if len(first.plans) >= _PLANS:
                 first.plans.clear()
             first.plans[key] = plan
-    out = plan(x, memory_format)
+    out = plan(tensors, x, memory_format)
     return out.contiguous() if like_nchw else out
 
 
 def _run_operator(
     readings: Sequence[Reading],
+    tensors: Sequence[Sequence[Tensor]],
     x: Tensor,
     dtype: torch.dtype,
     backend: str,
@@ -206,12 +231,18 @@ def _run_operator(
     if memory == "segment" and segment < 1:
         segment = segment_length(units)
     params, layout, constants = describe(
-        readings, dtype, need_x=x.requires_grad, backend=backend, memory=memory, segment=segment
+        readings,
+        dtype,
+        need_x=x.requires_grad,
+        backend=backend,
+        memory=memory,
+        segment=segment,
+        tensors=tensors,
     )
     out, stats, *_ = chain_forward(x, params, layout, constants)
     norms = [norm for unit in units for norm in unit.norms]
     synced = [i for i, norm in enumerate(norms) if group_number(norm)]
-    BufferUpdate(norms, rows, synced).apply(stats)
+    BufferUpdate(norms, rows, synced, x.shape[0]).apply(stats)
     return out
 
 
@@ -278,20 +309,22 @@ def describe(
     memory: str,
     segment: int,
     part: Part = WHOLE,
+    tensors: Sequence[Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[int], list[float]]:
     """The operator's ``params``, ``layout`` and ``constants`` (see ``spec``) for a chain.
 
     dtype: ``compute_dtype``. need_x: whether the input's gradient is wanted. segment: units of a
-    segment, 0 for the length that keeps least.
+    segment, 0 for the length that keeps least. tensors: each reading's, where some are computed.
     """
+    tensors = [reading.tensors for reading in readings] if tensors is None else tensors
     if memory == "segment" and segment < 1:
         segment = segment_length([reading.unit for reading in readings])
     params: list[Tensor] = []
     body: list[int] = []
     constants: list[float] = []
-    for reading in readings:
+    for reading, its in zip(readings, tensors):
         encode_unit(body, constants, reading.record)
-        params += reading.tensors
+        params += its
     needs = [need_x, *(p.requires_grad for p in params)]
     keep = torch.is_grad_enabled() and any(needs)
     wide, anchors = stream_of(dtype, memory)

@@ -55,9 +55,11 @@ class Shortcut(enum.IntEnum):
 
 
 class Norm(NamedTuple):
-    """One normalisation: ``training`` says whether statistics are those of the batch.
+    """One normalisation: ``training`` says whether statistics are those of its input.
 
-    sync: the group over whose ranks they are taken (``sync.group_number``), 0 for none.
+    sync: the group over whose ranks they are taken (``sync.group_number``), 0 for none. groups: 0
+    for those of the batch; else of each of so many groups of an image's channels, in training and
+    evaluation alike.
     """
 
     training: bool
@@ -65,6 +67,7 @@ class Norm(NamedTuple):
     bias: bool
     eps: float
     sync: int = 0
+    groups: int = 0
 
 
 class Conv(NamedTuple):
@@ -272,7 +275,7 @@ def encode_unit(layout: list[int], constants: list[float], unit: Unit) -> None:
     ]
     constants.append(unit.act.slope)
     for norm, conv in zip(unit.norms, unit.convs):
-        layout += [int(norm.training), int(norm.weight), int(norm.bias), norm.sync]
+        layout += [int(norm.training), int(norm.weight), int(norm.bias), norm.sync, norm.groups]
         constants.append(norm.eps)
         _encode_conv(layout, conv)
     if unit.projection is not None:
@@ -336,7 +339,7 @@ def _decode(layout: tuple[int, ...], constants: tuple[float, ...]) -> Spec:
         convs: list[Conv] = []
         for _ in range(k):
             training, weight, bias = (bool(next(numbers)) for _ in range(3))
-            norms.append(Norm(training, weight, bias, next(floats), next(numbers)))
+            norms.append(Norm(training, weight, bias, next(floats), next(numbers), next(numbers)))
             convs.append(conv())
         reads = Shortcut(shortcut)
         projection = conv() if reads.projects else None

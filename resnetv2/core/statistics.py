@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from .norms import channels_of, groups_of
+
 
 def _as_versions_were(running: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
     """Move running statistics as ATen's batch norm does, which counts no version of them: a norm
@@ -24,20 +26,24 @@ class BufferUpdate:
 
     Args:
         norms: of a chain, in order.
-        rows_at: N*H*W of this process at each norm.
+        rows_at: N*H*W of this process at each norm. images: N, where there are group norms.
         synced: numbers of the norms whose statistics are those of all ranks.
     """
 
     def __init__(
         self,
-        norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm],
+        norms: Sequence[nn.Module],
         rows_at: Sequence[int | None],
         synced: Sequence[int] = (),
+        images: int = 0,
     ) -> None:
         self._synced = synced
         self._sizes: list[int] = []
         for norm in norms:
-            self._sizes += [norm.num_features, norm.num_features, 3 * norm.num_features]
+            channels, groups = channels_of(norm), groups_of(norm)
+            # Mean, variance and the rest; of a group norm nothing moves.
+            moving = [channels, channels, 3 * channels]
+            self._sizes += [2 * images * groups, 0, 0] if groups else moving
         # By momentum, number of rows and time: running means and variances, and their norms'
         # numbers. The rows go by their place in ``levels``, since as a key they would fix a dynamic
         # batch size under torch.compile.
@@ -49,6 +55,8 @@ class BufferUpdate:
         # A norm that a chain runs several times moves once after the other.
         times: dict[int, int] = {}
         for number, norm in enumerate(norms):
+            if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                continue
             if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
                 continue
             assert norm.running_var is not None

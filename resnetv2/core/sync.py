@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from ..kernels import recording, reference
 from ..kernels.aten_engine import AtenEngine
 from ..kernels.ranks import Gather, gather_sums
+from .norms import BATCH_NORMS
 from .statistics import BufferUpdate
 
 # A chain's record is made of integers: a group goes by its place here, from 1. They are held, so
 # that a number never comes to mean another group.
 _groups: list[Any] = []
-
-# PyTorch's is no BatchNorm2d.
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def group_number(norm: nn.Module) -> int:
@@ -151,9 +149,12 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     Raises:
         TypeError: a norm computes something of its own, which a conversion would lose.
     """
-    norms = [norm for norm in module.modules() if isinstance(norm, NORMS)]
+    norms = [norm for norm in module.modules() if isinstance(norm, BATCH_NORMS)]
     for norm in norms:
-        own = type(norm).forward not in (*(kind.forward for kind in NORMS), SyncBatchNorm.forward)
+        own = type(norm).forward not in (
+            *(kind.forward for kind in BATCH_NORMS),
+            SyncBatchNorm.forward,
+        )
         if own or hasattr(norm, "parametrizations"):
             raise TypeError(
                 f"expected BatchNorm2d norms, got {type(norm).__name__}, which computes more: "

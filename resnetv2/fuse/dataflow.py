@@ -14,8 +14,8 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from ..core.modules import NO_PAD
+from ..core.norms import NORMS, channels_of
 from ..core.spec import Shortcut
-from ..core.sync import NORMS
 from ..kernels.operands import Act
 from .frozen import Frozen
 from .graph import PASSED_ON, Graph, Op
@@ -87,7 +87,7 @@ def _plan(module: nn.Module, training: bool) -> UnitPlan:
     """
     norms = (m for m in module.modules() if isinstance(m, NORMS))
     reasons: list[NotAUnitError] = []
-    for channels in dict.fromkeys(norm.num_features for norm in norms):
+    for channels in dict.fromkeys(map(channels_of, norms)):
         try:
             return _plan_for(module, training, channels)
         except NotAUnitError as error:
@@ -114,7 +114,7 @@ def _plan_for(module: nn.Module, training: bool, channels: int | None) -> UnitPl
         error.resembles = resembles
         raise
     norms = [norm for norm, _, _ in match.links]
-    first = child_at(module, norms[0].path).num_features
+    first = channels_of(child_at(module, norms[0].path))
     if first != channels:
         raise NotAUnitError(f"{dotted(norms[0].path)} takes {first} channels, not {channels}", True)
     entries = reads.entries(module)

@@ -13,7 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.checks import is_norm, is_plain
 from ..core.modules import NO_PAD, Pad, act_of
-from ..core.sync import NORMS, SyncBatchNorm
+from ..core.norms import NORMS
+from ..core.sync import SyncBatchNorm
 from ..kernels.operands import Act
 from .reads import Reads
 from .reasons import NotAUnitError

@@ -22,9 +22,9 @@ from torch.nn.parameter import UninitializedParameter
 from ..blocks import PreActUnit
 from ..core.checks import UnfitError, accepts, globally_hooked, hooked
 from ..core.modules import ChainUnit, UnitModules
+from ..core.norms import NORMS
 from ..core.reading import Reading, begin_epoch, read
 from ..core.run import run_blocks, run_chain
-from ..core.sync import NORMS
 from ..names import AUTO, BACKENDS, EAGER
 from .auto import FUSION, AutoMemory, auto_memory, check_memory, remove_auto_memory
 from .computed import computed_by, measured_note

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.checks import SHADOWS, is_norm
 from ..core.modules import act_of
-from ..core.sync import NORMS
+from ..core.norms import NORMS
 from ..kernels.operands import Act
 from .observer import OBSERVING, Observer, is_torchs
 from .reads import Reads

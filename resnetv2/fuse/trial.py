@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.checks import UnfitError
 from ..core.modules import UnitModules
+from ..core.norms import channels_of
 from ..core.reading import Reading
 from ..core.run import run_chain
 from .frozen import Freezer, Frozen, difference, is_same
@@ -128,7 +129,7 @@ def try_out(module: nn.Module, plan: UnitPlan, training: bool) -> None:
     unit = modules_of(trial.copy(), plan, guarded=False)
     if isinstance(unit, str):
         return  # nothing would run fused now: there is nothing to compare
-    channels = unit.norms[0].num_features
+    channels = channels_of(unit.norms[0])
     states = random_states()
     failure: Exception | None = None
     try:

@@ -27,6 +27,7 @@ from ..core.memory import format_bytes, planned_gpu
 from ..core.meta import MetaPrograms, chain_parts, on_meta
 from ..core.modules import UnitModules
 from ..core.program import Program, record
+from ..core.reading import Reading
 from ..core.shapes import Shape
 from ..core.table import text_table
 from ..kernels import recording
@@ -334,8 +335,10 @@ def chain_costs(
         triton: the fused kernels' launches, or ATen's operators. name: of the chain, for the steps.
         programs: those that are known already.
     """
+    readings = [Reading(unit) for unit in units]
     parts, out = chain_parts(
-        units,
+        readings,
+        [reading.tensors for reading in readings],
         on_meta(x),
         dtype,
         memory,

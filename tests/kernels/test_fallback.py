@@ -22,7 +22,7 @@ from resnetv2.kernels import dispatch, launch, reference
 from resnetv2.kernels.fallback import FallbackWarning
 from resnetv2.kernels.inspect import stub_driver
 from resnetv2.kernels.launch import KernelError
-from resnetv2.kernels.operands import Act, Geometry, Grad, running_stats
+from resnetv2.kernels.operands import Act, Geometry, Grad, Norm, running_stats
 from tests.support.compiled import checked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,7 +169,7 @@ def test_a_kernel_for_each_gradient_where_the_one_for_both_cannot_be_had(
         names.clear()
         with launch.record(lambda name, grid, constants: names.append(name)):
             return engine.norm_conv_backward(
-                Grad(g), h, stats, RELU, w, Geometry(), training=True, gamma=None,
+                Grad(g), h, stats, RELU, w, Geometry(), training=True, norm=Norm(None, None, 1e-5),
                 dtype=torch.float32, need_input=True, need_weight=True, need_bias=True,
             )  # type: ignore[no-untyped-call]  # fmt: skip
 
