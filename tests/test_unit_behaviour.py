@@ -235,7 +235,8 @@ REPLACEMENTS = {
 # What remains one chain, in which ATen computes the convolutions that the kernels do not.
 STILL_A_CHAIN = (
     "other-norm", "other-conv", "grouped-conv", "depthwise-conv", "dilated-conv", "conv5x5",
-    "conv1x3", "same-padding", "wider-inside", "shortcut-3x3", "shortcut-of-conv",
+    "conv1x3", "same-padding", "wider-inside", "shortcut-3x3", "shortcut-of-conv", "group-norm",
+    "instance-norm",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnetv2.core.norms import NORMS, groups_of
 from resnetv2.kernels.inspect.yardstick import MOST_DRAWS, Draw, judged
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,13 +64,13 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
                 fan_out = math.prod(child.kernel_size) * child.out_channels
                 values = torch.randn(child.weight.shape, generator=generator)
                 child.weight.copy_(values * math.sqrt(2.0 / fan_out))
-            if not isinstance(child, nn.BatchNorm2d):
+            if not isinstance(child, NORMS):
                 continue
             if child.weight is not None:
                 child.weight.copy_(draw(child.weight, 0.5, 1.5))
             if child.bias is not None:
                 child.bias.copy_(draw(child.bias, -0.5, 0.5))
-            if child.running_mean is not None and child.running_var is not None:
+            if getattr(child, "running_mean", None) is not None:
                 child.running_mean.copy_(draw(child.running_mean, -0.3, 0.3))
                 child.running_var.copy_(draw(child.running_var, 0.5, 2.0))
     return module
@@ -148,6 +149,9 @@ def record_terms(module: nn.Module) -> dict[str, float]:
                 child.stride, child.padding, child.dilation, child.groups,
             )  # fmt: skip
             terms[f"grad {name}.weight"] = float(squares.sum().sqrt())
+        elif groups_of(child):
+            xhat = F.group_norm(x, groups_of(child), eps=child.eps)
+            terms[f"grad {name}.weight"] = float((g * xhat).norm())
         else:
             batch = child.training or child.running_mean is None
             running = (None, None) if batch else (child.running_mean, child.running_var)
@@ -172,7 +176,7 @@ def record_terms(module: nn.Module) -> dict[str, float]:
         child.register_forward_hook(hook)
 
     for name, child in module.named_modules():
-        if isinstance(child, (nn.BatchNorm2d, nn.Conv2d)):
+        if isinstance(child, (*NORMS, nn.Conv2d)):
             hook_on(name, child)
     return terms
 
