@@ -117,7 +117,11 @@ class _Notes:
             for program in (part.forward, part.backward):
                 self.flops += sum(cost.flops for cost in program.costs)
             shapes = chain_shapes(part.spec, part.x.shape, part.x.dtype, part.params)
-            self.eager += 2 * sum(shape.nbytes for h in shapes for shape in h[:-1])
+            for unit, hs in zip(part.spec.units, shapes):
+                # The norm keeps its input, and the convolution its own; of most activations' inputs
+                # something is kept as well.
+                copies = 2 if unit.act.kind in ("relu", "identity") else 3
+                self.eager += copies * sum(shape.nbytes for shape in hs[:-1])
             after = _Link()
             x = _Part.apply(self, part, before, after, x, some)
             before = after
