@@ -40,6 +40,7 @@ def unit_cases(full: bool, cuda: bool) -> list[Case]:
         unit("CIFAR bottleneck", "bottleneck", 64, 32, cifar // (1 if cuda else 2), dtype),
         unit("Wide ResNet-28-10", "basic", 160, 32, wide, dtype),
         unit("ResNet-50", "bottleneck", 256, 56, large, dtype),
+        unit("Diffusion, group norm", "basic", 128, 32, wide, dtype, norm="group:32", act="silu"),
     ]
     if full:
         for stage in (1, 2):

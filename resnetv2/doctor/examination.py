@@ -31,12 +31,13 @@ _LIMITS = {True: 22.0, False: 130.0}
 _SHARES = {"kernel": 0.35, "unit": 0.45, "bits": 0.55, "speed": 1.0}
 # Seconds that torch.compile may take in all.
 _COMPILING = 40.0
-# Units held against float64: block, channels in and out, stride, pixels, images.
+# Units held against float64: block, channels in and out, stride, pixels, images, norm, activation.
 _SHAPES = (
-    ("basic", 17, 17, 1, 13, 3),
-    ("basic", 9, 21, 2, 11, 2),
-    ("bottleneck", 68, 68, 1, 7, 3),
-    ("bottleneck", 24, 52, 2, 9, 3),
+    ("basic", 17, 17, 1, 13, 3, "batch", "relu"),
+    ("basic", 9, 21, 2, 11, 2, "batch", "relu"),
+    ("bottleneck", 68, 68, 1, 7, 3, "batch", "relu"),
+    ("bottleneck", 24, 52, 2, 9, 3, "batch", "relu"),
+    ("basic", 15, 21, 2, 9, 3, "group:3", "silu"),
 )
 
 
@@ -113,11 +114,12 @@ class _Examination:
         """Whole units of odd shapes against float64, eager beside them."""
         modes = [self.provider(memory) for memory in MEMORY_MODES]
         bench = Bench([Provider(EAGER, eager), *modes], Settings(), host=Inline)
-        for number, (block, c, k, stride, size, batch) in enumerate(_SHAPES):
+        for number, (block, c, k, stride, size, batch, norm, act) in enumerate(_SHAPES):
             dtypes = self.dtypes
             for dtype in [dtypes[number % len(dtypes)]] if self.quick else dtypes:
-                name = f"{block} {c}>{k}" + f" /{stride}" * (stride > 1) + f", {dtype}"
-                case = Case(name, block, batch, 0, c, k, stride, size, dtype)
+                name = f"{block} {c}>{k}" + f" /{stride}" * (stride > 1)
+                name += f", {norm}, {act}" * (norm != "batch") + f", {dtype}"
+                case = Case(name, block, batch, 0, c, k, stride, size, dtype, norm=norm, act=act)
                 if reason := self.late("unit"):
                     yield Check("unit", name, NOT_CHECKED, reason)
                     continue

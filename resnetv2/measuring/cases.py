@@ -18,7 +18,7 @@ MODES = ("forward", STEP)
 class Case(NamedTuple):
     """A workload. ``depth`` 0 is a single unit of ``channels`` in and out at ``size`` squared
     pixels, or a stage of ``units`` of them; otherwise a CIFAR network of so many layers, or the
-    standard net ``model``. ``dtype``: autocast's, fp32 for none.
+    standard net ``model``. ``dtype``: autocast's, fp32 for none. norm, act: a unit's.
 
     modes: what is timed: forward (in training, keeping what its backward needs) or both.
     """
@@ -35,6 +35,8 @@ class Case(NamedTuple):
     modes: tuple[str, ...] = (STEP,)
     units: int = 1
     model: str = ""
+    norm: str = "batch"
+    act: str = "relu"
 
     @property
     def layers(self) -> int:
@@ -71,8 +73,11 @@ class Case(NamedTuple):
                 conv.weight.detach().mul_(len(units) ** -0.5)
         else:
             block: Any = BLOCKS[self.block]
-            first = block(self.channels, self.out_channels, self.stride)
-            others = (block(self.out_channels, self.out_channels) for _ in range(self.units - 1))
+            kinds: dict[str, Any] = {"norm": self.norm, "act": self.act}
+            first = block(self.channels, self.out_channels, self.stride, **kinds)
+            others = (
+                block(self.out_channels, self.out_channels, **kinds) for _ in range(self.units - 1)
+            )
             module = Stage(first, *others, **options)
             for conv in module.modules():
                 if isinstance(conv, nn.Conv2d):
@@ -129,9 +134,19 @@ def network(block: str, depth: int, batch: int, dtype: str) -> Case:
 
 
 def unit(
-    name: str, block: str, channels: int, size: int, batch: int, dtype: str, entry: int = 0
+    name: str,
+    block: str,
+    channels: int,
+    size: int,
+    batch: int,
+    dtype: str,
+    entry: int = 0,
+    **kinds: Any,
 ) -> Case:
-    """One unit; ``entry`` is the number of channels that its stage begins with (then stride 2)."""
+    """One unit; ``entry`` is the number of channels that its stage begins with (then stride 2).
+
+    kinds: norm and act.
+    """
     stride = 2 if entry else 1
     shape = f"{entry or channels}>{channels}" if entry else f"{channels}"
     return Case(
@@ -144,4 +159,5 @@ def unit(
         size=size,
         dtype=dtype,
         modes=MODES,
+        **kinds,
     )

@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch, quick_collections: None) -> None:
     monkeypatch.setenv("RESNETV2_BACKEND", "triton" if DEVICE.type == "cuda" else "aten")
     unit = Case("a unit", "basic", 2, 0, 4, 4, size=4)
     monkeypatch.setattr(examination._Examination, "_cases", lambda self: [(unit, True)])
-    monkeypatch.setattr(examination, "_SHAPES", (("basic", 5, 5, 1, 4, 3),))
+    monkeypatch.setattr(examination, "_SHAPES", (("basic", 5, 5, 1, 4, 3, "batch", "relu"),))
     monkeypatch.setattr(examination, "_LIMITS", {True: math.inf})
 
 
