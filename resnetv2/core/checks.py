@@ -88,10 +88,15 @@ def is_norm(module: nn.Module) -> bool:
     return any(is_plain(module, kind) for kind in (SyncBatchNorm, *NORMS))
 
 
-def why_not(unit: UnitModules, norm_types: Sequence[type | None] = ()) -> str | None:
+def why_not(
+    unit: UnitModules,
+    norm_types: Sequence[type | None] = (),
+    conv_types: Sequence[type | None] = (),
+) -> str | None:
     """The reason why a unit's children must run one by one, or None.
 
-    norm_types: per norm a class that is known to compute BatchNorm2d's function, or None.
+    norm_types, conv_types: per norm and convolution, the projection's last, a class that is known
+    to compute what its base does, or None.
     """
     if act_of(unit.act) is None:
         return f"activation {type(unit.act).__name__} is not one of {', '.join(ACTS)}"
@@ -108,9 +113,10 @@ def why_not(unit: UnitModules, norm_types: Sequence[type | None] = ()) -> str | 
         if synced and torch.compiler.is_compiling():
             return "torch.compile does not trace a synchronised norm's collectives"
     convs = unit.convs if unit.projection is None else (*unit.convs, unit.projection)
-    for conv in convs:
-        if not is_plain(conv, nn.Conv2d):
-            return f"a convolution is {type(conv).__name__}, not Conv2d"
+    for i, conv in enumerate(convs):
+        known = conv_types[i] if conv_types else None
+        if type(conv) is not known if known else not is_plain(conv, nn.Conv2d):
+            return f"a convolution is {type(conv).__name__}, not {(known or nn.Conv2d).__name__}"
         if hooked(conv):
             return "a hook on a convolution"
         if padding_of(conv) is None or conv.padding_mode != "zeros":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import hooked
+from .checks import UnfitError, hooked
 from .modules import ChainUnit, UnitModules
 from .spec import Unit, slots
 from .sync import SyncBatchNorm
@@ -48,13 +48,24 @@ class Reading:
         places = {slot: place for place, slot in enumerate(slots(self.record))}
         self.computed = [(places[slot], compute) for slot, compute in unit.computed]
 
-    def filled(self, second: Tensor | None) -> list[Tensor]:
-        """The tensors of a call; second: the block's second input."""
+    def filled(self, second: Tensor | None, images: int) -> list[Tensor]:
+        """The tensors of a call for so many images; second: the block's second input.
+
+        Raises:
+            UnfitError: what is computed is for other images, or of a dtype that eager would
+                promote or refuse.
+        """
         if not self.computed:
             return self.tensors
         tensors = list(self.tensors)
+        weight = self.unit.convs[0].weight
+        mixes = torch.is_autocast_enabled(weight.device.type)
         for place, compute in self.computed:
-            tensors[place] = compute(second)
+            tensor = tensors[place] = compute(second)
+            if tensor.dim() == 2 and tensor.shape[0] != images:
+                raise UnfitError(f"tensors for {tensor.shape[0]} images beside {images}")
+            if tensor.dtype == torch.float64 if mixes else tensor.dtype != weight.dtype:
+                raise UnfitError(f"a computed tensor of {tensor.dtype} beside {weight.dtype}")
         return tensors
 
 
@@ -116,8 +127,14 @@ def _held(modules: list[nn.Module]) -> list[Any]:
 
 
 # By how a block is read: as a unit of a chain that takes the place of its call, as a unit where its
-# own forward asks, or as the class's own forward's children.
-_METHODS = {"in a chain": "chain_unit", "by itself": "chain_unit", "inside": "unit_modules"}
+# own forward asks, as the class's own forward's children, or as the unit that it is with a second
+# input.
+_METHODS = {
+    "in a chain": "chain_unit",
+    "by itself": "chain_unit",
+    "inside": "unit_modules",
+    "with a second input": "unit_of_two",
+}
 _readings: dict[str, weakref.WeakKeyDictionary[nn.Module, KeptReading]] = {
     way: weakref.WeakKeyDictionary() for way in _METHODS
 }

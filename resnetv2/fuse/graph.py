@@ -13,9 +13,18 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.checks import is_norm, is_plain
 from ..core.modules import NO_PAD, Pad, act_of
-from ..core.norms import NORMS
+from ..core.norms import NORMS, groups_of
 from ..core.sync import SyncBatchNorm
 from ..kernels.operands import Act
+from .formula import ancestors
+from .functional import (
+    PRODUCTS,
+    changes_in_place,
+    number_at_end,
+    operands,
+    read_conv2d,
+    read_group_norm,
+)
 from .reads import Reads
 from .reasons import NotAUnitError
 from .trace import (
@@ -23,7 +32,7 @@ from .trace import (
     ADDITIONS,
     trace,
 )
-from .unit_plan import Path
+from .unit_plan import Path, child_at, dotted
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 
@@ -32,17 +41,33 @@ _NO_EFFECT = (torch._assert, getattr, operator.getitem)
 
 
 class Op(NamedTuple):
-    """One step of a graph that has been read. inputs, number: positions in the list of steps."""
+    """One step of a graph that has been read. inputs, number: positions in the list of steps.
+
+    own: the class of a norm or convolution that has a forward of its own. pad: before a
+    convolution. weight, bias: nodes that compute a convolution's. sides: nodes that are added
+    behind a convolution ("shift"), or scale and shift a group norm's result, in their order. end:
+    the function and number of a product or quotient.
+    """
 
     number: int
-    kind: str  # input, norm, act, pad, conv, add, other
+    kind: str  # input, norm, act, pad, conv, add, scale, shift, end, folded, other
     inputs: tuple[int, ...]
     path: Path = ()
     act: Path | Act | None = None
-    norm_type: type | None = None
+    own: type | None = None
     in_place: bool = False
     what: str = ""
-    pad: Pad = NO_PAD  # before a convolution
+    pad: Pad = NO_PAD
+    weight: fx.Node | None = None
+    bias: fx.Node | None = None
+    sides: tuple[tuple[str, fx.Node], ...] = ()
+    end: tuple[Any, float] | None = None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes that give it what does not follow from x."""
+        own = [node for node in (self.weight, self.bias) if node is not None]
+        return own + [node for _, node in self.sides]
 
 
 class Graph:
@@ -52,20 +77,68 @@ class Graph:
         self.root = root
         self.ops: list[Op] = []
         self.inert: list[Path] = []
-        self.guards: list[tuple[Path, str, tuple[Any, ...]]] = []
+        self.guards: list[tuple[Path, str, Any]] = []
         self.reads: list[tuple[Path, Reads]] = []  # of norms with a forward of their own
+        self.graph = graph
         self._number: dict[fx.Node, int] = {}
+        self._sides: list[fx.Node] = []  # that do not follow from x
         self.result: int = -1
         for node in reversed(list(graph.nodes)):
             if not node.users and self._harmless(node):
                 graph.erase_node(node)
         for node in graph.nodes:
-            self._read(node)
+            if node.meta.get("of_x", True):
+                self._read(node)
+            else:
+                self._read_side(node)
+        self._fold_sides()
         self._fold_pads()
         self.users: list[set[int]] = [set() for _ in self.ops]
         for op in self.ops:
             for number in op.inputs:
                 self.users[number].add(op.number)
+
+    def _read_side(self, node: fx.Node) -> None:
+        self._sides.append(node)
+        if changes_in_place(node):
+            self._add(None, "other", (), what="a change in place of what is not computed from x")
+        elif node.op == "get_attr" and not self._is_tensor_of_root(str(node.target)):
+            self._add(None, "other", (), what=f"the tensor {node.target}")
+
+    def _is_tensor_of_root(self, name: str) -> bool:
+        path, _, attribute = name.rpartition(".")
+        owner = self.root.get_submodule(path)
+        return attribute in owner._parameters or attribute in owner._buffers
+
+    def _fold_sides(self) -> None:
+        """Make what is added behind a convolution, and what scales and shifts a group norm's
+        result, a matter of these, where nobody reads them without."""
+        moved: dict[int, int] = {}
+        for op in self.ops:
+            op = op._replace(inputs=tuple([moved.get(number, number) for number in op.inputs]))
+            self.ops[op.number] = op
+            if op.kind not in ("scale", "shift"):
+                continue
+            source = self.ops[op.inputs[0]]
+            kinds = ("conv",) if op.kind == "shift" else ()
+            if source.kind == "norm" and groups_of(child_at(self.root, source.path)):
+                kinds = (*kinds, "norm")
+            readers = [
+                other for other in self.ops
+                if source.number in [moved.get(number, number) for number in other.inputs]
+            ]  # fmt: skip
+            if source.kind not in kinds or len(readers) > 1:
+                words = f"{op.what} behind {source.kind} {dotted(source.path)}"
+                self.ops[op.number] = op._replace(kind="other", what=words)
+                continue
+            self.ops[source.number] = source._replace(sides=(*source.sides, *op.sides))
+            self.ops[op.number] = op._replace(kind="folded", inputs=(), sides=())
+            moved[op.number] = source.number
+        self.result = moved.get(self.result, self.result)
+        used = ancestors(node for op in self.ops for node in op.nodes)
+        for node in self._sides:
+            if node not in used and node.op not in ("placeholder", "get_attr"):
+                self._add(None, "other", (), what=f"{_name_of(node)}, whose result is not used,")
 
     def _fold_pads(self) -> None:
         """Make padding a matter of the convolutions that read it, where no one else does."""
@@ -99,13 +172,15 @@ class Graph:
         return op.number
 
     def _read(self, node: fx.Node) -> None:
-        inputs = tuple(self._number[n] for n in node.all_input_nodes)
+        inputs = tuple(self._number[n] for n in node.all_input_nodes if n in self._number)
         if node.op == "placeholder":
             self._add(node, "input", ())
         elif node.op == "output":
             result = node.args[0]
             if not isinstance(result, fx.Node):
                 raise NotAUnitError(f"returns a {type(result).__name__}, not one tensor")
+            if result not in self._number:
+                raise NotAUnitError("returns what is not computed from its input")
             self.result = self._number[result]
         elif node.op == "call_module":
             self._read_module(node, inputs)
@@ -113,8 +188,12 @@ class Graph:
             self._read_function(node, inputs)
         elif node.op == "call_method":
             self._read_method(node, inputs)
-        else:
-            self._add(node, "other", inputs, what=f"the tensor {node.target}")
+
+    def _other(self, node: fx.Node, inputs: tuple[int, ...], what: str) -> None:
+        """A step that no unit has; what follows from a parameter goes by its name."""
+        sides = ancestors(n for n in node.all_input_nodes if n not in self._number)
+        names = [n.target for n in self.graph.nodes if n in sides and n.op == "get_attr"]
+        self._add(node, "other", inputs, what=f"the tensor {names[0]}" if names else what)
 
     def _read_module(self, node: fx.Node, inputs: tuple[int, ...]) -> None:
         name = str(node.target)
@@ -122,12 +201,12 @@ class Graph:
         module = self.root.get_submodule(name)
         one = len(inputs) == 1 and len(node.args) == 1 and not node.kwargs
         if not one:
-            self._add(node, "other", inputs, what=f"{type(module).__name__} ({name})")
+            self._other(node, inputs, f"{type(module).__name__} ({name})")
         elif isinstance(module, NORMS) and is_norm(module):
             self._add(node, "norm", inputs, path=path)
         elif isinstance(module, nn.BatchNorm2d) and not isinstance(module, SyncBatchNorm):
             act, inert, reads = _read_norm(module)
-            number = self._add(None, "norm", inputs, path=path, norm_type=type(module))
+            number = self._add(None, "norm", inputs, path=path, own=type(module))
             self.inert += [(*path, *p) for p in inert]
             self.reads += [(path, each) for each in reads]
             if act is None:
@@ -137,8 +216,7 @@ class Graph:
                 self._add(node, "act", (number,), act=act)
         elif isinstance(module, nn.Conv2d):
             # A parametrization can go again; whether there is one is asked at every call.
-            own = type(module).forward is not nn.Conv2d.forward
-            if own or not (is_plain(module, nn.Conv2d) or hasattr(module, "parametrizations")):
+            if not (is_plain(module, nn.Conv2d) or hasattr(module, "parametrizations")):
                 raise NotAUnitError(f"{type(module).__name__} ({name}) is not a plain Conv2d")
             self._add(node, "conv", inputs, path=path)
         elif type(module) is nn.Identity or (
@@ -164,9 +242,11 @@ class Graph:
             if act is not None:
                 self._add(node, "act", inputs, act=act, in_place=flag or name.endswith("_"))
                 return
-        elif node.target in ADDITIONS and self._is_addition(node):
-            in_place = node.target is operator.iadd
-            self._add(node, "add", self._operands(node), in_place=in_place)
+        elif node.target in (*ADDITIONS, *PRODUCTS) and operands(node) is not None:
+            if self._read_binary(node, node.target in (operator.iadd, operator.imul)):
+                return
+        elif node.target is F.conv2d or node.target is F.group_norm:
+            self._read_call(node, inputs)
             return
         elif node.target is F.pad and len(inputs) == 1:
             given: Any = node.kwargs
@@ -182,30 +262,73 @@ class Graph:
                 self._number[node] = inputs[0]
                 return
             name = f"dropout with p = {p} in training"
+        end = number_at_end(node)
+        if end is not None:
+            if end[1] == 1:
+                self._number[node] = inputs[0]
+            else:
+                self._add(node, "end", inputs, end=end, what=name)
+            return
         if node.target is getattr:
             name = f"a tensor's {node.args[1]}"
-        self._add(node, "other", inputs, what=name)
+        self._other(node, inputs, name)
+
+    def _read_binary(self, node: fx.Node, in_place: bool) -> bool:
+        """A sum of two tensors of x, or one of them with what does not follow from x; False for
+        other operands."""
+        pair = operands(node)
+        if pair is None or not all(isinstance(each, fx.Node) for each in pair):
+            return False
+        of_x = [each for each in pair if each in self._number]
+        adds = node.target in (*ADDITIONS, "add", "add_")
+        if len(of_x) == 2:
+            if adds:
+                numbers = (self._number[pair[0]], self._number[pair[1]])
+                self._add(node, "add", numbers, in_place=in_place)
+            return adds
+        side = pair[1] if of_x[0] is pair[0] else pair[0]
+        if in_place and side is pair[0]:
+            return False
+        kind = "shift" if adds else "scale"
+        inputs = (self._number[of_x[0]],)
+        what = f"{_name_of(node)} with {_name_of(side)}"
+        self._add(node, kind, inputs, in_place=in_place, sides=((kind, side),), what=what)
+        return True
+
+    def _read_call(self, node: fx.Node, inputs: tuple[int, ...]) -> None:
+        """conv2d or group_norm, called as a function or by a module's own forward."""
+        convolves = node.target is F.conv2d
+        call = read_conv2d(node, self.root) if convolves else read_group_norm(node, self.root)
+        if isinstance(call, str):
+            self._add(node, "other", inputs, what=call)
+            return
+        self.guards += [(call.path, name, value) for name, value in call.fixed]
+        kind = "conv" if convolves else "norm"
+        self._add(
+            node, kind, inputs, path=call.path, own=call.own, weight=call.weight, bias=call.bias
+        )
 
     def _read_method(self, node: fx.Node, inputs: tuple[int, ...]) -> None:
         plain = len(node.args) == 1 and not node.kwargs
         if node.target in ("relu", "relu_") and plain:
             in_place = node.target == "relu_"
             self._add(node, "act", inputs, act=Act("relu"), in_place=in_place)
-        elif node.target == "clone" and plain:
+        elif node.target in ("clone", "contiguous") and plain:
             # A copy of what nobody writes to: ``match_unit`` refuses what writes into its input.
             self._number[node] = inputs[0]
-        elif node.target in ("add", "add_") and self._is_addition(node):
-            self._add(node, "add", self._operands(node), in_place=node.target == "add_")
+        elif node.target in ("add", "add_") and self._read_binary(node, node.target == "add_"):
+            pass
         else:
-            self._add(node, "other", inputs, what=f"the method {node.target}")
+            self._other(node, inputs, f"the method {node.target}")
 
-    @staticmethod
-    def _is_addition(node: fx.Node) -> bool:
-        two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
-        return two and set(node.kwargs) <= {"alpha"} and node.kwargs.get("alpha", 1) in (1, None)
 
-    def _operands(self, node: fx.Node) -> tuple[int, ...]:
-        return tuple(self._number[a] for a in node.args if isinstance(a, fx.Node))
+def _name_of(node: fx.Node) -> str:
+    """A node as a user writes it."""
+    if node.op == "call_method":
+        return f"the method {node.target}"
+    if node.op in ("get_attr", "call_module"):
+        return f"{'the tensor ' if node.op == 'get_attr' else ''}{node.target}"
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _pad(pad: Any, mode: Any = "constant", value: Any = None, **rest: Any) -> Pad | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..blocks import PreActUnit
@@ -31,6 +31,7 @@ from .computed import computed_by, measured_note
 from .dataflow import MOST_NORMS, read_unit
 from .reasons import NotAUnitError
 from .report import BlockReport, Report
+from .second import inputs_of
 from .unit_plan import Standing, UnitPlan, describe_unit, modules_of, signature
 
 # Larger modules are stages or models, whose children are looked at instead.
@@ -75,7 +76,29 @@ class FusedUnit(_Fused, ChainUnit):
     """Mixed into the class of a recognised block."""
 
     def chain_unit(self) -> UnitModules | str:
-        """The block's children as a unit of a chain, or why its own forward must run."""
+        """The block's children as a unit of a chain, or why it must be called."""
+        assert isinstance(self, nn.Module)
+        plan = _fusion(self).plans[0]
+        if plan.end is not None:
+            return "what is done with its sum is no part of a chain"
+        if plan.second is not None and plan.second.required:
+            return f"it takes {plan.second.name}"
+        return self.unit_modules()
+
+    def unit_modules(self) -> UnitModules | str:
+        """The block's children as a unit where it has one input, or why its own forward must run."""
+        return self._unit(given=False)
+
+    def unit_of_two(self) -> UnitModules | str:
+        """The same where it has a second input."""
+        return self._unit(given=True)
+
+    def first_unit(self) -> UnitModules | str:
+        """The same with the inputs that the block was recognised with first."""
+        second = _fusion(self).plans[0].second  # type: ignore[arg-type]
+        return self._unit(given=second is not None and second.given)
+
+    def _unit(self, given: bool) -> UnitModules | str:
         assert isinstance(self, nn.Module)
         fusion = _fusion(self)
         if fusion.backend == EAGER:
@@ -84,35 +107,44 @@ class FusedUnit(_Fused, ChainUnit):
             _recognise_anew(self, fusion)
         reasons = []
         for plan in fusion.plans:
+            if (plan.second is not None and plan.second.given) != given:
+                continue
             unit = modules_of(self, plan)
             if isinstance(unit, UnitModules):
                 return unit
             reasons.append(unit)
         # Of two plans one is for training, the other for evaluation; what stands in the way of
         # the one for the present mode is the reason.
+        reasons.append("it is no unit with such inputs")
         return next((r for r in reasons if not r.startswith("training is")), reasons[0])
 
-    def standing(self) -> Standing | None:
+    def standing(self) -> Standing:
         """What else the block's own forward reads."""
         assert isinstance(self, nn.Module)
-        plans = _fusion(self).plans
-        for plan in plans:
-            if len(plans) == 1 or isinstance(modules_of(self, plan), UnitModules):
-                return Standing(self, plan)
-        return None
+        return Standing(self, _fusion(self).plans)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's function, fused where its children and the input allow."""
-        if len(args) == 1 and not kwargs:
+        """The block's function, fused where its children and the inputs allow."""
+        fusion = _fusion(self)  # type: ignore[arg-type]
+        plan = fusion.plans[0]
+        inputs = inputs_of(plan.second, args, kwargs)
+        if inputs is not None and _are_alike(*inputs):
+            x, second = inputs
             begin_epoch()
-            reading = read(self)
-            if isinstance(reading, Reading) and accepts(reading.unit, args[0]):
-                fusion = _fusion(self)  # type: ignore[arg-type]
+            reading = read(self, "inside" if second is None else "with a second input")
+            if isinstance(reading, Reading) and accepts(reading.unit, x):
                 with contextlib.suppress(UnfitError):
-                    return run_chain(
-                        [reading], args[0], backend=fusion.backend, memory=fusion.memory
+                    out = run_chain(
+                        [reading], x, backend=fusion.backend, memory=fusion.memory, second=second
                     )
+                    return plan.finish(out)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _are_alike(x: Any, second: Any) -> bool:
+    """Whether a second input is None, or no more than a tensor where x is not either."""
+    plain = (Tensor, nn.Parameter)
+    return second is None or type(second) is type(x) or (type(x) in plain and type(second) in plain)
 
 
 class FusedSequential(_Fused):
@@ -394,7 +426,7 @@ def explain(model: nn.Module) -> Report:
         if isinstance(module, FusedUnit):
             kind = describe_unit(module, _fusion(module).plans[0])
             name = _fusion(module).original.__name__
-            reason, by = _state(module.chain_unit(), _fusion(module).backend)
+            reason, by = _state(module.first_unit(), _fusion(module).backend)
         elif isinstance(module, PreActUnit):
             name = type(module).__name__
             kind = type(module).__name__

@@ -10,27 +10,28 @@ import contextlib
 import copy
 import operator
 import random
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.checks import SHADOWS, is_norm
 from ..core.modules import act_of
-from ..core.norms import NORMS
+from ..core.norms import BATCH_NORMS, NORMS
 from ..kernels.operands import Act
 from .observer import OBSERVING, Observer, is_torchs
 from .reads import Reads
 from .reasons import NotAUnitError
 from .unit_plan import is_leaf
+from .values import Layout, TracedValue
 
 UNTRACEABLE = "cannot be traced"
+SECOND = "second input"  # of a forward, as a graph's placeholder
 BY_ITS_INPUT = "its course depends on values, size, dtype or requires_grad of a tensor"
 
 
@@ -66,112 +67,41 @@ ACT_FUNCTIONS: dict[Any, Callable[..., Act | None]] = {
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
-class _Size:
-    """The shape of a ``_Value``: rank and channels are known, N, H and W only symbolically."""
-
-    def __init__(self, value: _Value) -> None:
-        self.value = value
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: Any) -> Any:
-        channels = self.value.layout.channels
-        if index in (1, -3) and channels is not None:
-            return channels
-        return fx.Proxy.__getattr__(self.value, "shape")[index]  # type: ignore[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(4))
-
-    def __eq__(self, other: object) -> bool:
-        mine = self.value.layout
-        if not isinstance(other, _Size) or mine.channels is None:
-            raise NotAUnitError("its course depends on the size of its input")
-        theirs = other.value.layout
-        if theirs.channels is not None and theirs.channels != mine.channels:
-            return False
-        if theirs == mine:
-            return True
-        raise NotAUnitError("its course depends on the size of its input")
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class _Layout(NamedTuple):
-    """What is known of a value's shape: channels, and the list of what changed height and width."""
-
-    channels: int | None
-    spatial: tuple[Any, ...] = ()
-
-
-class _Value(fx.Proxy):
-    """A proxy for (N, C, H, W) that answers what a forward may ask of any such tensor."""
-
-    layout = _Layout(None, ("unknown",))
-    is_image = False
-
-    @property
-    def __class__(self) -> Any:
-        # A forward that asks finds a tensor; fx finds what it has made.
-        caller = sys._getframe(1)
-        user = self.tracer.observer.is_user(caller)  # type: ignore[attr-defined]
-        return Tensor if user or caller.f_code.co_name == "is_tensor" else _Value
-
-    @__class__.setter
-    def __class__(self, kind: Any) -> None:  # mypy wants both
-        raise TypeError("a traced value has no other class")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer", "is_image", "layout"):
-            raise NotAUnitError(f"its forward sets {name} of a tensor", True)
-        super().__setattr__(name, value)
-
-    def dim(self) -> Any:
-        return 4 if self.is_image else fx.Proxy.__getattr__(self, "dim")()
-
-    @property
-    def ndim(self) -> Any:
-        return 4 if self.is_image else fx.Proxy.__getattr__(self, "ndim")
-
-    @property
-    def shape(self) -> Any:
-        self.tracer.asked = True  # type: ignore[attr-defined]
-        return _Size(self) if self.is_image else fx.Proxy.__getattr__(self, "shape")
-
-    def size(self, *args: Any) -> Any:
-        self.tracer.asked = True  # type: ignore[attr-defined]
-        if self.is_image and not args:
-            return _Size(self)
-        if self.is_image and args[0] in (1, -3) and self.layout.channels is not None:
-            return self.layout.channels
-        return fx.Proxy.__getattr__(self, "size")(*args)
-
-    def __iadd__(self, other: Any) -> Any:  # fx would take it for an addition out of place
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
 class _Tracer(fx.Tracer):
     """Traces with the modules of torch.nn as leaves, but for containers; norms of any class too."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, module: nn.Module, channels: int | None) -> None:
+    def __init__(self, module: nn.Module, channels: int | None, second: bool | None) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.second = channels, second
         self.switches: Any = None
         self.asked = False
         paths = {id(m): tuple(n.split(".")) if n else () for n, m in module.named_modules()}
         self.observer = Observer(paths, lambda: self.graph.nodes)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """One tensor, whatever else the forward takes keeps its default."""
-        x = self.create_proxy("placeholder", "input", (), {})
-        return (lambda root, x: type(root).forward(root, x)), [self.root, x]
+        """One tensor, and a second input if asked for; all else that the forward takes keeps its
+        default."""
+        given: list[Any] = [self.create_proxy("placeholder", "input", (), {})]
+        if self.second is not None:
+            proxy = self.create_proxy("placeholder", SECOND, (), {}) if self.second else None
+            given.append(proxy)
+        return (lambda root, *inputs: type(root).forward(root, *inputs)), [self.root, *given]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # The root too can be of a leaf's class (a norm's own forward is traced like a block's).
         return m is not self.root and is_leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """A module that reads nothing of x is a leaf, whatever it is: it is called itself."""
+        values: list[TracedValue] = []
+        fx.node.map_aggregate(
+            (args, kwargs), lambda a: values.append(a) if type(a) is TracedValue else None
+        )
+        if values and not any(value.node.meta["of_x"] for value in values):
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _switches() != self.switches:
@@ -180,16 +110,19 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        value = _Value(node, self)
+        value = TracedValue(node, self)
+        node.meta["of_x"] = (node.op == "placeholder" and node.target != SECOND) or any(
+            source.meta["of_x"] for source in node.all_input_nodes
+        )
         layout = self._layout(node)
         if layout is not None:
             value.is_image, value.layout = True, layout
         node.meta["layout"] = layout
         return value
 
-    def _layout(self, node: fx.Node) -> _Layout | None:
+    def _layout(self, node: fx.Node) -> Layout | None:
         if node.op == "placeholder":
-            return _Layout(self.channels)
+            return None if node.target == SECOND else Layout(self.channels)
         source = node.args[0] if node.args else None
         before = source.meta.get("layout") if isinstance(source, fx.Node) else None
         if before is None:
@@ -197,23 +130,42 @@ class _Tracer(fx.Tracer):
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             if isinstance(module, nn.Conv2d):
-                kept = not isinstance(module.padding, str) and all(
-                    s == 1 and 2 * p == d * (k - 1)
-                    for s, p, d, k in zip(
-                        module.stride, module.padding, module.dilation, module.kernel_size
-                    )
-                )
-                change = () if kept else (str(node.target),)
-                return _Layout(module.out_channels, before.spatial + change)
+                return self._behind((str(node.target), module), before)
             known = isinstance(module, (*NORMS, nn.Identity, _DropoutNd))
             return before if known or act_of(module) is not None else None
+        if node.target is F.conv2d:
+            conv = caller_of(node, self.root, nn.Conv2d)
+            return None if conv is None else self._behind(conv, before)
         known = node.target in ACT_FUNCTIONS or node.target in ADDITIONS
-        return before if known or node.target in ("relu", "relu_", "add", "add_") else None
+        same = ("relu", "relu_", "add", "add_", "contiguous")
+        return before if known or node.target is F.group_norm or node.target in same else None
+
+    @staticmethod
+    def _behind(named: tuple[str, nn.Conv2d], before: Layout) -> Layout:
+        """What is known behind a convolution, which has a name."""
+        name, conv = named
+        kept = not isinstance(conv.padding, str) and all(
+            s == 1 and 2 * p == d * (k - 1)
+            for s, p, d, k in zip(conv.stride, conv.padding, conv.dilation, conv.kernel_size)
+        )
+        return Layout(conv.out_channels, before.spatial + (() if kept else (name,)))
 
 
-def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.Graph, Reads]:
+def caller_of(node: fx.Node, root: nn.Module, kind: Any) -> tuple[str, Any] | None:
+    """The innermost module of ``kind`` whose forward made a node, by its path; None without one."""
+    for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
+        module = root.get_submodule(path)
+        if isinstance(module, kind):
+            return path, module
+    return None
+
+
+def trace(
+    module: nn.Module, training: bool, channels: int | None, second: bool | None = None
+) -> tuple[fx.Graph, Reads]:
     """The graph of a copy's forward on one tensor, and what it read besides.
 
+    second: whether a tensor, or None, is given as the second input; without any if None.
     ``module`` is used up: a forward may leave proxies in it.
     """
     for child in module.modules():
@@ -222,11 +174,11 @@ def trace(module: nn.Module, training: bool, channels: int | None) -> tuple[fx.G
     before = _contents(module)
     as_tensor = torch.as_tensor
     states = random_states()
-    tracer = _Tracer(module, channels)
+    tracer = _Tracer(module, channels, second)
     try:
         # No torch function to a tracer, but of no effect on a tensor.
         torch.as_tensor = lambda data, *a, **k: (  # type: ignore[assignment]
-            data if type(data) is _Value and not a and not k else as_tensor(data, *a, **k)
+            data if type(data) is TracedValue and not a and not k else as_tensor(data, *a, **k)
         )
         with (
             no_modes(), torch.enable_grad(), _autocast_on(), OBSERVING,
@@ -260,7 +212,7 @@ def _no_functions(observer: Observer) -> Iterator[None]:
     before = vars(function).get("apply")
 
     def apply(cls: type, *args: Any, **options: Any) -> Any:
-        if any(type(value) is _Value for value in (*args, *options.values())):
+        if any(type(value) is TracedValue for value in (*args, *options.values())):
             theirs = f"{cls.__module__}." if is_torchs(cls.__module__) else ""
             reason = f"autograd.Function {theirs}{cls.__name__} may have a gradient of its own"
             observer.note(reason)
@@ -281,7 +233,9 @@ def _no_functions(observer: Observer) -> Iterator[None]:
 def _line_of(error: Exception) -> str:
     """An error in one line, without names that only the trace knows."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    inner = any(name in line for name in ("_Value", "_Size", "Proxy", "_Tracer", "Attribute", "fx"))
+    inner = any(
+        name in line for name in ("TracedValue", "_Size", "Proxy", "_Tracer", "Attribute", "fx")
+    )
     return "its forward does with a tensor what takes its values" if inner else line
 
 
@@ -383,7 +337,7 @@ def make_local(module: nn.Module) -> None:
     """Take the synchronisation off a copy's norms: other ranks take no part in a trial, and
     PyTorch's own norm refuses CPUs where there are any."""
     for child in module.modules():
-        if isinstance(child, NORMS) and is_norm(child):
+        if isinstance(child, BATCH_NORMS) and is_norm(child):
             child.__class__ = nn.BatchNorm2d
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -34,11 +35,12 @@ _TRIAL_SIZES = ((8, 6), (16, 16), (7, 7))
 def structure(module: nn.Module, plan: UnitPlan) -> dict[str, Any]:
     """The containers of a block, and its descendants that a plan does not read at every call."""
     read = {*plan.norms, *plan.convs, *plan.inert, plan.projection, *plan.acts}
+    called = () if plan.formula is None else plan.formula.called
     containers: list[Container] = []
     others: list[tuple[Path, type]] = []
 
     def visit(child: nn.Module | None, path: Path) -> None:
-        if path and (child is None or is_leaf(child)):
+        if path and (child is None or is_leaf(child) or path in called):
             if path not in read:
                 others.append((path, type(child)))
             return
@@ -97,25 +99,48 @@ class _Trial:
     def images(self, channels: int, height: int, width: int) -> Tensor:
         return self._random(torch.randn, (2, channels, height, width))
 
-    def own(self, twin: nn.Module, x: Tensor) -> list[Any]:
-        """Output, buffers and gradients of a twin's own forward."""
-        x = x.clone().requires_grad_()
-        return _step(twin, twin(x), x)
+    def seconds(self) -> list[Tensor | None]:
+        """Second inputs, of which one should be of the shape that the block takes."""
+        plan = self.plan
+        if plan.second is None or not plan.second.given:
+            return [None]
+        paths = () if plan.formula is None else plan.formula.called
+        called = [m for path in paths for m in child_at(self.module, path).modules()]
+        features = [m.in_features for m in called if isinstance(m, nn.Linear)]
+        features += [child_at(self.module, path).out_channels for path in plan.convs]
+        maps = [m.in_channels for m in called if isinstance(m, nn.Conv2d)] + features
+        shapes = [(2, n) for n in features] + [(2, n, 1, 1) for n in maps]
+        return [self._random(torch.randn, shape) for shape in dict.fromkeys(shapes)]
 
-    def fused(self, twin: nn.Module, x: Tensor) -> list[Any]:
+    def own(self, twin: nn.Module, x: Tensor, second: Tensor | None) -> list[Any]:
+        """Output, buffers and gradients of a twin's own forward."""
+        x, inputs = _inputs(x, second)
+        required = self.plan.second is not None and self.plan.second.required
+        out = twin(*inputs) if second is not None or not required else twin(x, None)
+        return _step(twin, out, inputs)
+
+    def fused(self, twin: nn.Module, x: Tensor, second: Tensor | None) -> list[Any]:
         """The same of the chain that its plan gives."""
         unit = modules_of(twin, self.plan, guarded=False)
         assert isinstance(unit, UnitModules)
-        x = x.clone().requires_grad_()
-        return _step(twin, run_chain([Reading(unit)], x, backend="aten"), x)
+        x, inputs = _inputs(x, second)
+        given = inputs[1] if len(inputs) > 1 else None
+        out = run_chain([Reading(unit)], x, backend="aten", second=given)
+        return _step(twin, self.plan.finish(out), inputs)
 
 
-def _step(twin: nn.Module, out: Any, x: Tensor) -> list[Any]:
+def _inputs(x: Tensor, second: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Fresh inputs of a step, and x among them."""
+    inputs = [t.clone().requires_grad_() for t in (x, second) if t is not None]
+    return inputs[0], inputs
+
+
+def _step(twin: nn.Module, out: Any, inputs: list[Tensor]) -> list[Any]:
     if not isinstance(out, Tensor):
         raise NotAUnitError(f"returns a {type(out).__name__}, not one tensor", True)
     generator = torch.Generator().manual_seed(1)
     g = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
-    wanted = [x, *twin.parameters()]
+    wanted = [*inputs, *twin.parameters()]
     found = torch.autograd.grad(out, wanted, g.to(out.dtype), allow_unused=True)
     return [out.detach(), *twin.buffers(), *found]
 
@@ -134,12 +159,12 @@ def try_out(module: nn.Module, plan: UnitPlan, training: bool) -> None:
     failure: Exception | None = None
     try:
         with no_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            for size in _TRIAL_SIZES:
+            for size, second in itertools.product(_TRIAL_SIZES, trial.seconds()):
                 twin, x = trial.copy(), trial.images(channels, *size)
                 before = _read_in(twin, plan)
                 try:
-                    expected = trial.own(twin, x)
-                    found = trial.fused(trial.copy(), x)
+                    expected = trial.own(twin, x, second)
+                    found = trial.fused(trial.copy(), x, second)
                 except NotAUnitError:
                     raise
                 except Exception as error:
@@ -158,10 +183,10 @@ def try_out(module: nn.Module, plan: UnitPlan, training: bool) -> None:
                 line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
                 fails = "" if isinstance(failure, UnfitError) else "its forward fails on a trial: "
                 raise NotAUnitError(f"{fails}{line}", True)
-            half = x.float()
+            half, its = x.float(), None if second is None else second.float()
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                theirs = trial.own(trial.copy(torch.float32), half)
-                mine = trial.fused(trial.copy(torch.float32), half)
+                theirs = trial.own(trial.copy(torch.float32), half, its)
+                mine = trial.fused(trial.copy(torch.float32), half, its)
             # Some gradients are sums that come to nothing but rounding.
             _compare(mine, theirs, 0.1, max(_norm(each) for each in theirs[1:]))
         if not same_states(states, random_states()):

@@ -7,24 +7,26 @@ both, the hooks and the children again at every call.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.checks import SHADOWS, hooked, why_not
 from ..core.modules import Pad, UnitModules, act_of
+from ..core.norms import groups_of
 from ..core.spec import Shortcut
 from ..kernels.operands import Act
+from .formula import Formula, Path
 from .frozen import SIMPLE, Frozen, difference, is_same
 from .observer import INTERNAL
 from .reads import lookup
+from .second import Second
 from .watch import Watch, changed_when_compiled
-
-Path = tuple[str, ...]
 
 
 class Container(NamedTuple):
@@ -39,15 +41,18 @@ class Container(NamedTuple):
 class UnitPlan(NamedTuple):
     """Where a block's children are, in the order of the computation; paths are relative to it.
 
-    norms, convs: one each per repetition. norm_types: None, or the subclass of BatchNorm2d whose
-    own forward was found to compute BatchNorm2d's function and the activation. acts: per
-    repetition a module's path, or the activation that was called as a function. projection: its
+    norms, convs: one each per repetition. norm_types, conv_types (the projection's last): None, or
+    a subclass with a forward of its own, which was found to compute what its base does, and an
+    activation or a weight besides. acts: per repetition a module's path, or the activation that was called as a function. projection: its
     path, if any. pads: as in ``UnitModules``. inert: modules that pass their input on (identity,
     dropout that is off).
     containers: the block and the modules between it and these, whose calls are bypassed. others:
     all other descendants (path, type; NoneType for a child that is None). guards: (path,
     attribute, value) of the attributes that the forward read. watch: what else it read.
     otherwise: why the block is no unit in the other mode (training, evaluation), or empty.
+    formula: what computes tensors that are no attributes. second: the second input of the calls
+    that it is for, None where the forward takes none. end: what is done with the sum, a function
+    and a number.
     """
 
     norms: tuple[Path, ...]
@@ -64,6 +69,18 @@ class UnitPlan(NamedTuple):
     guards: tuple[tuple[Path, str, Frozen], ...]
     watch: Watch
     otherwise: str = ""
+    conv_types: tuple[type | None, ...] = ()
+    formula: Formula | None = None
+    second: Second | None = None
+    end: tuple[Callable[[Any, Any], Any], float] | None = None
+
+    def finish(self, out: Tensor) -> Tensor:
+        """A block's output from its chain's."""
+        if self.end is None:
+            return out
+        function, number = self.end
+        result: Tensor = function(out, number)
+        return result
 
 
 def child_at(module: nn.Module, path: Path) -> Any:
@@ -143,8 +160,9 @@ def modules_of(block: nn.Module, plan: UnitPlan, guarded: bool = True) -> UnitMo
         None if plan.projection is None else at[plan.projection],
         plan.add_in_place,
         plan.pads,
+        () if plan.formula is None else plan.formula.bind(block),
     )
-    reason = why_not(unit, plan.norm_types)
+    reason = why_not(unit, plan.norm_types, plan.conv_types)
     if reason is None and 1 in (unit.convs[0].in_channels, unit.convs[-1].out_channels):
         # The layout of eager's result then follows from strides that say nothing.
         return "its input or output has one channel, which lies in either layout"
@@ -176,18 +194,18 @@ class Standing:
     that is not the block's own.
     """
 
-    def __init__(self, block: nn.Module, plan: UnitPlan) -> None:
-        self.watch = plan.watch
+    def __init__(self, block: nn.Module, plans: Sequence[UnitPlan]) -> None:
+        self.watch = plans[0].watch  # of all
         self.gets: list[Any] = []
         self.names: list[str] = []
         self.values: list[Any] = []
         self.deep: list[Frozen] = []
-        for path, name, frozen in plan.guards:
+        for path, name, frozen in [guard for plan in plans for guard in plan.guards]:
             value = frozen.value
             if frozen.parts is not None:
                 self.deep.append(frozen)
             elif type(value) in _CONFUSABLE:
-                attributes = vars(child_at(block, path))
+                attributes = getattr(child_at(block, path), "__dict__", {})
                 if name in attributes:
                     self.gets.append(attributes.get)
                     self.names.append(name)
@@ -224,7 +242,13 @@ def describe_unit(block: nn.Module, plan: UnitPlan) -> str:
     k = len(kernels)
     bottleneck = k == 3 and kernels[0] == kernels[2] == (1, 1)
     name = "basic" if k == 2 else "bottleneck" if bottleneck else f"{k} convolutions"
-    return f"{name}, {plan.shortcut.words}"
+    words = [name, plan.shortcut.words]
+    grouped = [groups_of(child_at(block, path)) > 0 for path in plan.norms]
+    if any(grouped):
+        words.append("group norms" if all(grouped) else "group and batch norms")
+    if plan.formula is not None:
+        words += plan.formula.words(plan.second)
+    return ", ".join(words)
 
 
 def signature(module: nn.Module) -> Any:
@@ -264,7 +288,10 @@ def _exactly(value: Any) -> Any:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    if isinstance(module, (_BatchNorm, _ConvNd, _DropoutNd)):
+    if isinstance(module, nn.Conv2d):
+        own = type(module)
+        return own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
+    if isinstance(module, (_BatchNorm, _ConvNd, _DropoutNd, nn.InstanceNorm2d)):
         return True
     return type(module).__module__.startswith("torch.nn.") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
