@@ -51,15 +51,11 @@ class Formula(NamedTuple):
         found = [step.target for step in self.steps if step.kind == "module"]
         return tuple(dict.fromkeys(found))
 
-    def words(self, second: Any) -> list[str]:
-        """What ``explain`` says of it; second: the ``Second`` of the calls that it is for."""
-        found = []
-        if any(kind != "norms" and name == "weight" for (kind, _, name), _ in self.slots):
-            found.append("computed weights")
-        if any(kind == "norms" or name == "bias" for (kind, _, name), _ in self.slots):
-            reads = second is not None and any(step.kind == "second" for step in self.steps)
-            found.append(f"with {second.name}" if reads else "computed biases")
-        return found
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What ``explain`` says of weights that are computed."""
+        weights = any(kind != "norms" and name == "weight" for (kind, _, name), _ in self.slots)
+        return ("computed weights",) if weights else ()
 
     def bind(self, block: nn.Module) -> tuple[tuple[Slot, Compute], ...]:
         """The slots of a block, and what computes their tensors."""
@@ -96,7 +92,7 @@ class Evaluation:
         """The tensors of the formula's slots.
 
         Raises:
-            UnfitError: what is computed is no tensor for its slot. Whatever the block's code raises.
+            UnfitError: what is computed does not fit its slot. Whatever the block's code raises.
         """
         block = self._block()
         assert block is not None
@@ -151,10 +147,11 @@ def per_channel(value: Any, channels: int) -> Tensor:
     Raises:
         UnfitError: it is of another shape than (N, C, 1, 1) or (C, 1, 1).
     """
-    if isinstance(value, Tensor) and value.dim() in (3, 4):
-        if value.shape[-3:] == (channels, 1, 1):
-            one = value.dim() == 3 or value.shape[0] == 1
-            return value.reshape(channels if one else (value.shape[0], channels))
+    of_channels = isinstance(value, Tensor) and value.shape[-3:] == (channels, 1, 1)
+    if of_channels and value.dim() in (3, 4):
+        one = value.dim() == 3 or value.shape[0] == 1
+        reshaped: Tensor = value.reshape(channels if one else (value.shape[0], channels))
+        return reshaped
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     raise UnfitError(f"expected (N, {channels}, 1, 1) for each image and channel, got {shape}")
 
@@ -176,9 +173,10 @@ def bias_like(value: Any, weight: Tensor) -> Tensor:
     Raises:
         UnfitError: it is of another shape or device.
     """
-    if isinstance(value, Tensor) and value.shape == weight.shape[:1]:
-        if value.device == weight.device:
-            return value
+    fits = isinstance(value, Tensor) and value.shape == weight.shape[:1]
+    if fits and value.device == weight.device:
+        tensor: Tensor = value
+        return tensor
     raise UnfitError("a computed bias of another shape than its convolution's")
 
 

@@ -1,4 +1,4 @@
-"""Convolutions and group norms that code calls as functions, and the modules that they belong to."""
+"""Convolutions and group norms that code calls as functions, and whose tensors they take."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ..core.modules import NO_PAD, Pad, act_of
 from ..core.norms import NORMS, groups_of
 from ..core.sync import SyncBatchNorm
 from ..kernels.operands import Act
-from .formula import ancestors
+from .formula import Path, ancestors
 from .functional import (
     PRODUCTS,
     changes_in_place,
@@ -32,7 +32,7 @@ from .trace import (
     ADDITIONS,
     trace,
 )
-from .unit_plan import Path, child_at, dotted
+from .unit_plan import child_at, dotted
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 
@@ -149,8 +149,9 @@ class Graph:
         read = {number for op in self.ops for number in op.inputs} | {self.result}
         for op in self.ops:
             if op.kind == "pad":
-                what = "padding that something else than a convolution reads"
+                what = op.what or "padding"
                 kind = "other" if op.number in read else "folded"
+                what = f"{what} that something else than a convolution reads"
                 self.ops[op.number] = op._replace(kind=kind, inputs=(), what=what)
 
     @staticmethod
@@ -313,9 +314,13 @@ class Graph:
         if node.target in ("relu", "relu_") and plain:
             in_place = node.target == "relu_"
             self._add(node, "act", inputs, act=Act("relu"), in_place=in_place)
-        elif node.target in ("clone", "contiguous") and plain:
+        elif node.target == "clone" and plain:
             # A copy of what nobody writes to: ``match_unit`` refuses what writes into its input.
             self._number[node] = inputs[0]
+        elif node.target == "contiguous" and plain:
+            # Of no effect in front of a convolution, like a padding of nothing; elsewhere who reads
+            # the block's output may count on its strides.
+            self._add(node, "pad", inputs, what="the method contiguous")
         elif node.target in ("add", "add_") and self._read_binary(node, node.target == "add_"):
             pass
         else:

@@ -86,7 +86,7 @@ class FusedUnit(_Fused, ChainUnit):
         return self.unit_modules()
 
     def unit_modules(self) -> UnitModules | str:
-        """The block's children as a unit where it has one input, or why its own forward must run."""
+        """The block's children as a unit where it has one input, or why its forward must run."""
         return self._unit(given=False)
 
     def unit_of_two(self) -> UnitModules | str:
@@ -424,7 +424,7 @@ def explain(model: nn.Module) -> Report:
     for path, module, plans, reason in _survey(model):
         kind = by = ""
         if isinstance(module, FusedUnit):
-            kind = describe_unit(module, _fusion(module).plans[0])
+            kind = describe_unit(module, _fusion(module).plans)
             name = _fusion(module).original.__name__
             reason, by = _state(module.first_unit(), _fusion(module).backend)
         elif isinstance(module, PreActUnit):
@@ -434,7 +434,7 @@ def explain(model: nn.Module) -> Report:
         else:
             name = type(module).__name__
             if plans:
-                kind = describe_unit(module, plans[0])
+                kind = describe_unit(module, plans)
                 reason = "can be fused: call fuse(model)"
         rows.append(BlockReport(path, name, not reason, kind, reason, by))
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}

@@ -95,10 +95,9 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """A module that reads nothing of x is a leaf, whatever it is: it is called itself."""
-        values: list[TracedValue] = []
-        fx.node.map_aggregate(
-            (args, kwargs), lambda a: values.append(a) if type(a) is TracedValue else None
-        )
+        values: list[Any] = []
+        fx.node.map_aggregate((args, kwargs), values.append)
+        values = [value for value in values if type(value) is TracedValue]
         if values and not any(value.node.meta["of_x"] for value in values):
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -233,9 +232,8 @@ def _no_functions(observer: Observer) -> Iterator[None]:
 def _line_of(error: Exception) -> str:
     """An error in one line, without names that only the trace knows."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    inner = any(
-        name in line for name in ("TracedValue", "_Size", "Proxy", "_Tracer", "Attribute", "fx")
-    )
+    names = ("TracedValue", "_Size", "Proxy", "_Tracer", "Attribute", "fx")
+    inner = any(name in line for name in names)
     return "its forward does with a tensor what takes its values" if inner else line
 
 

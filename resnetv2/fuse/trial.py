@@ -14,6 +14,7 @@ from ..core.modules import UnitModules
 from ..core.norms import channels_of
 from ..core.reading import Reading
 from ..core.run import run_chain
+from .formula import Path
 from .frozen import Freezer, Frozen, difference, is_same
 from .reads import lookup
 from .reasons import NotAUnitError
@@ -26,7 +27,7 @@ from .trace import (
     same_states,
     unhook,
 )
-from .unit_plan import Container, Path, UnitPlan, child_at, dotted, is_leaf, modules_of
+from .unit_plan import Container, UnitPlan, child_at, dotted, is_leaf, modules_of
 
 # Of images for a trial; some blocks take only even sizes, or squares.
 _TRIAL_SIZES = ((8, 6), (16, 16), (7, 7))

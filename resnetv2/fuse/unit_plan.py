@@ -43,9 +43,9 @@ class UnitPlan(NamedTuple):
 
     norms, convs: one each per repetition. norm_types, conv_types (the projection's last): None, or
     a subclass with a forward of its own, which was found to compute what its base does, and an
-    activation or a weight besides. acts: per repetition a module's path, or the activation that was called as a function. projection: its
-    path, if any. pads: as in ``UnitModules``. inert: modules that pass their input on (identity,
-    dropout that is off).
+    activation or a weight besides. acts: per repetition a module's path, or the activation that was
+    called as a function. projection: its path, if any. pads: as in ``UnitModules``. inert: modules
+    that pass their input on (identity, dropout that is off).
     containers: the block and the modules between it and these, whose calls are bypassed. others:
     all other descendants (path, type; NoneType for a child that is None). guards: (path,
     attribute, value) of the attributes that the forward read. watch: what else it read.
@@ -236,8 +236,9 @@ def _why_active(module: Any) -> str | None:
     return f"{type(module).__name__} in place of an identity"
 
 
-def describe_unit(block: nn.Module, plan: UnitPlan) -> str:
-    """In words what a plan is: "basic, projection from raw"."""
+def describe_unit(block: nn.Module, plans: Sequence[UnitPlan]) -> str:
+    """In words what a block's plans are: "basic, projection from raw"."""
+    plan = plans[0]
     kernels = [child_at(block, path).kernel_size for path in plan.convs]
     k = len(kernels)
     bottleneck = k == 3 and kernels[0] == kernels[2] == (1, 1)
@@ -246,9 +247,13 @@ def describe_unit(block: nn.Module, plan: UnitPlan) -> str:
     grouped = [groups_of(child_at(block, path)) > 0 for path in plan.norms]
     if any(grouped):
         words.append("group norms" if all(grouped) else "group and batch norms")
-    if plan.formula is not None:
-        words += plan.formula.words(plan.second)
-    return ", ".join(words)
+    for each in plans:
+        words += () if each.formula is None else each.formula.words
+    reads = [each.second for each in plans if each.second and each.second.given]
+    without = any(each.second is not None and not each.second.given for each in plans)
+    if reads:
+        words.append(f"with {'or without ' * without}{reads[0].name}")
+    return ", ".join(dict.fromkeys(words))
 
 
 def signature(module: nn.Module) -> Any:

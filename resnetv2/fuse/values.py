@@ -1,4 +1,4 @@
-"""What a forward is given in the place of tensors while it is traced, and what it may ask of them."""
+"""What a traced forward is given in the place of tensors, and what it may ask of them."""
 
 from __future__ import annotations
 
