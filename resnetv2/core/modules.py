@@ -6,7 +6,7 @@ or the reason why they must run one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -35,8 +35,14 @@ Pad = tuple[int, int, int, int]  # left, right, top, bottom
 NO_PAD: Pad = (0, 0, 0, 0)
 
 
-# A tensor of a unit that is no attribute of its modules, given the block's second input or None.
-Compute = Callable[[Tensor | None], Tensor]
+class Computed(NamedTuple):
+    """Tensors of a unit that are no attributes of its modules.
+
+    slots: theirs. run: computes all of them, in that order, of a block's second input or None.
+    """
+
+    slots: tuple[Slot, ...] = ()
+    run: Callable[[Tensor | None], Sequence[Tensor]] = lambda _: ()
 
 
 class UnitModules(NamedTuple):
@@ -56,7 +62,7 @@ class UnitModules(NamedTuple):
     projection: nn.Conv2d | None = None
     add_in_place: bool = False
     pads: tuple[Pad, ...] = ()
-    computed: tuple[tuple[Slot, Compute], ...] = ()
+    computed: Computed = Computed()
 
     def record(self) -> Unit:
         """The unit's present state, besides its tensors."""
@@ -90,7 +96,7 @@ class UnitModules(NamedTuple):
         """Whether a slot is taken, by a module's attribute or by what is computed."""
         if module is not None and getattr(module, name) is not None:
             return True
-        return any(slot == (kind, i, name) for slot, _ in self.computed)
+        return (kind, i, name) in self.computed.slots
 
     def geometry(self, i: int) -> Geometry:
         """The geometry of convolution i, or of the projection where i = -1."""

@@ -38,7 +38,7 @@ class Reading:
 
     Attributes:
         unit: the modules. record: what they make up. tensors: in the order of ``spec.slots``.
-        computed: places among them whose tensor is computed at every call, and how.
+        computed: places among them whose tensor is computed at every call.
     """
 
     def __init__(self, unit: UnitModules) -> None:
@@ -46,7 +46,7 @@ class Reading:
         self.record: Unit = unit.record()
         self.tensors: list[Tensor] = unit.tensors(self.record)
         places = {slot: place for place, slot in enumerate(slots(self.record))}
-        self.computed = [(places[slot], compute) for slot, compute in unit.computed]
+        self.computed = [places[slot] for slot in unit.computed.slots]
 
     def filled(self, second: Tensor | None, images: int) -> list[Tensor]:
         """The tensors of a call for so many images; second: the block's second input.
@@ -60,8 +60,8 @@ class Reading:
         tensors = list(self.tensors)
         weight = self.unit.convs[0].weight
         mixes = torch.is_autocast_enabled(weight.device.type)
-        for place, compute in self.computed:
-            tensor = tensors[place] = compute(second)
+        for place, tensor in zip(self.computed, self.unit.computed.run(second), strict=True):
+            tensors[place] = tensor
             if tensor.dim() == 2 and tensor.shape[0] != images:
                 raise UnfitError(f"tensors for {tensor.shape[0]} images beside {images}")
             if tensor.dtype == torch.float64 if mixes else tensor.dtype != weight.dtype:

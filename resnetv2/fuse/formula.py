@@ -8,7 +8,7 @@ block's own modules and the functions that its code called, differentiably, and 
 
 from __future__ import annotations
 
-import threading
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..core.checks import UnfitError
-from ..core.modules import Compute
+from ..core.modules import Computed
 from ..core.spec import Slot
 
 Path = tuple[str, ...]
@@ -40,10 +40,11 @@ class Step(NamedTuple):
 
 
 class Formula(NamedTuple):
-    """Steps in the order of the block's code, and the slots that results of theirs fill."""
+    """Steps in the order of the block's code, the slots that they fill, and with which results."""
 
     steps: tuple[Step, ...]
-    slots: tuple[tuple[Slot, int], ...]
+    slots: tuple[Slot, ...]
+    results: tuple[int, ...]
 
     @property
     def called(self) -> tuple[Path, ...]:
@@ -54,68 +55,42 @@ class Formula(NamedTuple):
     @property
     def words(self) -> tuple[str, ...]:
         """What ``explain`` says of weights that are computed."""
-        weights = any(kind != "norms" and name == "weight" for (kind, _, name), _ in self.slots)
+        weights = any(kind != "norms" and name == "weight" for kind, _, name in self.slots)
         return ("computed weights",) if weights else ()
 
-    def bind(self, block: nn.Module) -> tuple[tuple[Slot, Compute], ...]:
-        """The slots of a block, and what computes their tensors."""
-        evaluation = Evaluation(self, block)
-        return tuple([(slot, evaluation.of(i)) for i, (slot, _) in enumerate(self.slots)])
+    def bind(self, block: nn.Module) -> Computed:
+        """What computes the slots of a block."""
+        # A kept reading does not keep its block alive.
+        return Computed(self.slots, functools.partial(self.run, weakref.ref(block)))
 
-
-class Evaluation:
-    """A formula of one block, run once for all of its slots.
-
-    The first slot that a chain asks for has the formula run, the others take what it left: modules
-    are called once at every call, as in the block's own forward.
-    """
-
-    def __init__(self, formula: Formula, block: nn.Module) -> None:
-        self.formula = formula
-        self._block = weakref.ref(block)  # a kept reading does not keep its block alive
-        self._left = threading.local()
-
-    def of(self, i: int) -> Compute:
-        """What computes slot i; a chain asks for them in order."""
-
-        def compute(second: Tensor | None) -> Tensor:
-            if i == 0:
-                self._left.results = self.run(second)
-            tensor: Tensor = self._left.results[i]
-            if i == len(self.formula.slots) - 1:
-                del self._left.results
-            return tensor
-
-        return compute
-
-    def run(self, second: Tensor | None) -> list[Tensor]:
-        """The tensors of the formula's slots.
+    def run(self, block: weakref.ref[nn.Module], second: Tensor | None) -> list[Tensor]:
+        """The tensors of a block's slots; its modules are called once, as by its own forward.
 
         Raises:
             UnfitError: what is computed does not fit its slot. Whatever the block's code raises.
         """
-        block = self._block()
-        assert block is not None
+        owner = block()
+        assert owner is not None
         results: list[Any] = []
 
         def resolve(value: Any) -> Any:
             return results[value.number] if isinstance(value, Result) else value
 
-        for kind, target, args, kwargs in self.formula.steps:
+        for kind, target, args, kwargs in self.steps:
             if kind == "second":
                 results.append(second)
                 continue
             if kind == "attribute":
-                results.append(_at(block, target))
+                results.append(_at(owner, target))
                 continue
             given = [_map(arg, resolve) for arg in args]
             named = {name: _map(arg, resolve) for name, arg in kwargs}
             if kind == "method":
                 results.append(getattr(given[0], target)(*given[1:], **named))
             else:
-                function = _at(block, target) if kind == "module" else target
+                function = _at(owner, target) if kind == "module" else target
                 results.append(function(*given, **named))
-        return [results[number] for _, number in self.formula.slots]
+        return [results[number] for number in self.results]
 
 
 def _at(owner: Any, path: Path) -> Any:
@@ -200,7 +175,6 @@ class Builder:
 
     def __init__(self, graph: fx.Graph, wanted: Iterable[fx.Node]) -> None:
         self.steps: list[Step] = []
-        self.slots: list[tuple[Slot, int]] = []
         self._numbers: dict[fx.Node, int] = {}
         used = ancestors(wanted)
         for node in graph.nodes:
@@ -221,8 +195,10 @@ class Builder:
 
     def formula(self, slots: Sequence[tuple[Slot, Result]]) -> Formula | None:
         """The formula that fills these slots, if there are any."""
-        filled = tuple([(slot, result.number) for slot, result in slots])
-        return Formula(tuple(self.steps), filled) if filled else None
+        if not slots:
+            return None
+        results = tuple([result.number for _, result in slots])
+        return Formula(tuple(self.steps), tuple([slot for slot, _ in slots]), results)
 
     def _append(self, step: Step) -> Result:
         self.steps.append(step)

@@ -34,7 +34,7 @@ def match_unit(graph: Graph) -> Match:
     """The unit that a graph is; raises ``NotAUnitError`` with the difference."""
     ops = graph.ops
     for op in ops:
-        if op.kind == "other":
+        if op.kind == "other" or (op.kind == "end" and op.number != graph.result):
             raise NotAUnitError(f"{op.what} is no part of a pre-activation unit")
     add, end = ops[graph.result], None
     if add.kind == "end" and graph.users[add.inputs[0]] == {add.number}:

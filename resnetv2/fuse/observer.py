@@ -60,6 +60,8 @@ _FOLLOWED = {
          "get_submodule", "_call_impl", "_wrapped_call_impl", "forward", "_forward_unimplemented",
          "__hash__", "_get_name")
     ),
+    "nn/modules/conv.py": frozenset(("forward", "_conv_forward")),
+    "nn/modules/normalization.py": frozenset(("forward",)),
     "_jit_internal.py": frozenset(("is_scripting",)),
     "jit/_trace.py": frozenset(("is_tracing",)),
     "__init__.py": frozenset(("is_tensor", "_assert")),
@@ -69,6 +71,7 @@ _ENTRIES = {
     "fx/proxy.py": None,
     "fx/_symbolic_trace.py": None,
     "nn/modules/container.py": None,
+    "nn/modules/conv.py": frozenset(("forward",)),
     "nn/modules/module.py": frozenset(("_call_impl", "_wrapped_call_impl", "_slow_forward",
                                        "named_children", "named_modules", "__getattr__")),
 }  # fmt: skip

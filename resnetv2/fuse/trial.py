@@ -178,6 +178,7 @@ def try_out(module: nn.Module, plan: UnitPlan, training: bool) -> None:
                 reason = plan.watch.changed()
                 if reason:
                     raise NotAUnitError(f"its forward changes what it reads: {reason}", True)
+                _refuse_draws(states)
                 _compare(found, expected, 1e-6)
                 break
             else:
@@ -190,10 +191,14 @@ def try_out(module: nn.Module, plan: UnitPlan, training: bool) -> None:
                 mine = trial.fused(trial.copy(torch.float32), half, its)
             # Some gradients are sums that come to nothing but rounding.
             _compare(mine, theirs, 0.1, max(_norm(each) for each in theirs[1:]))
-        if not same_states(states, random_states()):
-            raise NotAUnitError("draws random numbers", True)
+        _refuse_draws(states)
     finally:
         restore(states)
+
+
+def _refuse_draws(states: Any) -> None:
+    if not same_states(states, random_states()):
+        raise NotAUnitError("draws random numbers", True)
 
 
 def _values_in(twin: nn.Module, plan: UnitPlan) -> list[tuple[Path, str, Any]]:

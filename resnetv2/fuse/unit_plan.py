@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.checks import SHADOWS, hooked, why_not
-from ..core.modules import Pad, UnitModules, act_of
+from ..core.modules import Computed, Pad, UnitModules, act_of
 from ..core.norms import groups_of
 from ..core.spec import Shortcut
 from ..kernels.operands import Act
@@ -160,7 +160,7 @@ def modules_of(block: nn.Module, plan: UnitPlan, guarded: bool = True) -> UnitMo
         None if plan.projection is None else at[plan.projection],
         plan.add_in_place,
         plan.pads,
-        () if plan.formula is None else plan.formula.bind(block),
+        Computed() if plan.formula is None else plan.formula.bind(block),
     )
     reason = why_not(unit, plan.norm_types, plan.conv_types)
     if reason is None and 1 in (unit.convs[0].in_channels, unit.convs[-1].out_channels):

@@ -10,6 +10,7 @@ from torch import nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet
 from resnetv2.blocks import Stage, norm_layer
+from resnetv2.core.modules import Computed
 from resnetv2.core.operators import chain_forward
 from resnetv2.core.reading import Reading, read
 from resnetv2.core.run import describe, run_chain
@@ -254,10 +255,14 @@ class Modulated(nn.Module):
             u = block.bn2(h) * (1 + self.scale[..., None, None]) + self.shift[..., None, None]
             return x + block.conv2(block.act(u))
         norm = block.bn2
-        computed = (
-            (("convs", 0, "bias"), lambda second: block.conv1.bias + second),
-            (("norms", 1, "weight"), lambda second: norm.weight * (1 + self.scale)),
-            (("norms", 1, "bias"), lambda second: norm.bias * (1 + self.scale) + self.shift),
+        slots = (("convs", 0, "bias"), ("norms", 1, "weight"), ("norms", 1, "bias"))
+        computed = Computed(
+            slots,
+            lambda second: (
+                block.conv1.bias + second,
+                norm.weight * (1 + self.scale),
+                norm.bias * (1 + self.scale) + self.shift,
+            ),
         )
         reading = Reading(read(block).unit._replace(computed=computed))
         return run_chain([reading], x, backend=self.backend, second=self.move)

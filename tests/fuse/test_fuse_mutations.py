@@ -79,5 +79,5 @@ def test_the_same_function_or_a_reason(name):
                     if was_fused or stage == "as built":
                         assert re.search(mutation.reason, row.reason), row.reason
                     assert "resnetv2." not in row.reason
-                    assert "_Value" not in row.reason
+                    assert "TracedValue" not in row.reason
             was_fused = bool(rows and rows[0].fused)

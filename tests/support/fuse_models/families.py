@@ -7,6 +7,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tests.support.fuse_models.grouped import (
+    AllByHand,
+    Conditioned,
+    Embedded,
+    GroupNormAct,
+    GroupNormed,
+    MaybeEmbedded,
+    ScaledConv2d,
+)
 from tests.support.fuse_models.parts import (
     BatchDepth,
     DropPath,
@@ -145,6 +154,34 @@ FAMILIES: dict[str, Family] = {
     "momentum-none": Family(lambda: Basic(8, 8, norm=lambda c: nn.BatchNorm2d(c, momentum=None))),
     "no-running-stats": Family(
         lambda: Basic(8, 8, norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
+    ),
+    "group-norm": Family(lambda: GroupNormed(8, nn.Conv2d), 1, ("group norms",)),
+    "group-norm-standardised-weights": Family(
+        lambda: GroupNormed(8), 1, ("group norms", "computed weights")
+    ),
+    "batch-norm-standardised-weights": Family(
+        lambda: GroupNormed(8, norm="bb"), 1, ("identity, computed weights",)
+    ),
+    "group-and-batch-norm": Family(
+        lambda: GroupNormed(8, ScaledConv2d, "gb"), 1, ("group and batch norms",)
+    ),
+    "group-norm-is-norm-and-act": Family(lambda: OfNormActs(GroupNormAct, 8, 4, 12), 1, PREACT),
+    "instance-norm": Family(lambda: Basic(8, 8, norm=nn.InstanceNorm2d), 1, ("group norms",)),
+    "instance-norm-affine": Family(
+        lambda: Basic(8, 6, 2, norm=lambda c: nn.InstanceNorm2d(c, affine=True)), 1, PREACT
+    ),
+    "layer-norm": Family(lambda: Basic(8, 8, norm=lambda c: nn.GroupNorm(1, c, eps=1e-3))),
+    "all-by-hand": Family(lambda: AllByHand(8), 1, ("group norms", "computed weights")),
+    "all-by-hand-no-affine": Family(lambda: AllByHand(8, False), None),
+    "embedding-added": Family(
+        lambda: Conditioned(Embedded(8, 8, 5), Embedded(8, 12, 5), features=5), 2, ("with emb",)
+    ),
+    "embedding-scales": Family(
+        lambda: Conditioned(Embedded(8, 8, 5, "scale"), Embedded(8, 12, 5, "scale"), features=5),
+        2, ("with emb",),
+    ),
+    "embedding-optional": Family(
+        lambda: Conditioned(MaybeEmbedded(8, 8, 5), features=5), 1, ("with or without emb",)
     ),
     "dilated": Family(lambda: Residual(nn.Sequential(
         nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=2, dilation=2, bias=False),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.fuse_models.plain import Basic, Layer, WithAct, branch, conv1, conv3
+from tests.support.fuse_models.plain import Basic, WithAct, branch, conv1, conv3
 from tests.support.fuse_models.unusual import (
     Float32Convolution,
     FrozenShortcut,
@@ -54,32 +54,6 @@ class NoFirstReLU(nn.Module):
         if out.shape[1] != x.shape[1]:
             short = F.pad(x, (0, 0, 0, 0, 0, out.shape[1] - x.shape[1]))
         return out + short
-
-
-class StandardisedConv2d(nn.Conv2d):
-    """Weight standardisation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        var, mean = torch.var_mean(w, dim=(1, 2, 3), keepdim=True, correction=0)
-        w = (w - mean) / torch.sqrt(var + 1e-10)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class GroupNormed(nn.Module):
-    def __init__(self, channels: int, conv: Layer = StandardisedConv2d, norm: str = "gn") -> None:
-        super().__init__()
-
-        def layer() -> nn.Module:
-            return nn.GroupNorm(2, channels) if norm == "gn" else nn.BatchNorm2d(channels)
-
-        self.gn1, self.conv1 = layer(), conv(channels, channels, 3, padding=1, bias=False)
-        self.gn2, self.conv2 = layer(), conv(channels, channels, 3, padding=1, bias=False)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(self.relu(self.gn1(x)))
-        return self.conv2(self.relu(self.gn2(out))) + x
 
 
 class SquarePlus(nn.Module):
@@ -169,10 +143,6 @@ NEGATIVES: dict[str, Callable[[], nn.Module]] = {
     "post-activation-without-last-relu": lambda: PostActivationSum(8, 8),
     "no-first-relu": lambda: NoFirstReLU(8, 8),
     "no-first-relu-padded-shortcut": lambda: NoFirstReLU(8, 12),
-    "group-norm-weight-standardisation": lambda: GroupNormed(8),
-    "group-norm": lambda: GroupNormed(8, nn.Conv2d),
-    "weight-standardisation": lambda: GroupNormed(8, norm="bn"),
-    "instance-norm": lambda: Basic(8, 8, norm=nn.InstanceNorm2d),
     "no-grad-shortcut": lambda: FrozenShortcut(8, 12),
     "autocast-off-for-a-part": lambda: PartlyFloat32(8),
     "autocast-off": lambda: Float32Convolution(8),

@@ -218,7 +218,7 @@ MUTATIONS: dict[str, Mutation] = {
         OwnConv, on(Standard, "forward", lambda self, x: 2 * F.conv2d(x, self.weight, padding=1)),
         True, "conv|forward"
     ),
-    "convolution-with-a-scale": Mutation(ConvWithAScale, assign("conv1.scale", 3.0), False, "conv"),
+    "convolution-with-a-scale": Mutation(ConvWithAScale, assign("conv1.scale", 3.0), True, "conv"),
     "slope-of-a-norms-class": Mutation(
         NormWithASlope, on(OwnNorm, "slope", 0.5), None, "slope|run"
     ),

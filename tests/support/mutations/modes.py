@@ -254,7 +254,7 @@ MUTATIONS: dict[str, Mutation] = {
     "asks-for-default-dtype": Mutation(AsksForTheDefaultDtype, None, False, "get_default_dtype"),
     "asks-for-a-backend": Mutation(AsksForABackend, None, False, "backends|enabled|mkldnn"),
     "checkpointed": Mutation(Checkpointing, None, False, "checkpoint"),
-    "scaled-weight": Mutation(ScaledWeight, None, False),
+    "scaled-weight": Mutation(ScaledWeight, None, True),
     "layer-scale": Mutation(LayerScale, None, False, "gamma|mul|\\*|product"),
     "dtype-of-the-input": Mutation(DtypeOfTheInput, None, False, "dtype"),
     "type-of-the-input": Mutation(TypeOfTheInput, None, False, "type"),
