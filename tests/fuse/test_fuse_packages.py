@@ -114,16 +114,34 @@ def test_timm_with_eager_pieces(name, options):
 
 
 @needs("timm")
-def test_timm_group_norm_is_left_alone():
-    """BiT: group normalisation and standardised weights."""
-    model = from_timm("resnetv2_50x1_bit")
-    fused = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="pre-activation"):
-        fuse(fused, backend="aten")
-    assert len(explain(fused).fused) == 0
-    assert [type(m) for m in fused.modules()] == [type(m) for m in model.modules()]
-    x = images((1, 3, 32, 32))
-    assert torch.equal(fused.eval()(x), model.eval()(x))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_timm_bit(training):
+    """BiT: group norms with an activation in them, and weights that are standardised."""
+    import_torchvision()
+    from timm.models.resnetv2 import ResNetV2
+
+    torch.manual_seed(0)
+    # Its norms take 32 groups, of the inner widths too.
+    sizes = {"layers": (1, 2), "channels": (128, 256), "stem_chs": 32, "num_classes": 5}
+    model = randomise(ResNetV2(stem_type="fixed", **sizes)).to(DEVICE)
+    fused = check_fused(model, (2, 3, 32, 32), training=training, eager_draws=2)
+    assert len(explain(fused).fused) == 3
+    assert chain_calls(fused, images((2, 3, 32, 32))) == 2
+
+
+@needs("timm")
+def test_timm_bit_whole():
+    """All blocks of a published net, in a chain a stage; in float64, where no rounding hides."""
+    model = from_timm("resnetv2_50x1_bit").double()
+    fused = fuse(copy.deepcopy(model), backend="aten")
+    rows = explain(fused).fused
+    assert len(rows) == 16
+    assert all("group norms, computed weights" in row.kind for row in rows)
+    x = images((2, 3, 32, 32)).double()
+    assert chain_calls(fused.eval(), x) == 4
+    steps = [step(each.train(), x) for each in (fused, model)]
+    assert_close_steps(*steps, rtol=1e-9, atol=1e-9)
+    assert [type(m) for m in unfuse(fused).modules()] == [type(m) for m in model.modules()]
 
 
 @needs("timm")
