@@ -17,6 +17,7 @@ KERNELS = "resnetv2.kernels"
 ONNX = ["onnx", "onnxscript"]  # what PyTorch's exporter needs
 TEST = [
     "accelerate",
+    "diffusers",
     "expecttest",  # torch.library.opcheck
     "hypothesis",
     "ipykernel",
