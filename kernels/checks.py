@@ -33,39 +33,57 @@ def check_activation(name: str, x: Tensor, shape: tuple[int, ...] | None = None)
     check_floating(**{name: x.dtype})
 
 
-def check_per_channel(name: str, values: Tensor, rows: int, channels: int) -> None:
-    """``stats`` and ``coef`` are contiguous float32 tensors of (rows, channels)."""
-    if tuple(values.shape) != (rows, channels) or not values.is_contiguous():
+def _check_shape(name: str, values: Tensor, *shapes: tuple[int, ...]) -> None:
+    """A contiguous tensor of one of ``shapes``."""
+    if tuple(values.shape) not in shapes or not values.is_contiguous():
         raise ValueError(
-            f"{name} must be a contiguous ({rows}, {channels}) tensor, got {tuple(values.shape)} "
-            f"with strides {values.stride()}"
+            f"{name} must be a contiguous {' or '.join(map(str, shapes))} tensor, got "
+            f"{tuple(values.shape)} with strides {values.stride()}"
         )
+
+
+def check_per_channel(name: str, values: Tensor, *shape: int) -> None:
+    """``stats`` and ``coef`` are contiguous float32 tensors of (rows, channels)."""
+    _check_shape(name, values, shape)
     if values.dtype != torch.float32:
         raise TypeError(f"{name} must be float32, got {values.dtype}")
 
 
+def check_rows(name: str, values: Tensor, rows: int, x: Tensor) -> int | None:
+    """Those of x (N, C, H, W): (rows, C), or (rows, N, C) of a norm over groups; then gives N."""
+    images, channels = x.shape[:2]
+    if values.dim() != 3:
+        check_per_channel(name, values, rows, channels)
+        return None
+    check_per_channel(name, values, rows, images, channels)
+    return images
+
+
 def check_vector(
-    name: str, values: Tensor | None, size: int, dtype: torch.dtype | None = None
+    name: str, values: Tensor | None, size: int, dtype: torch.dtype | None = None, images: int = 0
 ) -> None:
-    """A contiguous (size,) tensor of any floating dtype, or of ``dtype``; None is fine too."""
+    """A contiguous (size,) tensor of any floating dtype, or of ``dtype``; None is fine too.
+
+    images: where it may be (images, size) as well, a row for each.
+    """
     if values is None:
         return
-    if tuple(values.shape) != (size,) or not values.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous ({size},) tensor, got {tuple(values.shape)} "
-            f"with strides {values.stride()}"
-        )
+    _check_shape(name, values, (size,), *([(images, size)] if images else []))
     if dtype is None:
         check_floating(**{name: values.dtype})
     elif values.dtype != dtype:
         raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {values.dtype}")
 
 
-def check_norm(norm: Norm | None, channels: int) -> None:
-    """Its weight and bias are vectors of ``channels``."""
-    if norm is not None:
-        check_vector("norm.weight", norm.weight, channels)
-        check_vector("norm.bias", norm.bias, channels)
+def check_norm(norm: Norm | None, channels: int, images: int = 0) -> None:
+    """Its weight and bias are vectors of ``channels``; with groups, perhaps one for each image."""
+    if norm is None:
+        return
+    if norm.groups < 0 or (norm.groups and channels % norm.groups):
+        raise ValueError(f"norm.groups must divide {channels} channels, got {norm.groups}")
+    images = images if norm.groups else 0
+    check_vector("norm.weight", norm.weight, channels, images=images)
+    check_vector("norm.bias", norm.bias, channels, images=images)
 
 
 def check_partials(partials: Partials, most: int = 2) -> None:
@@ -81,25 +99,33 @@ def check_partials(partials: Partials, most: int = 2) -> None:
     check_floating(partials=data.dtype)
 
 
-def check_grad(grad: Grad, shape: tuple[int, ...] | None = None) -> None:
+def check_grad(grad: Grad, shape: tuple[int, ...] | None = None) -> int | None:
     """q, h and those of z are activations of one shape; coef is (4, C).
 
-    shape: of a convolution's output, whose kernel applies coef on load, but no act'.
+    shape: of a convolution's output, whose kernel applies coef on load, but no act'. Without it
+    coef and z's stats may be per image, behind a norm over groups; then gives N.
     """
     q, h, coef, z = grad
     check_activation("grad.q", q, shape)
+    channels, found = q.shape[1], []
     if z is not None:
         if shape is not None:
             raise ValueError("grad.z must be None: a convolution's kernel does not apply act'")
         check_activation("grad.z.h", z.h, tuple(q.shape))
-        check_per_channel("grad.z.stats", z.stats, 5, q.shape[1])
+        found.append(check_rows("grad.z.stats", z.stats, 5, q))
         if z.add is not None:
             check_activation("grad.z.add", z.add, tuple(q.shape))
-    if coef is None:
-        return
-    check_per_channel("grad.coef", coef, 4, q.shape[1])
-    if h is not None:
-        check_activation("grad.h", h, tuple(q.shape))
+    if coef is not None:
+        if shape is not None:
+            check_per_channel("grad.coef", coef, 4, channels)
+        found.append(None if shape is not None else check_rows("grad.coef", coef, 4, q))
+        if h is not None:
+            check_activation("grad.h", h, tuple(q.shape))
+    if len(set(found)) > 1 or (coef is not None and coef.dim() == 3 and h is None):
+        raise ValueError(
+            "grad.coef and grad.z.stats must both be per channel or, with h, per image"
+        )
+    return found[0] if found else None
 
 
 def check_convolution(

@@ -35,9 +35,10 @@ from .checks import (
 )
 from .conv_tile import read_weight
 from .conv_wgrad import per_channel, read_block
+from .finishing import write_norm_grad
 from .integers import cdiv
 from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
-from .merging import arrive, block_tiles, merge_group_sums, store_sums, write_norm_grad
+from .merging import arrive, block_tiles, merge_group_sums, store_sums
 from .norm_backward import place_of_sums
 from .operands import Act, Geometry, Grad, NormGrads
 from .products import merge_products, store_products, write_products

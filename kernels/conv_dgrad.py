@@ -33,9 +33,10 @@ from .checks import (
     check_per_channel,
 )
 from .conv_tile import conv_tile
+from .finishing import finish_sums
 from .integers import cdiv
 from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
-from .merging import block_tiles, finish_sums, store_sums
+from .merging import block_tiles, store_sums
 from .norm_backward import NO_SUMS, place_of_sums
 from .operands import IDENTITY, Act, Convolution, Geometry, Grad, NormGrads
 

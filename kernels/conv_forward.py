@@ -30,11 +30,12 @@ from .checks import (
     check_vector,
 )
 from .conv_tile import conv_tile
+from .finishing import finish_moments
 from .integers import cdiv
 from .launch import TRITON_DTYPES, Config, device_of, input_precision, is_wide, launch
-from .merging import block_tiles, finish_moments, store_moments
+from .merging import block_tiles, store_moments
 from .moments import NOWHERE, place_of_moments
-from .operands import IDENTITY, Act, Geometry, Norm, Partials
+from .operands import IDENTITY, Act, Geometry, Moments, Norm
 
 
 @triton.jit(do_not_specialize=["M", "group"])
@@ -176,7 +177,7 @@ def conv_forward(
     norm: Norm | None = None,
     config: Config | None = None,
     smaller: int = 0,
-) -> tuple[Tensor, Partials | Tensor | None]:
+) -> tuple[Tensor, Moments | None]:
     """out = conv(act(a*h + b)) + bias + residual, and the moments of out; see reference.py.
 
     Args:
@@ -206,6 +207,10 @@ def conv_forward(
     out_dtype = dtype if out_dtype is None else out_dtype
     check_floating(out_dtype=out_dtype)
     check_norm(norm, conv.K)
+    if norm is not None and norm.groups:
+        raise NotImplementedError(
+            "no tile of a convolution ends with an image: groups need moments"
+        )
     out = torch.empty(
         shape,
         dtype=out_dtype,

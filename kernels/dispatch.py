@@ -79,6 +79,14 @@ def implementation(weight_shape: Sequence[int], geometry: Geometry) -> str:
     return FUSED if kernel_size == (1, 1) else WRITTEN
 
 
+def of_images(values: Tensor | None, rank: int = 3) -> bool:
+    """Whether ``stats`` or coefficients, or, of rank 2, a bias are of each image.
+
+    They never meet a fused convolution's kernel, whose tiles hold rows of several images.
+    """
+    return values is not None and values.dim() == rank
+
+
 def runs_twice(weight: Tensor) -> bool:
     """Whether a unit's last dgrad, which gives dx, runs for its sums first and then for dx.
 
@@ -94,6 +102,7 @@ class TritonEngine(AtenEngine):
 
     name = "triton"
     _rank_moments_from_conv = True
+    _group_moments_from_conv = True
 
     def __init__(self) -> None:
         from . import (
@@ -102,6 +111,7 @@ class TritonEngine(AtenEngine):
             conv_forward,
             conv_wgrad,
             fallback,
+            groups,
             launch,
             moments,
             norm_act,
@@ -111,6 +121,7 @@ class TritonEngine(AtenEngine):
 
         self._run = fallback.Fallbacks().run
 
+        self._groups = groups
         self._moments = moments
         self._norm_act = norm_act
         self._norm_backward = norm_backward
@@ -130,6 +141,16 @@ class TritonEngine(AtenEngine):
         tile = None if found.tile is None else self._tiles[operation](*found.tile)
         return found.how or implementation(weight.shape, geometry), tile
 
+    def _choices_backward(
+        self, h: Tensor, stats: Tensor | None, weight: Tensor, geometry: Geometry,
+        dtype: torch.dtype,
+    ) -> tuple[tuple[str, Any], tuple[str, Any]]:  # fmt: skip
+        """``_choice`` for dgrad and wgrad."""
+        if of_images(stats):
+            return (ATEN, None), (ATEN, None)
+        dgrad, wgrad = (self._choice(each, h, weight, geometry, dtype) for each in (DGRAD, WGRAD))
+        return dgrad, wgrad
+
     def projection_adds(self, other: Convolved, projection: Convolved) -> bool:
         return implementation(*other) == ATEN != implementation(*projection)
 
@@ -147,6 +168,18 @@ class TritonEngine(AtenEngine):
 
     def rank_moments(self, x: Tensor) -> Any:
         return self.moments(x, OF_RANKS)
+
+    def group_stats(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.moments(x, norm)
+        return found
+
+    def group_affine(self, kept: Tensor, norm: Norm, channels: int) -> Tensor:
+        return self._run(
+            "norm statistics", kept, (kept.shape,),
+            lambda _: self._groups.group_affine(kept, norm, channels),
+            lambda: reference.group_affine(kept, norm, channels),
+            tiled=False,
+        )  # fmt: skip
 
     def norm_stats(
         self, moments: Any, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -220,14 +253,16 @@ class TritonEngine(AtenEngine):
         )  # fmt: skip
 
     def _act_backward(
-        self, dz: Tensor, z: Activated, training: bool, dtype: torch.dtype | None
+        self, dz: Tensor, z: Activated, training: bool, dtype: torch.dtype | None, norm: Norm
     ) -> tuple[Tensor | None, NormGrads]:
         """``reference.act_backward``, behind a convolution's dgrad by ATen."""
         h, stats, act, add = z
         return self._run(
             "activation gradient", h, (h.shape, h.dtype, dz.dtype, dtype),
-            lambda _: self._norm_backward.act_backward(dz, h, stats, act, add, training, dtype),
-            lambda: reference.act_backward(dz, h, stats, act, add, training, dtype),
+            lambda _: self._norm_backward.act_backward(
+                dz, h, stats, act, add, training, dtype, norm
+            ),
+            lambda: reference.act_backward(dz, h, stats, act, add, training, dtype, norm),
             tiled=False,
         )  # fmt: skip
 
@@ -256,12 +291,11 @@ class TritonEngine(AtenEngine):
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """``reference.conv_forward``, computed as chosen."""
-        stats = options.get("stats")
-        if (stats is not None and stats.dim() == 3) or (bias is not None and bias.dim() == 2):
-            out, _ = reference.conv_forward(h, weight, bias, geometry, **options)
-            return out, self.moments(out, norm) if with_moments else None
         dtype = options["dtype"]
         how, tile = self._choice(FORWARD, h, weight, geometry, dtype)
+        each = of_images(options.get("stats")) or of_images(options.get("residual_stats"))
+        if each or of_images(bias, 2):
+            how = ATEN
         if how != FUSED and options.get("stats") is not None:
             h = self._operand(h, options["stats"], options["act"], dtype)
             options["stats"] = None
@@ -283,7 +317,11 @@ class TritonEngine(AtenEngine):
 
         if how == ATEN:
             return aten()
-        return self._run(
+        later = norm if with_moments and norm is not None and norm.groups else None
+        if later is not None:
+            # Its tiles hold rows of several images: a pass of its own takes the moments.
+            with_moments, norm = False, None
+        out, found = self._run(
             "conv forward", h, (h.shape, weight.shape, geometry, dtype),
             lambda smaller: self._conv_forward.conv_forward(
                 h, weight, bias, geometry,
@@ -291,6 +329,7 @@ class TritonEngine(AtenEngine):
             ),
             aten,
         )  # fmt: skip
+        return out, found if later is None else self.group_stats(out, later)
 
     def _weight_grad(
         self, choice: tuple[str, Any], grad: Grad, h: Tensor, weight: Tensor, geometry: Geometry, *,
@@ -324,13 +363,7 @@ class TritonEngine(AtenEngine):
         self, g, h, weight, geometry, *, dtype, stats, act, need_input, need_weight, need_bias
     ):  # type: ignore[no-untyped-def]
         """``AtenEngine.conv_backward``, computed as chosen."""
-        if stats is not None and stats.dim() == 3:
-            return super().conv_backward(
-                g, h, weight, geometry, dtype=dtype, stats=stats, act=act, need_input=need_input,
-                need_weight=need_weight, need_bias=need_bias,
-            )  # fmt: skip
-        how, tile = self._choice(DGRAD, h, weight, geometry, dtype)
-        wgrad = self._choice(WGRAD, h, weight, geometry, dtype)
+        (how, tile), wgrad = self._choices_backward(h, stats, weight, geometry, dtype)
         dz = dweight = dbias = None
         if how == ATEN == wgrad[0]:
             g = self._plain(Grad(g), dtype)
@@ -358,25 +391,16 @@ class TritonEngine(AtenEngine):
         need_input, need_weight, need_bias, add=None, identity=None, final=False, sync=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         """``AtenEngine.norm_conv_backward``, computed as chosen."""
-        if norm.groups:
-            grad = Grad(self._plain(grad, dtype))
-            if isinstance(add, Dgrad):
-                add = self._written(add, h, dtype)
-            return super().norm_conv_backward(
-                grad, h, stats, act, weight, geometry, training=training, norm=norm, dtype=dtype,
-                need_input=need_input, need_weight=need_weight, need_bias=need_bias, add=add,
-                identity=identity, final=final, sync=sync,
-            )  # fmt: skip
-        hows = [self._choice(each, h, weight, geometry, dtype) for each in (DGRAD, WGRAD)]
-        wide = hows[0][0] == ATEN
-        if isinstance(add, Dgrad) and not wide:
+        hows = self._choices_backward(h, stats, weight, geometry, dtype)
+        wide, grouped = hows[0][0] == ATEN, of_images(stats)
+        if isinstance(add, Dgrad) and (grouped or not wide):
             add = self._written(add, h, dtype)
         projection = add if isinstance(add, Dgrad) else None
         z = Activated(h, stats, act, None if projection else add)
         need = need_input, need_weight, need_bias
         if wide:
             found = self._wide_backward(
-                hows[1], grad, z, weight, geometry, dtype, training, need, projection
+                hows[1], grad, z, weight, geometry, dtype, training, need, projection, norm
             )
         else:
             found = self._narrow_backward(
@@ -396,6 +420,8 @@ class TritonEngine(AtenEngine):
         grad = grad._replace(h=h if training else None, coef=coef)
         if final:
             grad = Grad(self._input_grad(grad, identity, h.dtype))
+        elif grouped:
+            grad = Grad(self._input_grad(grad, None, dtype))
         return ConvGrads(grad, dweight, dbias, dgamma, dbeta)
 
     def _written(self, projection: Dgrad, h: Tensor, dtype: torch.dtype) -> Tensor:
@@ -411,7 +437,7 @@ class TritonEngine(AtenEngine):
     def _wide_backward(
         self, wgrad: tuple[str, Any], grad: Grad, z: Activated, weight: Tensor, geometry: Geometry,
         dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool],
-        projection: Dgrad | None,
+        projection: Dgrad | None, norm: Norm,
     ) -> _Found:  # fmt: skip
         """By ATen's convolutions. dgrad first: the pass for its sums writes wgrad's operand too.
 
@@ -429,7 +455,8 @@ class TritonEngine(AtenEngine):
             assert dz is not None
             dz = reference.in_memory_format(dz, torch.channels_last)
             if projection is None:
-                operand, sums = self._act_backward(dz, z, training, dtype if need_weight else None)
+                written = dtype if need_weight else None
+                operand, sums = self._act_backward(dz, z, training, written, norm)
                 found = Grad(dz, z=z)
             else:
                 q, sums = self._dgrad(
@@ -452,9 +479,9 @@ class TritonEngine(AtenEngine):
         return _Found(found, sums, dweight, dbias)
 
     def _narrow_backward(
-        self, hows: list[tuple[str, Any]], grad: Grad, z: Activated, weight: Tensor,
-        geometry: Geometry, dtype: torch.dtype, training: bool, need: tuple[bool, bool, bool],
-        twice: bool,
+        self, hows: tuple[tuple[str, Any], tuple[str, Any]], grad: Grad, z: Activated,
+        weight: Tensor, geometry: Geometry, dtype: torch.dtype, training: bool,
+        need: tuple[bool, bool, bool], twice: bool,
     ) -> _Found:  # fmt: skip
         """By the fused kernels, wgrad perhaps by ATen's. twice: ``runs_twice``."""
         (how, tile), wgrad = hows

@@ -20,10 +20,6 @@ bias and the residual first, and takes the moments of what it wrote.
 
 Bytes: ``moments`` reads x once, and writes and reads 12 bytes a tile and channel; ``conv_end`` also
 reads the residual and writes the sum.
-
-``row_tiling`` is the tiling of every elementwise kernel beside this one: a program owns ``steps``
-blocks of BLOCK_M rows by BLOCK_C channels, and there is a program for each tile and channel block,
-however few channels there are.
 """
 
 from __future__ import annotations
@@ -43,29 +39,28 @@ from .checks import (
     check_floating,
     check_norm,
     check_partials,
-    check_per_channel,
+    check_rows,
     check_vector,
 )
+from .finishing import finish_moments, store_stats
+from .groups import Grouped, is_per_image
 from .integers import cdiv, next_power_of_2
-from .launch import Device, device_of, launch
-from .merging import (
-    block_tiles,
-    finish_moments,
-    group_size,
-    merge_moments,
-    store_moments,
-    store_stats,
-    tile_counts,
+from .launch import device_of, launch
+from .merging import block_tiles, group_size, merge_moments, store_moments, tile_counts
+from .operands import IDENTITY, Act, Moments, Norm, Partials
+from .tiling import (
+    BLOCK_ELEMENTS,
+    MAX_TILES,
+    block_offsets,
+    program_image,
+    program_tile,
+    row_tiling,
+    tile_steps,
 )
-from .operands import IDENTITY, Act, Norm, Partials
 
-# Elements of one block: 16 a thread at 4 warps, two 16-byte loads of each 16-bit tensor in flight.
-# With more, the longest activations spill.
-BLOCK_ELEMENTS = 2048
 # Of a program of one warp for Blackwell, to which Triton 3.8's ptxas gives 128 registers a thread:
 # twice as many spill.
 _ELEMENTS_OF_A_WARP = {"tcgen05": 1024}
-MAX_TILES = 1024
 # The merge's tile: rows of partials at a time, and channels, one L2 sector of each row.
 MERGE_TILES = 1024
 MERGE_CHANNELS = 8
@@ -75,75 +70,6 @@ def merge_tiling(tiles: int) -> tuple[int, int]:
     """BLOCK_TILES and num_warps for merging ``tiles`` partials of MERGE_CHANNELS channels."""
     block_tiles = min(MERGE_TILES, next_power_of_2(tiles))
     return block_tiles, min(max(block_tiles // 32, 1), 8)
-
-
-class RowTiling(NamedTuple):
-    """How a (rows, channels) matrix is cut: ``tiles`` of ``steps`` blocks, all channel blocks."""
-
-    block_m: int
-    block_c: int
-    steps: int
-    tiles: int
-    grid: tuple[int]
-
-
-@functools.cache
-def row_tiling(
-    rows: int,
-    channels: int,
-    device: Device,
-    max_tiles: int | None = None,
-    elements: int = BLOCK_ELEMENTS,
-) -> RowTiling:
-    """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
-
-    Blocks have at most ``elements``.
-
-    Blocks are wide enough for 16-byte loads and narrow enough that multiples of 16 channels waste
-    no lane; they shrink until every multiprocessor has four programs, or two where each program
-    also pays for a reduction (``max_tiles``).
-    """
-    whole = channels & -channels if channels % 16 == 0 else next_power_of_2(channels)
-    block_c = min(whole, 64)
-    column_blocks = cdiv(channels, block_c)
-    wanted = (4 if max_tiles is None else 2) * device.multiprocessors
-    while elements > 1024 and cdiv(rows, elements // block_c) * column_blocks < wanted:
-        elements //= 2
-    block_m = elements // block_c
-    blocks = cdiv(rows, block_m)
-    steps = 1 if max_tiles is None else cdiv(blocks, max_tiles)
-    tiles = cdiv(blocks, steps)
-    return RowTiling(block_m, block_c, steps, tiles, (tiles * column_blocks,))
-
-
-@triton.jit
-def program_tile(program, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program's tile and channels; neighbouring programs share rows, and so cache lines."""
-    COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    columns = program % COLUMN_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    return program // COLUMN_BLOCKS, columns
-
-
-@triton.jit
-def block_offsets(block, M, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where block number ``block`` of BLOCK_M rows lies: base, offsets from it, mask, valid rows.
-
-    The base is 64-bit, the offsets inside a block need only 32.
-    """
-    row = block.to(tl.int64) * BLOCK_M
-    valid = tl.minimum(M - row, BLOCK_M).to(tl.int32)
-    local = tl.arange(0, BLOCK_M)
-    mask = (local < valid)[:, None]
-    if C % BLOCK_C != 0:
-        mask = mask & (columns < C)[None, :]
-    return row * C, local[:, None] * C + columns[None, :], mask, valid
-
-
-@triton.jit
-def tile_steps(tile, M, steps, BLOCK_M: tl.constexpr):
-    """The tile's first block and its number of blocks: the last tile may have fewer."""
-    first = tile * steps
-    return first, tl.minimum(steps, (M + BLOCK_M - 1) // BLOCK_M - first).to(tl.int32)
 
 
 @triton.jit
@@ -168,7 +94,7 @@ def add_block(x, mask, valid, mean, rest, m2, count, step, MASKED: tl.constexpr)
     return mean, rest, m2, total
 
 
-@triton.jit(do_not_specialize=["M", "steps", "group"])
+@triton.jit(do_not_specialize=["M", "steps", "group", "images"])
 def _moments_kernel(
     x_ptr,
     conv_bias_ptr,
@@ -181,11 +107,16 @@ def _moments_kernel(
     bias_ptr,
     stats_ptr,
     eps,
+    kept_ptr,
     slope,
     M,
     steps,
     group,
+    images,
     C: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS_N: tl.constexpr,
+    RESIDUAL_N: tl.constexpr,
     ACT: tl.constexpr,
     SUBTRACT: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -195,7 +126,33 @@ def _moments_kernel(
 ):
     MASKED: tl.constexpr = not EVEN_M or C % BLOCK_C != 0
     COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tile, columns = program_tile(tl.program_id(0), C, BLOCK_C)
+    program = tl.program_id(0)
+    residual_row = C
+    if images is not None:
+        image, program = program_image(images)
+        before = image * M * C
+        x_ptr += before
+        if out_ptr is not None:
+            out_ptr += before
+        if residual_ptr is not None:
+            residual_ptr += before
+        if BIAS_N:
+            conv_bias_ptr += image * C
+        if RESIDUAL_N:
+            residual_stats_ptr += image * C
+            residual_row = images * C
+        if GROUP is not None:
+            tiles = tl.num_programs(0) // images // COLUMN_BLOCKS
+            groups = (tiles + group - 1) // group
+            data_ptr += image * (tiles + groups + 1) * (3 * C)
+            counters_ptr += image * (COLUMN_BLOCKS * (groups + 1) + 1)
+            stats_ptr += image * C
+            kept_ptr += image * GROUP.G
+            if GROUP.WEIGHT_N:
+                weight_ptr += image * C
+            if GROUP.BIAS_N:
+                bias_ptr += image * C
+    tile, columns = program_tile(program, C, BLOCK_C)
     first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
     mean = tl.zeros((BLOCK_C,), tl.float32)
@@ -213,8 +170,9 @@ def _moments_kernel(
                 residual = tl.load(residual_ptr + base + offsets, mask=mask, other=0.0)
                 residual = residual.to(tl.float32)
                 if residual_stats_ptr is not None:
-                    scale = tl.load(residual_stats_ptr + 3 * C + columns, mask=known, other=0.0)
-                    shift = tl.load(residual_stats_ptr + 4 * C + columns, mask=known, other=0.0)
+                    at = residual_stats_ptr + columns
+                    scale = tl.load(at + 3 * residual_row, mask=known, other=0.0)
+                    shift = tl.load(at + 4 * residual_row, mask=known, other=0.0)
                     residual = activate(residual * scale[None, :] + shift[None, :], slope, ACT)
                 if SUBTRACT:
                     x = residual - x
@@ -241,12 +199,15 @@ def _moments_kernel(
             steps * BLOCK_M,
             group,
             tile,
-            tl.program_id(0) % COLUMN_BLOCKS,
+            program % COLUMN_BLOCKS,
             columns,
             known,
             C,
             BLOCK_TILES,
             BLOCK_C,
+            kept_ptr,
+            images,
+            GROUP,
         )
 
 
@@ -293,13 +254,14 @@ def _norm_stats_kernel(
     store_stats(stats_ptr, weight_ptr, bias_ptr, eps, mean, m2 * inverse, columns, known, C)
 
 
-def moments(x: Tensor, norm: Norm | None = None) -> Partials | Tensor:
+def moments(x: Tensor, norm: Norm | None = None) -> Moments:
     """Per-channel mean and sum of squared deviations of x (N, C, H, W), tile by tile.
 
     norm: whose statistics the last program makes of them, in the same launch.
 
     Returns:
-        data (P, 3, C) float32 with at most ``MAX_TILES`` tiles, or ``stats`` (5, C).
+        data (P, 3, C) float32 with at most ``MAX_TILES`` tiles, or ``stats`` (5, C); of a group
+        norm what is kept of it, (2, N, G), and ``stats`` (5, N, C).
 
     Raises:
         ValueError: x is not channels_last or has no rows. TypeError: its dtype is no kernel's.
@@ -320,32 +282,39 @@ def conv_end(
     out_dtype: torch.dtype | None = None,
     with_moments: bool = False,
     norm: Norm | None = None,
-) -> tuple[Tensor, Partials | Tensor | None]:
+) -> tuple[Tensor, Moments | None]:
     """The end of a convolution whose product x another library has written, in one pass.
 
     out = x + bias + residual and its moments, as ``conv_forward`` has them (reference.conv_end).
     x's memory is out's where the dtype allows it.
 
     Args:
-        x: (N, K, P, Q), channels_last. bias: (K,), contiguous, or None. residual: (N, K, P, Q),
-            channels_last, or None. The rest: as for ``conv_forward``.
+        x: (N, K, P, Q), channels_last. bias: (K,) or (N, K), contiguous, or None. residual:
+            (N, K, P, Q), channels_last, or None. residual_stats: (5, K) or (5, N, K), or None. The
+            rest: as for ``conv_forward``.
 
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     check_floating(out_dtype=out_dtype)
+    check_activation("x", x)
     channels = x.shape[1]
-    check_vector("bias", bias, channels)
+    check_vector("bias", bias, channels, images=x.shape[0])
     if residual is not None:
         check_activation("residual", residual, tuple(x.shape))
     if residual_stats is not None:
-        check_per_channel("residual_stats", residual_stats, 5, channels)
+        check_rows("residual_stats", residual_stats, 5, x)
     written = None
     if bias is not None or residual is not None or out_dtype != x.dtype:
         written = x if out_dtype == x.dtype else torch.empty_like(x, dtype=out_dtype)
     if not with_moments and (written is None or x.numel() == 0):
         return x if written is None else written, None
+    per_image = is_per_image(bias) or (residual_stats is not None and residual_stats.dim() == 3)
+    if per_image and with_moments and not (norm and norm.groups):
+        # Tiles of an image's rows are not equally long, and nobody else merges such.
+        out, _ = _pass(x, written, False, None, bias, residual, residual_stats, act, subtract)
+        return out, moments(out, norm)
     return _pass(x, written, with_moments, norm, bias, residual, residual_stats, act, subtract)
 
 
@@ -359,17 +328,23 @@ def _pass(
     residual_stats: Tensor | None = None,
     act: Act = IDENTITY,
     subtract: bool = False,
-) -> tuple[Tensor, Partials | Tensor | None]:
+) -> tuple[Tensor, Moments | None]:
     """One launch; out: written first, None for x as it is."""
     check_activation("x", x)
-    channels = x.shape[1]
-    rows = x.numel() // max(channels, 1)
-    if rows == 0:
+    if x.numel() == 0:
         raise ValueError(f"moments need at least one value per channel, got shape {tuple(x.shape)}")
-    check_norm(norm, channels)
+    number, channels, height, width = x.shape
+    check_norm(norm, channels, number)
+    bias_n = is_per_image(bias)
+    residual_n = residual_stats is not None and residual_stats.dim() == 3
+    grouped = None
+    if norm is not None and norm.groups and with_moments:
+        grouped = Grouped.of(norm, channels)
+    images = number if bias_n or residual_n or grouped else None
+    rows = height * width if images else number * height * width
     device = device_of(x)
     most = _ELEMENTS_OF_A_WARP.get(device.matrix_unit, BLOCK_ELEMENTS)
-    tiling = row_tiling(rows, channels, device, MAX_TILES, most)
+    tiling = row_tiling(rows, channels, device, MAX_TILES, most, images)
     place = NOWHERE
     if with_moments:
         place = place_of_moments(x, norm, channels, tiling.tiles, tiling.block_c)
@@ -382,11 +357,16 @@ def _pass(
         residual_stats,
         out,
         *place.arguments,
+        place.kept,
         act.slope,
         rows,
         tiling.steps,
         place.group,
+        images,
         C=channels,
+        GROUP=grouped,
+        BIAS_N=bias_n,
+        RESIDUAL_N=residual_n,
         ACT=act.kind,
         SUBTRACT=subtract,
         EVEN_M=rows % tiling.block_m == 0,
@@ -404,7 +384,9 @@ class Place(NamedTuple):
     """Where a launch leaves moments, and what makes statistics of them there.
 
     data: (P, 3, C), with the groups' behind the tiles' where ``norm`` takes statistics. counters:
-    for tickets. stats: (5, C). group: tiles that are merged first (merging.py).
+    for tickets. stats: (5, C). group: tiles that are merged first (merging.py). kept: (2, N, G) of
+    a group norm, whose data are each image's, with the whole image's behind them, and whose stats
+    are (5, N, C).
     """
 
     data: Tensor | None
@@ -412,15 +394,18 @@ class Place(NamedTuple):
     norm: Norm | None
     stats: Tensor | None
     group: int
+    kept: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The kernel's, in order: data, counters, weight, bias, stats, eps."""
-        weight, bias, eps, _ = self.norm or Norm(None, None, 0.0)
+        weight, bias, eps, _ = self.norm or (None, None, 0.0, 0)
         return self.data, self.counters, weight, bias, self.stats, float(eps)
 
-    def result(self, rows: int, tile_rows: int) -> Partials | Tensor | None:
+    def result(self, rows: int, tile_rows: int) -> Moments | None:
         """What the launch gives."""
+        if self.kept is not None and self.stats is not None:
+            return self.kept, self.stats
         if self.stats is not None or self.data is None:
             return self.stats
         return Partials(self.data, rows, tile_rows)
@@ -429,15 +414,22 @@ class Place(NamedTuple):
 def place_of_moments(
     like: Tensor, norm: Norm | None, channels: int, tiles: int, block_c: int
 ) -> Place:
-    """For ``tiles`` tiles of rows and blocks of ``block_c`` channels."""
+    """For ``tiles`` tiles of rows, of an image where ``norm`` has groups, and blocks of ``block_c``
+    channels."""
     group = group_size(tiles)
     groups = 0 if norm is None else cdiv(tiles, group)
-    data = torch.empty((tiles + groups, 3, channels), dtype=torch.float32, device=like.device)
+    blocks = cdiv(channels, block_c)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=like.device)
     if norm is None:
-        return Place(data, None, None, None, group)
-    counters = recording.counters(cdiv(channels, block_c) * (groups + 1), like.device)
-    stats = torch.empty((5, channels), dtype=torch.float32, device=like.device)
-    return Place(data, counters, norm, stats, group)
+        return Place(empty((tiles, 3, channels)), None, None, None, group)
+    if norm.groups:
+        images = like.shape[0]
+        data = empty((images * (tiles + groups + 1), 3, channels))
+        counters = recording.counters(images * (blocks * (groups + 1) + 1), like.device)
+        kept, stats = empty((2, images, norm.groups)), empty((5, images, channels))
+        return Place(data, counters, norm, stats, group, kept)
+    counters = recording.counters(blocks * (groups + 1), like.device)
+    return Place(empty((tiles + groups, 3, channels)), counters, norm, empty((5, channels)), group)
 
 
 NOWHERE = Place(None, None, None, None, group_size(1))

@@ -5,7 +5,8 @@
     g = A*(q - C - B*(h - mean)) (+ identity)
 
 ``act_backward`` takes each tile's S1 and S2; its last program merges them in a fixed order into
-A, B, C and the norm's own gradients dweight = S2, dbias = S1 (merging.py). q is not written: who
+A, B, C and the norm's own gradients dweight = S2, dbias = S1 (finishing.py; of a norm over groups
+groups.py, where g = A*q - C - B*(h - mean)). q is not written: who
 reads dz and h for g has it at hand. z = act(a*h + b) of the same h can be, for a weight gradient.
 ``norm_grad`` merges alone, where the sums are those of several processes. ``input_grad`` writes
 g, out of q or of dz: in this form nothing cancels where |mean| >> std. ``written_operands`` writes
@@ -17,6 +18,7 @@ dz, h (and add, identity) and writes g; sums take 8 bytes a tile and channel.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,34 +32,24 @@ from .checks import (
     check_activation,
     check_floating,
     check_grad,
+    check_norm,
     check_partials,
     check_per_channel,
+    check_rows,
     check_vector,
 )
+from .finishing import finish_sums, store_norm_grad
+from .groups import Grouped, is_per_image
 from .integers import cdiv
 from .launch import device_of, launch
-from .merging import (
-    block_tiles,
-    finish_sums,
-    group_size,
-    merge_sums,
-    store_norm_grad,
-    store_sums,
-)
-from .moments import (
-    MAX_TILES,
-    MERGE_CHANNELS,
-    block_offsets,
-    merge_tiling,
-    program_tile,
-    row_tiling,
-    tile_steps,
-)
+from .merging import block_tiles, group_size, merge_sums, store_sums
+from .moments import MERGE_CHANNELS, merge_tiling
 from .norm_act import write_z
-from .operands import IDENTITY, Act, Grad, NormGrads, Partials
+from .operands import IDENTITY, Act, Grad, Norm, NormGrads, Partials
+from .tiling import MAX_TILES, block_offsets, program_image, program_tile, row_tiling, tile_steps
 
 
-@triton.jit(do_not_specialize=["M", "steps", "group"])
+@triton.jit(do_not_specialize=["M", "steps", "group", "images"])
 def _act_backward_kernel(
     dz_ptr,
     add_ptr,
@@ -69,11 +61,16 @@ def _act_backward_kernel(
     coef_ptr,
     dweight_ptr,
     dbias_ptr,
+    weight_ptr,
+    s2_ptr,
+    s1_ptr,
     slope,
     M,
     steps,
     group,
+    images,
     C: tl.constexpr,
+    GROUP: tl.constexpr,
     ACT: tl.constexpr,
     TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -81,13 +78,33 @@ def _act_backward_kernel(
     BLOCK_TILES: tl.constexpr,
 ):
     COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tile, columns = program_tile(tl.program_id(0), C, BLOCK_C)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    image = None
+    row = C
+    if images is not None:
+        image, program = program_image(images)
+        programs = programs // images
+        before = image * M * C
+        dz_ptr += before
+        h_ptr += before
+        if add_ptr is not None:
+            add_ptr += before
+        if z_ptr is not None:
+            z_ptr += before
+        stats_ptr += image * C
+        coef_ptr += image * C
+        row = images * C
+        tiles = programs // COLUMN_BLOCKS
+        data_ptr += image * (tiles + (tiles + group - 1) // group) * (2 * C)
+        if GROUP.WEIGHT_N:
+            weight_ptr += image * C
+    tile, columns = program_tile(program, C, BLOCK_C)
     first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
     mean = tl.load(stats_ptr + columns, mask=known, other=0.0)
-    rstd = tl.load(stats_ptr + 2 * C + columns, mask=known, other=0.0)
-    scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
-    shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
+    rstd = tl.load(stats_ptr + 2 * row + columns, mask=known, other=0.0)
+    scale = tl.load(stats_ptr + 3 * row + columns, mask=known, other=0.0)
+    shift = tl.load(stats_ptr + 4 * row + columns, mask=known, other=0.0)
     # Summed element by element, and over the rows only once at the end.
     s1 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -115,16 +132,22 @@ def _act_backward_kernel(
         dweight_ptr,
         dbias_ptr,
         M,
-        tl.num_programs(0) // COLUMN_BLOCKS,
+        programs // COLUMN_BLOCKS,
         group,
         tile,
-        tl.program_id(0) % COLUMN_BLOCKS,
+        program % COLUMN_BLOCKS,
         columns,
         known,
         C,
         TRAINING,
         BLOCK_TILES,
         BLOCK_C,
+        image,
+        images,
+        weight_ptr,
+        s2_ptr,
+        s1_ptr,
+        GROUP,
     )
 
 
@@ -165,15 +188,21 @@ def _write_g(
     coef_ptr,
     identity_ptr,
     g_ptr,
+    row,
     slope,
     M,
     C: tl.constexpr,
+    GROUPED: tl.constexpr,
     ACT: tl.constexpr,
     TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One block of g; with ``stats_ptr``, q_ptr holds dz."""
+    """One block of g; with ``stats_ptr``, q_ptr holds dz.
+
+    row: elements from one row of ``stats`` and of ``coef`` to the next. GROUPED: whether these are
+    of a norm over groups.
+    """
     tile, columns = program_tile(program, C, BLOCK_C)
     base, offsets, mask, _ = block_offsets(tile, M, columns, C, BLOCK_M, BLOCK_C)
     known = columns < C
@@ -183,16 +212,20 @@ def _write_g(
     if stats_ptr is not None:
         if add_ptr is not None:
             g += tl.load(add_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(stats_ptr + 3 * C + columns, mask=known, other=0.0)
-        shift = tl.load(stats_ptr + 4 * C + columns, mask=known, other=0.0)
+        scale = tl.load(stats_ptr + 3 * row + columns, mask=known, other=0.0)
+        shift = tl.load(stats_ptr + 4 * row + columns, mask=known, other=0.0)
         g = activation_grad(g, h * scale[None, :] + shift[None, :], slope, ACT)
     if coef_ptr is not None:
         a = tl.load(coef_ptr + columns, mask=known, other=0.0)
         if TRAINING:
-            b = tl.load(coef_ptr + C + columns, mask=known, other=0.0)
-            c = tl.load(coef_ptr + 2 * C + columns, mask=known, other=0.0)
-            center = tl.load(coef_ptr + 3 * C + columns, mask=known, other=0.0)
-            g = norm_gradient(g, h, a, b, c, center)
+            b = tl.load(coef_ptr + row + columns, mask=known, other=0.0)
+            c = tl.load(coef_ptr + 2 * row + columns, mask=known, other=0.0)
+            center = tl.load(coef_ptr + 3 * row + columns, mask=known, other=0.0)
+            if GROUPED:
+                # A weight of 0 hides no sum of its group's others: A is not factored out.
+                g = norm_gradient(g * a[None, :], h, None, b, c, center)
+            else:
+                g = norm_gradient(g, h, a, b, c, center)
         else:
             g = norm_gradient(g, None, a, None, None, None)
     if identity_ptr is not None:
@@ -200,7 +233,7 @@ def _write_g(
     tl.store(g_ptr + base + offsets, cast(g, g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "images"])
 def _input_grad_kernel(
     q_ptr,
     add_ptr,
@@ -211,14 +244,33 @@ def _input_grad_kernel(
     g_ptr,
     slope,
     M,
+    images,
     C: tl.constexpr,
     ACT: tl.constexpr,
     TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    program = tl.program_id(0)
+    row = C
+    GROUPED: tl.constexpr = images is not None
+    if GROUPED:
+        image, program = program_image(images)
+        before = image * M * C
+        q_ptr += before
+        h_ptr += before
+        g_ptr += before
+        if add_ptr is not None:
+            add_ptr += before
+        if identity_ptr is not None:
+            identity_ptr += before
+        if stats_ptr is not None:
+            stats_ptr += image * C
+        if coef_ptr is not None:
+            coef_ptr += image * C
+        row = images * C
     _write_g(
-        tl.program_id(0),
+        program,
         q_ptr,
         add_ptr,
         h_ptr,
@@ -226,9 +278,11 @@ def _input_grad_kernel(
         coef_ptr,
         identity_ptr,
         g_ptr,
+        row,
         slope,
         M,
         C,
+        GROUPED,
         ACT,
         TRAINING,
         BLOCK_M,
@@ -274,45 +328,66 @@ def _operands_kernel(
             coef_ptr,
             identity_ptr,
             g_ptr,
+            K,
             g_slope,
             g_rows,
             K,
+            False,
             G_ACT,
             TRAINING,
             BLOCK_G,
             BLOCK_K,
         )
     else:
-        write_z(
-            program - g_programs, h_ptr, stats_ptr, z_ptr, slope, z_rows, C, ACT, BLOCK_Z, BLOCK_C
-        )
+        program -= g_programs
+        write_z(program, h_ptr, stats_ptr, C, z_ptr, slope, z_rows, C, ACT, BLOCK_Z, BLOCK_C)
 
 
 class Sums(NamedTuple):
     """Where a launch leaves S1 and S2, and what it makes of them there.
 
     data: (P, 2, C), with the groups' behind the tiles'. counters: for tickets. grads: the result.
-    group: tiles that are merged first (merging.py).
+    group: tiles that are merged first (merging.py). of_images: of a norm over groups its weight,
+    and S2 and S1 (N, C) of each image, out of whose own data they come.
     """
 
     data: Tensor | None
     counters: Tensor | None
     grads: NormGrads | None
     group: int
+    of_images: tuple[Tensor | None, ...] = (None, None, None)
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
-        """The kernel's, in order: data, counters, coef, dweight, dbias."""
-        return self.data, self.counters, *(self.grads or (None, None, None))
+        """The kernel's, in order: data, counters, coef, and dweight and dbias, to be summed up."""
+        coef, *sums = self.grads or (None, None, None)
+        of_images = self.of_images[1:]
+        dweight, dbias = (None if each is known else each for each, known in zip(sums, of_images))
+        return self.data, self.counters, coef, dweight, dbias
 
 
-def place_of_sums(like: Tensor, channels: int, tiles: int, block_c: int) -> Sums:
-    """For ``tiles`` tiles of rows and blocks of ``block_c`` channels."""
+def place_of_sums(
+    like: Tensor, channels: int, tiles: int, block_c: int, norm: Norm | None = None
+) -> Sums:
+    """For ``tiles`` tiles of rows and blocks of ``block_c`` channels; of a norm over groups, for so
+    many tiles of each image."""
     group = group_size(tiles)
-    groups = cdiv(tiles, group)
-    data = torch.empty((tiles + groups, 2, channels), dtype=torch.float32, device=like.device)
-    counters = recording.counters(cdiv(channels, block_c) * (groups + 1), like.device)
-    return Sums(data, counters, _norm_grads(like, channels), group)
+    groups, blocks = cdiv(tiles, group), cdiv(channels, block_c)
+    images = 1 if norm is None else like.shape[0]
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=like.device)
+    data = empty((images * (tiles + groups), 2, channels))
+    number = blocks * (groups + 1)
+    if norm is None:
+        counters = recording.counters(number, like.device)
+        return Sums(data, counters, _norm_grads(like, channels), group)
+    counters = recording.counters(images * (number + 1) + blocks, like.device)
+    s2, s1 = empty((images, channels)), empty((images, channels))
+    grads = NormGrads(
+        empty((4, images, channels)),
+        s2 if is_per_image(norm.weight) else empty(channels),
+        s1 if is_per_image(norm.bias) else empty(channels),
+    )
+    return Sums(data, counters, grads, group, (norm.weight, s2, s1))
 
 
 NO_SUMS = Sums(None, None, None, group_size(1))
@@ -332,11 +407,13 @@ def act_backward(
     add: Tensor | None = None,
     training: bool = True,
     dtype: torch.dtype | None = None,
+    norm: Norm | None = None,
 ) -> tuple[Tensor | None, NormGrads]:
     """What the sums S1 and S2 of q = (dz + add) * act'(a*h + b) give, and z = act(a*h + b).
 
     Args:
-        dz, h, add: (N, C, H, W), channels_last, each with its own dtype. stats: (5, C) float32.
+        dz, h, add: (N, C, H, W), channels_last, each with its own dtype. stats: (5, C) float32, or
+            (5, N, C) of a norm over groups, which ``norm`` then is.
         dtype: of z, channels_last; None for no z.
 
     Raises:
@@ -346,17 +423,26 @@ def act_backward(
     check_activation("dz", dz, tuple(h.shape))
     if add is not None:
         check_activation("add", add, tuple(h.shape))
-    channels = h.shape[1]
-    check_per_channel("stats", stats, 5, channels)
-    rows = h.numel() // max(channels, 1)
-    if rows == 0:
+    number, channels, height, width = h.shape
+    images = check_rows("stats", stats, 5, h)
+    grouped = None
+    if h.numel() == 0:
         raise ValueError(f"the sums need at least one value per channel, got {tuple(h.shape)}")
-    tiling = row_tiling(rows, channels, device_of(h), MAX_TILES)
+    if images is None:
+        norm = None
+        rows = number * height * width
+    elif norm is None or not norm.groups:
+        raise ValueError(f"stats per image need their norm, with its groups, got {norm}")
+    else:
+        check_norm(norm, channels, images)
+        grouped = Grouped.of(norm, channels)
+        rows = height * width
+    tiling = row_tiling(rows, channels, device_of(h), MAX_TILES, images=images)
     z = None
     if dtype is not None:
         check_floating(dtype=dtype)
         z = torch.empty_like(h, dtype=dtype, memory_format=torch.channels_last)
-    place = place_of_sums(h, channels, tiling.tiles, tiling.block_c)
+    place = place_of_sums(h, channels, tiling.tiles, tiling.block_c, norm)
     launch(
         _act_backward_kernel,
         tiling.grid,
@@ -366,11 +452,14 @@ def act_backward(
         stats,
         z,
         *place.arguments,
+        *place.of_images,
         act.slope,
         rows,
         tiling.steps,
         place.group,
+        images,
         C=channels,
+        GROUP=grouped,
         ACT=act.kind,
         TRAINING=training,
         BLOCK_M=tiling.block_m,
@@ -435,7 +524,7 @@ def _kind(grad: Grad) -> tuple[Act, bool]:
 def input_grad(
     grad: Grad, identity: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """g = A*(q - C - B*(h - mean)) (+ identity), written: a norm's dx, or an operand.
+    """g (``Grad``) (+ identity), written: a norm's dx, or an operand.
 
     Args:
         grad: q (N, C, H, W), channels_last, with h and coef or without; or dz, with z.
@@ -448,7 +537,7 @@ def input_grad(
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
-    check_grad(grad)
+    images = check_grad(grad)
     q = grad.q
     dtype = q.dtype if dtype is None else dtype
     check_floating(dtype=dtype)
@@ -458,8 +547,8 @@ def input_grad(
     if q.numel() == 0:
         return g
     channels = q.shape[1]
-    rows = q.numel() // channels
-    tiling = row_tiling(rows, channels, device_of(q))
+    rows = q.numel() // (channels * (images or 1))
+    tiling = row_tiling(rows, channels, device_of(q), images=images)
     act, training = _kind(grad)
     launch(
         _input_grad_kernel,
@@ -469,6 +558,7 @@ def input_grad(
         g,
         act.slope,
         rows,
+        images,
         C=channels,
         ACT=act.kind,
         TRAINING=training,
@@ -489,7 +579,8 @@ def written_operands(
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
-    check_grad(grad)
+    if check_grad(grad) is not None:
+        raise ValueError("grad must have coefficients per channel, got some per image")
     check_activation("h", h)
     check_floating(dtype=dtype)
     q = grad.q
