@@ -137,6 +137,8 @@ def write_group_stats(
 
     All pointers but weight_ptr and bias_ptr of (C,) are at the image's own.
     """
+    BLOCK_G: tl.constexpr = GROUP.BLOCK_G
+    BLOCK_S: tl.constexpr = GROUP.BLOCK_S
     rows = rows.to(tl.float32)
     row = images.to(tl.int64) * C
     for first in range(0, GROUP.G, GROUP.BLOCK_G):
@@ -145,12 +147,12 @@ def write_group_stats(
         origin = tl.load(
             data_ptr + group * GROUP.SIZE, mask=exists, other=0.0, cache_modifier=".cg"
         )
-        offset = tl.zeros((GROUP.BLOCK_G, GROUP.BLOCK_S), tl.float32)
+        offset = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
         for start in range(0, GROUP.SIZE, GROUP.BLOCK_S):
             at, known = _channels(first, start, GROUP)
             offset += _seen_from(data_ptr, origin, at, known, C)
         offset = tl.sum(offset, axis=1) * (1.0 / GROUP.SIZE)
-        squares = tl.zeros((GROUP.BLOCK_G, GROUP.BLOCK_S), tl.float32)
+        squares = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
         for start in range(0, GROUP.SIZE, GROUP.BLOCK_S):
             at, known = _channels(first, start, GROUP)
             delta = _seen_from(data_ptr, origin, at, known, C) - offset[:, None]
@@ -206,11 +208,13 @@ def write_group_grad(
 
     All pointers but weight_ptr of (C,) are at the image's own.
     """
+    BLOCK_G: tl.constexpr = GROUP.BLOCK_G
+    BLOCK_S: tl.constexpr = GROUP.BLOCK_S
     row = images.to(tl.int64) * C
     inverse = 1.0 / (rows.to(tl.float32) * GROUP.SIZE)
     for first in range(0, GROUP.G, GROUP.BLOCK_G):
-        p1 = tl.zeros((GROUP.BLOCK_G, GROUP.BLOCK_S), tl.float32)
-        p2 = tl.zeros((GROUP.BLOCK_G, GROUP.BLOCK_S), tl.float32)
+        p1 = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
+        p2 = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
         for start in range(0, GROUP.SIZE, GROUP.BLOCK_S):
             at, known = _channels(first, start, GROUP)
             s1 = tl.load(s1_ptr + at, mask=known, other=0.0, cache_modifier=".cg")

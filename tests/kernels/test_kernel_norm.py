@@ -136,7 +136,7 @@ def test_statistics_far_from_zero(dtype: torch.dtype) -> None:
     exact = reference.norm_stats(reference.moments(x.double()), None, None, EPS)
     for stats in (
         moments.moments(x, NORM),
-        moments.norm_stats(moments.moments(x), *NORM),
+        moments.norm_stats(moments.moments(x), *NORM[:3]),
     ):
         for row, most in ((MEAN, 0.5), (VAR, 4.0), (RSTD, 3.0)):
             error = ((stats[row].double() - exact[row]) / exact[row]).abs().max()
