@@ -35,7 +35,8 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-_STATS = ("mean", "var", "rstd", "scale", "shift")
+# The rows of a tensor of statistics, by their number.
+_STATS = {5: ("mean", "var", "rstd", "scale", "shift"), 2: ("mean of groups", "rstd of groups")}
 
 
 def named(result: Any, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -45,8 +46,9 @@ def named(result: Any, like: Mapping[str, Tensor] | None = None) -> dict[str, Te
     that it has there.
     """
     if isinstance(result, Tensor):
-        is_stats = result.dim() == 2
-        return dict(zip(_STATS, result)) if is_stats else {"result": result}
+        if result.dim() == 4:
+            return {"result": result}
+        return dict(zip(_STATS[result.shape[0]], result, strict=True))
     if isinstance(result, ConvGrads):
         found = {"dweight": result.dweight, "dgamma": result.dgamma, "dbeta": result.dbeta}
         if result.grad is not None:

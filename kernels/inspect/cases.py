@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +36,11 @@ _LIKE_SM_80 = ("sm_86", "sm_89", "sm_120")
 class Unit(NamedTuple):
     """A residual unit: channels in and out, inner width, input size, stride, images a batch.
 
-    ``act`` and ``training`` are those of its norms; ``reach`` says for what it is compiled by
-    default: 0 for sm_90 in bf16, 1 for every kind of matrix unit and of dtype, 2 for every target
-    in bf16; -1 for none, since its kernels are like those of other units and only
-    their loops over channels are longer.
+    ``act`` and ``training`` are those of its norms, which are over ``groups`` if that is not 0;
+    ``each``: with a weight and bias for each image, and convolutions with such a bias. ``reach``
+    says for what it is compiled by default: 0 for sm_90 in bf16, 1 for every kind of matrix unit
+    and of dtype, 2 for every target in bf16; -1 for none, since its kernels are like those of other
+    units and only their loops over channels are longer.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Unit(NamedTuple):
     projection: int = 0  # its stride
     act: Act = _RELU
     training: bool = True
+    groups: int = 0
+    each: bool = False
     reach: int = 0
 
     @property
@@ -101,6 +104,9 @@ UNITS = (
     _basic("odd channels", 17, 17, 13, 5, act=Act("silu"), training=False, reach=1),
     _bottleneck("gelu", 48, 48, 15, 3, act=Act("gelu")),
     _basic("leaky_relu", 80, 80, 9, 8, act=Act("leaky_relu", 0.1)),
+    _basic("unet", 320, 320, 32, 2, act=Act("silu"), groups=32, each=True, reach=2),
+    _bottleneck("layer norm", 64, 256, 16, 4, groups=1),
+    _basic("odd groups", 18, 18, 13, 5, act=Act("silu"), groups=3, reach=1),
 )
 
 
@@ -140,6 +146,8 @@ ODD = (
     _bottleneck("odd bottleneck", 24, 68, 9, 3, 2),
     _basic("odd entry", 3, 19, 11, 2, 2, act=Act("gelu")),
     _basic("wide", 130, 130, 5, 2),
+    _basic("odd groups", 6, 21, 5, 3, 2, act=Act("silu"), groups=3),
+    _basic("instances", 19, 19, 5, 3, groups=19, each=True),
 )
 
 
@@ -154,9 +162,9 @@ class Tensors:
         """(N, C, H, W), channels_last."""
         return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
-    def stats(self, channels: int) -> tuple[Tensor, Tensor]:
-        """(5, C), a norm's in float32, and its weight (C,)."""
-        return torch.empty(5, channels), torch.empty(channels)
+    def stats(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """A norm's in float32, (5, C) or (5, N, C), and its weight (C,)."""
+        return torch.empty(5, *shape), torch.empty(shape[-1])
 
     def values(self, *shape: int) -> Tensor:
         """float32: of weights, affine parameters and coefficients."""
@@ -185,8 +193,9 @@ class Random(Tensors):
         values = self._draw(shape, dtype, mean).contiguous(memory_format=torch.channels_last)
         return self._given(values)
 
-    def stats(self, channels: int) -> tuple[Tensor, Tensor]:
-        mean, deviation, weight, bias = self._draw((4, channels), torch.float32)
+    def stats(self, *shape: int) -> tuple[Tensor, Tensor]:
+        weight, bias = self._draw((2, shape[-1]), torch.float32)
+        mean, deviation = self._draw((2, *shape), torch.float32)
         stats = running_stats(mean, deviation.square() + 0.5, weight, bias, 1e-5)
         return self._given(stats), self._given(weight)
 
@@ -220,48 +229,68 @@ def steps(
     def activation(channels: int, size: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
         return tensors.activation((unit.batch, channels, size, size), dtype, mean)
 
+    def affine(channels: int) -> Tensor:
+        return tensors.values(*([unit.batch] if unit.each else []), channels)
+
+    def with_weight(channels: int) -> tuple[Tensor, Tensor]:
+        return tensors.stats(*([unit.batch] if unit.groups else []), channels)
+
     def stats_of(channels: int) -> Tensor:
-        return tensors.stats(channels)[0]
+        return with_weight(channels)[0]
 
     def norm_of(channels: int) -> Norm:
-        return Norm(tensors.values(channels), tensors.values(channels), 1e-5)
+        return Norm(affine(channels), affine(channels), 1e-5, unit.groups)
+
+    def finished(x: Tensor, norm: Norm, found: Any = None) -> object:
+        """The norm's statistics of x, out of its moments where they are known."""
+        if unit.groups:
+            return engine.group_stats(x, norm) if found is None else found
+        found = engine.moments(x, norm) if found is None else found
+        return engine.norm_stats(found, *norm[:3])
 
     def moments(x: Tensor) -> object:
+        return finished(x, norm_of(x.shape[1]))
+
+    def expanded(x: Tensor) -> object:
         norm = norm_of(x.shape[1])
-        return engine.norm_stats(engine.moments(x, norm), *norm[:3])
+        kept = tensors.values(2, unit.batch, unit.groups)
+        return engine.group_affine(kept, norm, x.shape[1])
 
     def forward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, residual: Tensor | None
     ) -> object:
-        norm = norm_of(weight.shape[0])
+        norm, bias = norm_of(weight.shape[0]), affine(weight.shape[0]) if unit.each else None
+        given = engine.gives_moments(True, False, unit.groups)
         result, found = engine.conv_forward(
-            h, weight, None, geometry, dtype=compute, stats=stats_of(h.shape[1]), act=unit.act,
-            residual=residual, out_dtype=out.dtype, with_moments=True, norm=norm,
+            h, weight, bias, geometry, dtype=compute, stats=stats_of(h.shape[1]), act=unit.act,
+            residual=residual, out_dtype=out.dtype, with_moments=given, norm=norm,
         )  # fmt: skip
-        return result, engine.norm_stats(found, *norm[:3])
+        return result, finished(result, norm, found)
 
     def backward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, first: bool, last: bool,
         before_wide: bool,
     ) -> object:  # fmt: skip
         grad = Grad(out)
-        if not last:
+        if not last and not unit.groups:
             coef = tensors.values(4, out.shape[1])
             normed = tensors.activation(tuple(out.shape), dtype)
             z = Activated(normed, stats_of(out.shape[1]), unit.act) if before_wide else None
             grad = Grad(out, normed if unit.training else None, coef, z)
         other = tensors.activation(tuple(h.shape), stream) if first else None
-        stats, gamma = tensors.stats(h.shape[1])
+        stats, gamma = with_weight(h.shape[1])
+        norm = norm_of(h.shape[1]) if unit.each else Norm(gamma, None, 1e-5, unit.groups)
         return engine.norm_conv_backward(
             grad, h, stats, unit.act, weight, geometry, training=unit.training,
-            norm=Norm(gamma, None, 1e-5), dtype=compute, need_input=True, need_weight=True,
+            norm=norm, dtype=compute, need_input=True, need_weight=True,
             need_bias=False, final=first,
             add=other if unit.projection else None, identity=None if unit.projection else other,
         )  # fmt: skip
 
     def act_backward(h: Tensor) -> object:
         dz = tensors.activation(tuple(h.shape), stream)
-        return functions.act_backward(dz, h, stats_of(h.shape[1]), unit.act, dtype=compute)
+        stats, norm = stats_of(h.shape[1]), norm_of(h.shape[1])
+        return functions.act_backward(dz, h, stats, unit.act, dtype=compute, norm=norm)
 
     def norm_gradient(h: Tensor) -> object:
         coef = tensors.values(4, h.shape[1])
@@ -327,7 +356,9 @@ def steps(
         h = out
     # The engine's dgrads do this themselves; it is there for a convolution that is left to ATen.
     yield "act backward", partial(act_backward, h)
-    if unit.reach >= 1:
+    if unit.groups:
+        yield "statistics of groups", partial(expanded, h)
+    elif unit.reach >= 1:
         # Where a 3x3's weight is frozen, its gradient is written alone.
         yield "norm gradient", partial(norm_gradient, h)
         # Of a narrow 3x3 in front of a wide one.
