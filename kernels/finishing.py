@@ -193,7 +193,6 @@ def finish_sums(
     BLOCK_C: tl.constexpr,
     image=None,
     images=None,
-    weight_ptr=None,
     s2_ptr=None,
     s1_ptr=None,
     GROUP: tl.constexpr = None,
@@ -203,7 +202,7 @@ def finish_sums(
     data: (tiles + groups, 2, C). The rest as in ``finish_moments``.
 
     GROUP: a norm's over groups, with the sums s2 and s1 (N, C) of each image's channels; dweight
-    and dbias are None where these are wanted themselves. data, stats, coef and weight are at the
+    and dbias are None where these are wanted themselves. data, stats and coef are at the
     image's own; counters are all images', and behind them those of the blocks.
     """
     COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -250,7 +249,6 @@ def finish_sums(
                         s2_ptr + image * C,
                         s1_ptr + image * C,
                         stats_ptr,
-                        weight_ptr,
                         M,
                         images,
                         C,

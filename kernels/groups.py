@@ -1,17 +1,17 @@
 """A norm over groups of an image's channels (Wu and He 2018), out of those of the channels.
 
 With (mean_c, M2_c, rest_c) of an image's channel c over its R pixels (``merging``), m = C/G*R
-values in a group and o the mean of the group's first channel, from which nothing cancels where
-|mean| >> std:
+values in a group, and o the mean of its channels' means, nothing cancels where |mean| >> std:
 
-    offset_c = (mean_c - o) + rest_c,       mean = o + sum offset_c / (C/G)
-    M2 = sum M2_c + R*(offset_c - offset)^2,     rstd = 1/sqrt(M2/m + eps)
-    a = weight*rstd,  b = bias - mean*a          per image and channel
+    offset_c = (mean_c - o) + rest_c,   offset = sum offset_c / (C/G),   mean = o + offset
+    var = sum (M2_c + R*offset_c^2) / m - offset^2,     rstd = 1/sqrt(var + eps)
+    a = weight*rstd,  b = bias - mean*a                 per image and channel
 
-and backward, with an image's sums S1 and S2 of each channel, a weight of 0 not excepted:
+and backward, with an image's sums S1 and S2 of each channel, sums over the channels of a group:
 
-    P1 = sum weight*S1 / m,  P2 = sum weight*S2 / m,      sums over the channels of a group
-    A = a,  B = rstd^2*P2,  C = rstd*P1,                  g = A*q - C - B*(h - mean)
+    A = a,  B = rstd*sum a*S2 / m,  C = sum a*S1 / m,   g = A*q - C - B*(h - mean)
+
+A weight of 0 hides no sum of its group's others, hence A stands with q alone.
 
 The last program of an image to arrive does either (``finishing``); sums over images, which give
 the gradients of a weight and bias (C,), are in the order of the images. ``group_affine`` makes
@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import sums
 from .checks import check_norm, check_per_channel
 from .integers import next_power_of_2
 from .launch import launch
@@ -113,14 +114,6 @@ def _store_groups(stats_ptr, row, weight_ptr, bias_ptr, mean, rstd, first, GROUP
 
 
 @triton.jit
-def _seen_from(data_ptr, origin, at, known, C: tl.constexpr):
-    """Channels' means, with what their own roundings lost, seen from their group's first."""
-    mean = tl.load(data_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
-    rest = tl.load(data_ptr + 2 * C + at, mask=known, other=0.0, cache_modifier=".cg")
-    return tl.where(known, (mean - origin[:, None]) + rest, 0.0)
-
-
-@triton.jit
 def write_group_stats(
     data_ptr,
     kept_ptr,
@@ -144,22 +137,26 @@ def write_group_stats(
     for first in range(0, GROUP.G, GROUP.BLOCK_G):
         group = first + tl.arange(0, GROUP.BLOCK_G)
         exists = group < GROUP.G
-        origin = tl.load(
-            data_ptr + group * GROUP.SIZE, mask=exists, other=0.0, cache_modifier=".cg"
-        )
-        offset = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
+        means = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
         for start in range(0, GROUP.SIZE, GROUP.BLOCK_S):
             at, known = _channels(first, start, GROUP)
-            offset += _seen_from(data_ptr, origin, at, known, C)
-        offset = tl.sum(offset, axis=1) * (1.0 / GROUP.SIZE)
+            means += tl.load(data_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
+        origin = tl.sum(means, axis=1) * (1.0 / GROUP.SIZE)
+        offset = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
         squares = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
         for start in range(0, GROUP.SIZE, GROUP.BLOCK_S):
             at, known = _channels(first, start, GROUP)
-            delta = _seen_from(data_ptr, origin, at, known, C) - offset[:, None]
+            mean = tl.load(data_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
             m2 = tl.load(data_ptr + C + at, mask=known, other=0.0, cache_modifier=".cg")
-            squares += tl.where(known, m2 + delta * (delta * rows), 0.0)
+            rest = tl.load(data_ptr + 2 * C + at, mask=known, other=0.0, cache_modifier=".cg")
+            offset_c = tl.where(known, (mean - origin[:, None]) + rest, 0.0)
+            offset += offset_c
+            squares += m2 + offset_c * (offset_c * rows)
+        offset, squares = sums(offset, squares, 1)
+        offset *= 1.0 / GROUP.SIZE
         mean = origin + offset
-        rstd = tl.rsqrt(tl.sum(squares, axis=1) / (rows * GROUP.SIZE) + eps)
+        var = squares / (rows * GROUP.SIZE) - offset * offset
+        rstd = tl.rsqrt(var + eps)
         tl.store(kept_ptr + group, mean, mask=exists)
         tl.store(kept_ptr + images.to(tl.int64) * GROUP.G + group, rstd, mask=exists)
         _store_groups(stats_ptr, row, weight_ptr, bias_ptr, mean, rstd, first, GROUP)
@@ -194,47 +191,32 @@ def _group_affine_kernel(
 
 @triton.jit
 def write_group_grad(
-    coef_ptr,
-    s2_ptr,
-    s1_ptr,
-    stats_ptr,
-    weight_ptr,
-    rows,
-    images,
-    C: tl.constexpr,
-    GROUP: tl.constexpr,
+    coef_ptr, s2_ptr, s1_ptr, stats_ptr, rows, images, C: tl.constexpr, GROUP: tl.constexpr
 ):
-    """An image's coefficients out of its channels' sums.
-
-    All pointers but weight_ptr of (C,) are at the image's own.
-    """
+    """An image's coefficients out of its channels' sums; all pointers are at the image's own."""
     BLOCK_G: tl.constexpr = GROUP.BLOCK_G
     BLOCK_S: tl.constexpr = GROUP.BLOCK_S
     row = images.to(tl.int64) * C
     inverse = 1.0 / (rows.to(tl.float32) * GROUP.SIZE)
     for first in range(0, GROUP.G, GROUP.BLOCK_G):
-        p1 = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
-        p2 = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
+        b = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
+        c = tl.zeros((BLOCK_G, BLOCK_S), tl.float32)
         for start in range(0, GROUP.SIZE, GROUP.BLOCK_S):
             at, known = _channels(first, start, GROUP)
-            s1 = tl.load(s1_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
-            s2 = tl.load(s2_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
-            if weight_ptr is not None:
-                weight = tl.load(weight_ptr + at, mask=known, other=0.0).to(tl.float32)
-                s1 *= weight
-                s2 *= weight
-            p1 += s1
-            p2 += s2
-        p1 = tl.sum(p1, axis=1) * inverse
-        p2 = tl.sum(p2, axis=1) * inverse
+            scale = tl.load(stats_ptr + 3 * row + at, mask=known, other=0.0)
+            b += scale * tl.load(s2_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
+            c += scale * tl.load(s1_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
+        b, c = sums(b, c, 1)
+        b *= inverse
+        c *= inverse
         for start in range(0, GROUP.SIZE, GROUP.BLOCK_S):
             at, known = _channels(first, start, GROUP)
             mean = tl.load(stats_ptr + at, mask=known, other=0.0)
             rstd = tl.load(stats_ptr + 2 * row + at, mask=known, other=0.0)
             scale = tl.load(stats_ptr + 3 * row + at, mask=known, other=0.0)
             tl.store(coef_ptr + at, scale, mask=known)
-            tl.store(coef_ptr + row + at, rstd * rstd * p2[:, None], mask=known)
-            tl.store(coef_ptr + 2 * row + at, rstd * p1[:, None], mask=known)
+            tl.store(coef_ptr + row + at, rstd * b[:, None], mask=known)
+            tl.store(coef_ptr + 2 * row + at, c[:, None] + tl.zeros_like(scale), mask=known)
             tl.store(coef_ptr + 3 * row + at, mean, mask=known)
 
 

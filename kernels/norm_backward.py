@@ -61,7 +61,6 @@ def _act_backward_kernel(
     coef_ptr,
     dweight_ptr,
     dbias_ptr,
-    weight_ptr,
     s2_ptr,
     s1_ptr,
     slope,
@@ -96,8 +95,6 @@ def _act_backward_kernel(
         row = images * C
         tiles = programs // COLUMN_BLOCKS
         data_ptr += image * (tiles + (tiles + group - 1) // group) * (2 * C)
-        if GROUP.WEIGHT_N:
-            weight_ptr += image * C
     tile, columns = program_tile(program, C, BLOCK_C)
     first, blocks = tile_steps(tile, M, steps, BLOCK_M)
     known = columns < C
@@ -144,7 +141,6 @@ def _act_backward_kernel(
         BLOCK_C,
         image,
         images,
-        weight_ptr,
         s2_ptr,
         s1_ptr,
         GROUP,
@@ -347,22 +343,22 @@ class Sums(NamedTuple):
     """Where a launch leaves S1 and S2, and what it makes of them there.
 
     data: (P, 2, C), with the groups' behind the tiles'. counters: for tickets. grads: the result.
-    group: tiles that are merged first (merging.py). of_images: of a norm over groups its weight,
-    and S2 and S1 (N, C) of each image, out of whose own data they come.
+    group: tiles that are merged first (merging.py). of_images: of a norm over groups S2 and S1
+    (N, C) of each image, out of whose own data they come.
     """
 
     data: Tensor | None
     counters: Tensor | None
     grads: NormGrads | None
     group: int
-    of_images: tuple[Tensor | None, ...] = (None, None, None)
+    of_images: tuple[Tensor | None, ...] = (None, None)
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
         """The kernel's, in order: data, counters, coef, and dweight and dbias, to be summed up."""
         coef, *sums = self.grads or (None, None, None)
-        of_images = self.of_images[1:]
-        dweight, dbias = (None if each is known else each for each, known in zip(sums, of_images))
+        known = zip(sums, self.of_images)
+        dweight, dbias = (None if each is of_images else each for each, of_images in known)
         return self.data, self.counters, coef, dweight, dbias
 
 
@@ -387,7 +383,7 @@ def place_of_sums(
         s2 if is_per_image(norm.weight) else empty(channels),
         s1 if is_per_image(norm.bias) else empty(channels),
     )
-    return Sums(data, counters, grads, group, (norm.weight, s2, s1))
+    return Sums(data, counters, grads, group, (s2, s1))
 
 
 NO_SUMS = Sums(None, None, None, group_size(1))
