@@ -243,7 +243,12 @@ def group_affine(kept: Tensor, norm: Norm, channels: int) -> Tensor:
     Raises:
         ValueError: a shape or memory format is wrong. TypeError: a dtype is.
     """
-    images = kept.shape[1] if kept.dim() == 3 else 0
+    if norm.groups < 1:
+        raise ValueError(f"norm.groups must be at least 1, got {norm.groups}")
+    if kept.dim() != 3:
+        expected = f"(2, N, {norm.groups})"
+        raise ValueError(f"kept must be a contiguous {expected} tensor, got {tuple(kept.shape)}")
+    images = kept.shape[1]
     check_norm(norm, channels, images)
     check_per_channel("kept", kept, 2, images, norm.groups)
     stats = torch.empty((5, images, channels), dtype=torch.float32, device=kept.device)

@@ -21,8 +21,9 @@ from resnetv2.kernels.conv_backward import conv_backward
 from resnetv2.kernels.conv_dgrad import conv_dgrad
 from resnetv2.kernels.conv_forward import conv_forward
 from resnetv2.kernels.conv_wgrad import conv_wgrad
+from resnetv2.kernels.groups import group_affine
 from resnetv2.kernels.launch import Config
-from resnetv2.kernels.moments import moments, norm_stats
+from resnetv2.kernels.moments import conv_end, moments, norm_stats
 from resnetv2.kernels.norm_act import norm_act
 from resnetv2.kernels.norm_backward import act_backward, input_grad, norm_grad
 from resnetv2.kernels.operands import Act, Activated, Geometry, Grad, Norm, Partials
@@ -53,6 +54,15 @@ def waiting(of_h: int = K, of_stats: int = K, of_add: int = K) -> Grad:
 
 def partials(tiles: int = 3) -> Partials:
     return Partials(per_channel(tiles, 2, C).abs(), 3 * 4, 4)
+
+
+def images(rows: int, channels: int = C) -> Tensor:
+    """Statistics or coefficients of each image."""
+    return per_channel(rows, N, channels)
+
+
+def groups(channels: int, number: int = 4) -> Norm:
+    return Norm(per_channel(channels), per_channel(N, channels), 1e-5, number)
 
 
 class Change(NamedTuple):
@@ -100,6 +110,11 @@ CALLS: dict[Any, Callable[[], dict[str, Any]]] = {
         "total": per_channel(1),
     },
     input_grad: lambda: {"grad": waiting(), "identity": x(K), "dtype": F32},
+    conv_end: lambda: {
+        "x": x(K), "bias": per_channel(N, K), "residual": x(K), "residual_stats": images(5, K),
+        "act": RELU, "out_dtype": F32, "with_moments": True, "norm": groups(K),
+    },
+    group_affine: lambda: {"kept": per_channel(2, N, 4), "norm": groups(C), "channels": C},
 }  # fmt: skip
 
 SHAPE_16 = f"({N}, 16, {SIZE}, {SIZE})"
@@ -189,6 +204,9 @@ CHANGES: dict[Any, list[Change]] = {
     conv_forward: [
         *_CONVOLUTION, *_layout("h", C), *_vector("bias", K), *_per_channel("stats", 5, C),
         *_activation("residual", K), *_per_channel("residual_stats", 5, K), _OUT_DTYPE,
+        Change("stats", lambda: images(5), ValueError, "stats must be a contiguous (5, 16) tensor"),
+        Change("bias", lambda: per_channel(N, K), ValueError, "a contiguous (24,) tensor"),
+        Change("norm", lambda: Norm(None, None, 0.0, 4), NotImplementedError, "groups need"),
     ],
     conv_backward: [
         *_layout("h", C), *_grad(SHAPE_24), *_per_channel("stats", 5, C), *_activation("add", C),
@@ -206,6 +224,29 @@ CHANGES: dict[Any, list[Change]] = {
         Change("x", lambda: x()[:0], ValueError, "at least one value per channel"),
         Change("norm", lambda: Norm(per_channel(K), None, 0.0), ValueError,
                "norm.weight must be a contiguous (16,) tensor, got (24,)"),
+        Change("norm", lambda: Norm(per_channel(N, C), None, 0.0), ValueError,
+               "norm.weight must be a contiguous (16,) tensor, got (2, 16)"),
+        Change("norm", lambda: Norm(None, per_channel(3, C), 0.0, 4), ValueError,
+               "norm.bias must be a contiguous (16,) or (2, 16) tensor, got (3, 16)"),
+        Change("norm", lambda: Norm(None, None, 0.0, 3), ValueError,
+               "norm.groups must divide 16 channels, got 3"),
+    ],
+    conv_end: [
+        *_layout("x", K), *_activation("residual", K), _OUT_DTYPE,
+        Change("bias", lambda: per_channel(3, K), ValueError,
+               "bias must be a contiguous (24,) or (2, 24) tensor, got (3, 24)"),
+        Change("residual_stats", lambda: per_channel(5, 3, K), ValueError,
+               "residual_stats must be a contiguous (5, 2, 24) tensor, got (5, 3, 24)"),
+        Change("norm", lambda: groups(K, 7), ValueError, "norm.groups must divide 24 channels"),
+    ],
+    group_affine: [
+        Change("kept", lambda: per_channel(2, N, 5), ValueError,
+               "kept must be a contiguous (2, 2, 4) tensor, got (2, 2, 5)"),
+        Change("kept", lambda: per_channel(2, N, 4).double(), TypeError, "must be float32"),
+        Change("kept", lambda: per_channel(2, 4), ValueError,
+               "kept must be a contiguous (2, N, 4) tensor, got (2, 4)"),
+        Change("channels", lambda: K, ValueError, "norm.weight must be a contiguous (24,)"),
+        Change("norm", lambda: Norm(None, None, 0.0), ValueError, "norm.groups must be"),
     ],
     norm_stats: [
         *_vector("weight", C), *_vector("bias", C), *_vector("counts", 3, "float32"),
@@ -219,6 +260,9 @@ CHANGES: dict[Any, list[Change]] = {
     act_backward: [
         *_activation("dz", C), *_layout("h", C), *_activation("add", C),
         *_per_channel("stats", 5, C), Change("dtype", lambda: torch.float64, TypeError, NO_FLOAT),
+        Change("stats", lambda: images(5), ValueError, "stats per image need their norm"),
+        Change("stats", lambda: per_channel(5, 3, C), ValueError,
+               "stats must be a contiguous (5, 2, 16) tensor, got (5, 3, 16)"),
     ],
     norm_grad: [
         *_per_channel("stats", 5, C), *_vector("total", 1, "float32"),
@@ -230,6 +274,9 @@ CHANGES: dict[Any, list[Change]] = {
         Change("grad", lambda: waiting(of_h=C), ValueError, "grad.z.h must have shape"),
         Change("grad", lambda: waiting(of_add=C), ValueError, "grad.z.add must have shape"),
         Change("grad", lambda: waiting(of_stats=C), ValueError, "grad.z.stats must be a contig"),
+        Change("grad", lambda: waiting()._replace(coef=images(4, K)), ValueError,
+               "grad.coef and grad.z.stats must both be per channel or, with h, per image"),
+        Change("grad", lambda: grad()._replace(h=None, coef=images(4, K)), ValueError, "with h"),
         Change("dtype", lambda: torch.float64, TypeError, f"dtype {NO_FLOAT}"),
     ],
 }  # fmt: skip

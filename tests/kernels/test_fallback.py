@@ -39,6 +39,14 @@ KERNELS = (
     "_norm_act_kernel",
     "_operands_kernel",
 )
+# Of a unit whose norms are over groups.
+GROUP_KERNELS = (
+    "_moments_kernel",
+    "_norm_act_kernel",
+    "_group_affine_kernel",
+    "_act_backward_kernel",
+    "_input_grad_kernel",
+)
 
 
 @contextmanager
@@ -184,9 +192,9 @@ def test_a_kernel_for_each_gradient_where_the_one_for_both_cannot_be_had(
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
 
 
-def block() -> nn.Module:
+def block(norm: str = "batch") -> nn.Module:
     torch.manual_seed(0)
-    block = BottleneckPreActBlock(8, 16, stride=2, backend="triton").to(DEVICE)
+    block = BottleneckPreActBlock(8, 16, stride=2, norm=norm, backend="triton").to(DEVICE)
     return block.to(memory_format=torch.channels_last)
 
 
@@ -199,22 +207,28 @@ def step(block: nn.Module, x: Tensor) -> list[Tensor]:
     return [out, x.grad, *(p.grad for p in block.parameters())]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("norm", "kernel"),
+    [
+        *(pytest.param("batch", name, id=name) for name in KERNELS),
+        *(pytest.param("group:2", name, id=f"groups-{name}") for name in GROUP_KERNELS),
+    ],
+)
 def test_a_training_step_without_one_of_the_kernels(
-    kernel: str, engine: dispatch.TritonEngine
+    norm: str, kernel: str, engine: dispatch.TritonEngine
 ) -> None:
     x = activation(8)
-    expected = step(block(), x)
+    expected = step(block(norm), x)
     with failing(kernel) as tried:
         with pytest.warns(FallbackWarning) as caught:
-            found = step(block(), x)
+            found = step(block(norm), x)
         messages = said(caught)
         assert len(set(messages)) == len(messages)
         assert all("computed by ATen" in message for message in messages)
         count = len(tried)
         with warnings.catch_warnings():
             warnings.simplefilter("error", FallbackWarning)
-            step(block(), x)
+            step(block(norm), x)
         assert len(tried) == count
     for value, wanted in zip(found, expected):
         torch.testing.assert_close(value, wanted, rtol=2e-4, atol=1e-5)

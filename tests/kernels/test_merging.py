@@ -100,6 +100,19 @@ def _backward(h: Tensor) -> list[Tensor]:
     return [q, *sums, dweight, dbias]
 
 
+def _of_groups(h: Tensor) -> list[Tensor]:
+    norm = Norm(per_channel(20), per_channel(len(h), 20), 1e-5, 4)
+    found = moments.moments(h, norm)
+    assert isinstance(found, tuple)
+    return list(found)
+
+
+def _groups_backward(h: Tensor) -> list[Tensor]:
+    norm = Norm(per_channel(20), per_channel(len(h), 20), 1e-5, 4)
+    stats = per_channel(5, len(h), 20)
+    return list(norm_backward.act_backward(h, h, stats, Act("silu"), norm=norm)[1])
+
+
 CALLS: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "moments": lambda h: [moments.moments(_longer(), Norm(None, None, 1e-5))],  # type: ignore[list-item]
     "forward": _forward,
@@ -109,6 +122,8 @@ CALLS: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "act-backward": lambda h: list(
         norm_backward.act_backward(_longer(), _longer(), per_channel(5, 20), Act("silu"))[1]
     ),
+    "groups": lambda h: _of_groups(_longer()),
+    "groups-backward": lambda h: _groups_backward(_longer()),
 }
 
 
@@ -152,6 +167,7 @@ BLOCKS = {
     "basic": lambda: PreActBlock(8, 8, backend="triton"),
     "wide-basic": lambda: PreActBlock(8, 12, 2, backend="triton"),
     "bottleneck": lambda: BottleneckPreActBlock(8, 32, backend="triton"),
+    "groups": lambda: PreActBlock(8, 12, 2, norm="group:4", backend="triton"),
 }
 
 
@@ -164,7 +180,7 @@ def test_ten_steps_have_the_same_bits(
         monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 512, (3, 3): 1})
     torch.manual_seed(0)
     block = randomise(BLOCKS[name]()).to(DEVICE)
-    x = images((1, 8, 4, 12))
+    x = images((3 if name == "groups" else 1, 8, 4, 12))
     first = None
     for run in range(10):
         most: list[int] = []
