@@ -162,9 +162,9 @@ class Tensors:
         """(N, C, H, W), channels_last."""
         return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
-    def stats(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """A norm's in float32, (5, C) or (5, N, C), and its weight (C,)."""
-        return torch.empty(5, *shape), torch.empty(shape[-1])
+    def stats(self, channels: int) -> tuple[Tensor, Tensor]:
+        """(5, C), a norm's in float32, and its weight (C,)."""
+        return torch.empty(5, channels), torch.empty(channels)
 
     def values(self, *shape: int) -> Tensor:
         """float32: of weights, affine parameters and coefficients."""
@@ -193,9 +193,8 @@ class Random(Tensors):
         values = self._draw(shape, dtype, mean).contiguous(memory_format=torch.channels_last)
         return self._given(values)
 
-    def stats(self, *shape: int) -> tuple[Tensor, Tensor]:
-        weight, bias = self._draw((2, shape[-1]), torch.float32)
-        mean, deviation = self._draw((2, *shape), torch.float32)
+    def stats(self, channels: int) -> tuple[Tensor, Tensor]:
+        mean, deviation, weight, bias = self._draw((4, channels), torch.float32)
         stats = running_stats(mean, deviation.square() + 0.5, weight, bias, 1e-5)
         return self._given(stats), self._given(weight)
 
@@ -232,11 +231,20 @@ def steps(
     def affine(channels: int) -> Tensor:
         return tensors.values(*([unit.batch] if unit.each else []), channels)
 
-    def with_weight(channels: int) -> tuple[Tensor, Tensor]:
-        return tensors.stats(*([unit.batch] if unit.groups else []), channels)
+    def kept() -> Tensor:
+        """Mean and rstd of the groups of a norm's input."""
+        return tensors.values(2, unit.batch, unit.groups).square() + 0.5
+
+    def known(channels: int) -> tuple[Tensor, Norm]:
+        """A norm and its statistics."""
+        if unit.groups:
+            norm = norm_of(channels)
+            return reference.group_affine(kept(), norm, channels), norm
+        stats, weight = tensors.stats(channels)
+        return stats, Norm(weight, None, 1e-5)
 
     def stats_of(channels: int) -> Tensor:
-        return with_weight(channels)[0]
+        return known(channels)[0]
 
     def norm_of(channels: int) -> Norm:
         return Norm(affine(channels), affine(channels), 1e-5, unit.groups)
@@ -252,9 +260,7 @@ def steps(
         return finished(x, norm_of(x.shape[1]))
 
     def expanded(x: Tensor) -> object:
-        norm = norm_of(x.shape[1])
-        kept = tensors.values(2, unit.batch, unit.groups)
-        return engine.group_affine(kept, norm, x.shape[1])
+        return engine.group_affine(kept(), norm_of(x.shape[1]), x.shape[1])
 
     def forward(
         h: Tensor, weight: Tensor, geometry: Geometry, out: Tensor, residual: Tensor | None
@@ -278,8 +284,7 @@ def steps(
             z = Activated(normed, stats_of(out.shape[1]), unit.act) if before_wide else None
             grad = Grad(out, normed if unit.training else None, coef, z)
         other = tensors.activation(tuple(h.shape), stream) if first else None
-        stats, gamma = with_weight(h.shape[1])
-        norm = norm_of(h.shape[1]) if unit.each else Norm(gamma, None, 1e-5, unit.groups)
+        stats, norm = known(h.shape[1])
         return engine.norm_conv_backward(
             grad, h, stats, unit.act, weight, geometry, training=unit.training,
             norm=norm, dtype=compute, need_input=True, need_weight=True,
@@ -289,7 +294,7 @@ def steps(
 
     def act_backward(h: Tensor) -> object:
         dz = tensors.activation(tuple(h.shape), stream)
-        stats, norm = stats_of(h.shape[1]), norm_of(h.shape[1])
+        stats, norm = known(h.shape[1])
         return functions.act_backward(dz, h, stats, unit.act, dtype=compute, norm=norm)
 
     def norm_gradient(h: Tensor) -> object:
