@@ -50,10 +50,10 @@ def is_activation(tensor):
     return len(tensor.shape) == 4 and tensor.shape[0] == BATCH
 
 
-def run(kind, units):
+def run(kind, units, **options):
     torch.manual_seed(0)
     block, channels = BLOCKS[kind]
-    units = [block(channels, channels, backend="triton") for _ in range(units)]
+    units = [block(channels, channels, backend="triton", **options) for _ in range(units)]
     x = torch.randn(BATCH, channels, SIZE, SIZE).to(memory_format=torch.channels_last)
     x.requires_grad_()
     with counting.count() as forward:
@@ -170,3 +170,19 @@ def test_first_unit_reads_x_once_more(counted, kind):
     for number, c in enumerate(counted[kind, "forward"]):
         names = [launch.name for launch in c.launches]
         assert names.count("_moments_kernel") == 1, f"chain of {number + 1}"
+
+
+def test_a_unit_of_group_norms():
+    """kernels/README.md, "Norms over groups": outside of its convolutions, which are ATen's."""
+    one, two = (run("basic", units, norm="group:4") for units in (1, 2))
+    found = []
+    for direction in ("forward", "backward"):
+        small, large = one[direction], two[direction]
+        moved = [
+            sum(launch.bytes_where(is_activation) for launch in c.launches) for c in (small, large)
+        ]
+        launches = len(large.launches) - len(small.launches)
+        found.append(f"{(moved[1] - moved[0]) / (ITEM * WIDTH * ROWS):.0f}w in {launches} launches")
+        others = {op.name for op in large.aten if op.numel >= WIDTH * ROWS}
+        assert all("conv" in name for name in others), others
+    assert f"moves {found[0]} forward and {found[1]} backward outside" in README.read_text("utf-8")

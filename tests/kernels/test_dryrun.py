@@ -147,6 +147,35 @@ def test_a_wide_3x3_fits_into_tensor_memory():
     assert compiled("-c", WIDE) == "1\n"
 
 
+GROUPS = """
+import json
+
+import torch
+
+from resnetv2 import PreActBlock
+from resnetv2.kernels.inspect.dryrun import dry_run
+
+block = PreActBlock(24, 40, 2, norm="group:4", act="silu", backend="triton")
+x = torch.randn(3, 24, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
+with dry_run("sm_90") as run:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x)
+    out.float().square().mean().backward()
+print(json.dumps([[x.kernel.name, x.kernel.spilled] for x in run.launches] + run.failures))
+"""
+
+
+def test_a_unit_of_group_norms():
+    """No fused convolution reads what is of each image; ATen's stand between these."""
+    launches = json.loads(compiled("-c", GROUPS))
+    backward = 2 * ["_group_affine_kernel", "_act_backward_kernel", "_input_grad_kernel"]
+    forward = ["_moments_kernel", "_norm_act_kernel"]
+    # A projection reads the activation as well, written again in the backward.
+    expected = [*2 * forward, "_norm_act_kernel", "_moments_kernel", *backward, "_norm_act_kernel"]
+    assert sorted(name for name, _ in launches) == sorted(expected)
+    assert {spilled for _, spilled in launches} == {0}
+
+
 def test_a_loop_counts_as_often_as_it_runs(toy):
     """64 elements are two loads of a warp, 1000 are 16 times that.
 
