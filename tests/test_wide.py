@@ -7,6 +7,7 @@ convolutions.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -160,9 +161,19 @@ NETWORKS = {
     "wrn-28-10": (
         PreActBlock, [(16, 160, 1, 4), (160, 320, 2, 4), (320, 640, 2, 4)], (128, 32), 0.6
     ),
+    # The units of an encoder of a diffusion model's VAE.
+    "vae-encoder": (
+        functools.partial(PreActBlock, norm="group:32", act="silu", bias=True),
+        [(128, 128, 1, 2), (128, 256, 2, 2), (256, 512, 2, 2), (512, 512, 2, 2)], (4, 256), 0.6
+    ),
 }  # fmt: skip
 # Passes over memory that eager's operators make beyond reading each operand once.
-AGAIN = {"native_batch_norm": 1 / 2, "native_batch_norm_backward": 2 / 3}
+AGAIN = {
+    "native_batch_norm": 1 / 2,
+    "native_batch_norm_backward": 2 / 3,
+    "native_group_norm": 1 / 2,
+    "native_group_norm_backward": 2 / 3,
+}
 
 
 class Eager(TorchDispatchMode):
@@ -195,7 +206,7 @@ def test_launches_and_bytes_against_eagers(network):
         blocks = [kind(c, k, stride), *(kind(k, k) for _ in range(number - 1))]
         stage = Stage(*blocks).to("meta", torch.bfloat16, memory_format=torch.channels_last)
         for module in stage.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
                 module.float()
         shape = (batch, c, size, size)
         x = torch.empty(shape, device="meta", dtype=torch.bfloat16)

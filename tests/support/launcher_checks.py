@@ -195,6 +195,8 @@ def launches(stub: stub_driver.Stub) -> dict[str, Any]:
     warnings.simplefilter("error")
     # A PyTorch with CUDA asks the stub for devices, and warns that it has none.
     warnings.filterwarnings("ignore", "CUDA initialization")
+    # Triton 3.8 compiles by a form of Python's ast that is deprecated from 3.13 on.
+    warnings.filterwarnings("ignore", "AnnAssign", DeprecationWarning)
     for (name, block), precision in zip(blocks().items(), PRECISIONS):
         block.to(memory_format=torch.channels_last)
         channels = 16 if name.startswith("basic") else 64
