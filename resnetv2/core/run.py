@@ -115,7 +115,8 @@ def _parts(
     """Where the parts of a chain begin and end, their places, and whether they need x's gradient.
 
     A segment is a part of its own. Else a part ends where a projection begins the next, so that
-    stages of equal units are cut alike, and after ``parts.UNITS``.
+    stages of equal units are cut alike, and after ``parts.UNITS``. A unit with computed weights is
+    one by itself: their gradients are then used up before the next unit's are there.
     """
     records = [reading.record for reading in readings]
     starts = [0]
@@ -124,7 +125,12 @@ def _parts(
         if memory == "segment":
             if length == segment:
                 starts.append(number)
-        elif length and (length == parts.UNITS or record.projection is not None):
+        elif length and (
+            length == parts.UNITS
+            or record.projection is not None
+            or readings[number].computed
+            or readings[number - 1].computed
+        ):
             starts.append(number)
     need_x, natural = x.requires_grad, x.dtype
     for start, stop in zip(starts, [*starts[1:], len(records)]):
