@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..core.modules import UnitModules
+from ..core.norms import groups_of
 from ..kernels import choices
 from ..kernels.dispatch import implementation, resolve_backend
 
@@ -34,6 +35,8 @@ def computed_by(unit: UnitModules, backend: str) -> str:
 
 def _one(conv: nn.Conv2d, unit: UnitModules, i: int) -> str:
     shape, geometry = tuple(conv.weight.shape), unit.geometry(i)
+    if groups_of(unit.norms[max(i, 0)]) and (i >= 0 or unit.shortcut.reads_preact):
+        return choices.ATEN  # it reads what a group norm's kernel has written
     usual = implementation(shape, geometry)
     found = choices.known(conv.weight, shape, geometry)
     if not found:

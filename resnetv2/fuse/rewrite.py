@@ -388,12 +388,21 @@ def _sequences(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if not is_sequence(module):
             continue
-        units = [isinstance(child, ChainUnit) for child in flat(module)]
+        units = [_joins_chains(child) for child in flat(module)]
         if any(a and b for a, b in itertools.pairwise(units)):
             for inner in module.modules():
                 if is_sequence(inner) and any(isinstance(c, ChainUnit) for c in flat(inner)):
                     found[id(inner)] = inner
     return list(found.values())
+
+
+def _joins_chains(module: nn.Module) -> bool:
+    """Whether a module can run in a chain with others: not where more than x goes in, or its sum is
+    not what comes out."""
+    if not isinstance(module, FusedUnit):
+        return isinstance(module, ChainUnit)
+    plan = _fusion(module).plans[0]  # type: ignore[arg-type]
+    return plan.end is None and (plan.second is None or not plan.second.required)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

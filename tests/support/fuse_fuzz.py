@@ -38,6 +38,16 @@ from tests.support.fuse_models import (
     branch,
     conv1,
 )
+from tests.support.fuse_models.grouped import (
+    AllByHand,
+    Conditioned,
+    Embedded,
+    GroupNormAct,
+    GroupNormed,
+    MaybeEmbedded,
+    ScaledConv2d,
+    group_norm,
+)
 from tests.support.mutations import MUTATIONS, B
 from tests.support.yardstick import DEVICE, images, randomise, step
 
@@ -68,13 +78,24 @@ SAME: tuple[Same, ...] = (
     lambda c: Residual(branch(c, random.randint(1, 3))),
     lambda c: ThrownAwayNorm(c, c),
     lambda c: EndsWith(c, c, 1, SqueezeExcite(c)),
+    lambda c: GroupNormed(c, random.choice((nn.Conv2d, ScaledConv2d)), random.choice(NORMS)),
+    lambda c: GroupNormed(c, norm=random.choice(NORMS)),
+    AllByHand,
+    lambda c: Basic(c, c, norm=random.choice((group_norm, nn.InstanceNorm2d))),
+    lambda c: Conditioned(Embedded(c, c, 3, random.choice(("add", "scale"))), features=3, images=4),
+    lambda c: Conditioned(MaybeEmbedded(c, c, 3), features=3, images=4),
+    lambda c: MaybeEmbedded(c, c, 3),
     B,
 )
+NORMS = ("gg", "gb", "bg", "bb")
 OTHER: tuple[Other, ...] = (
     lambda c, k, s: Basic(c, k, s),
     lambda c, k, s: Wide(c, k, s, activate_first=random.random() < 0.5),
     lambda c, k, s: OfTuples(c, k, s),
     lambda c, k, s: EndsWith(c, k, s, None, conv1(c, k, s), random.choice(("raw", "preact"))),
+    lambda c, k, s: Basic(c, k, s, norm=group_norm),
+    lambda c, k, s: OfNormActs(GroupNormAct, c, 2, k),
+    lambda c, k, s: Conditioned(Embedded(c, k, 3), features=3, images=4),
     lambda c, k, s: StrideOnConv2(c, k) if s == 2 else Basic(c, k, 1),
 )
 QUARTERS: tuple[Other, ...] = (

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from tests.support.fuse_models.plain import Layer, conv1, conv3
 
 
+def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    """Of two groups where the channels allow."""
+    return nn.GroupNorm(1 + (channels % 2 == 0), channels, affine=affine)
+
+
 class StandardisedConv2d(nn.Conv2d):
     """Weight standardisation."""
 
@@ -35,7 +40,7 @@ class GroupNormed(nn.Module):
         super().__init__()
 
         def layer(kind: str) -> nn.Module:
-            return nn.GroupNorm(2, channels) if kind == "g" else nn.BatchNorm2d(channels)
+            return group_norm(channels) if kind == "g" else nn.BatchNorm2d(channels)
 
         self.gn1, self.gn2 = map(layer, norm)
         self.conv1 = conv(channels, channels, 3, padding=1, bias=False)
@@ -51,7 +56,7 @@ class GroupNormAct(nn.GroupNorm):
     """Group norm and activation in one module."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(2, channels)
+        super().__init__(1 + (channels % 2 == 0), channels)
         self.drop, self.act = nn.Identity(), nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ class AllByHand(nn.Module):
 
     def __init__(self, channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(4, channels, affine=bias) for _ in range(2))
+        self.norm1, self.norm2 = (group_norm(channels, bias) for _ in range(2))
         self.conv1, self.conv2 = (conv3(channels, channels) for _ in range(2))
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.gain = nn.Parameter(torch.ones(channels, 1, 1))
@@ -89,8 +94,8 @@ class Embedded(nn.Module):
     def __init__(self, channels: int, out: int, features: int, how: str = "add") -> None:
         super().__init__()
         self.how = how
-        self.norm1, self.conv1 = nn.GroupNorm(2, channels), nn.Conv2d(channels, out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(2, out), nn.Conv2d(out, out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out), nn.Conv2d(out, out, 3, padding=1)
         self.act = nn.SiLU()
         number = out if how == "add" else 2 * out
         self.proj = nn.Sequential(nn.SiLU(), nn.Linear(features, number))
@@ -127,5 +132,5 @@ class Conditioned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x, self.embedding)
+            x = block(x, self.embedding[: len(x)])
         return x
