@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock, PreActResNet, explain, fuse
 from resnetv2.blocks import Stage
+from tests.support.fuse_models.grouped import AllByHand, GroupNormed
 from tests.support.yardstick import (
     DEVICE,
     eager_twin,
@@ -69,6 +70,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "model": lambda: model("segment"),
     "foreign": lambda: with_stem(Foreign(4, 6, 2)),
+    "foreign-computed": lambda: with_stem(AllByHand(4), GroupNormed(4), GroupNormed(4, norm="gb")),
     "foreign-chain": lambda: with_stem(Foreign(4, 6), Foreign(6, 6)),
 }
 

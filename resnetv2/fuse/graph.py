@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.checks import is_norm, is_plain
-from ..core.modules import NO_PAD, Pad, act_of
-from ..core.norms import NORMS, groups_of
+from ..core.modules import Pad, act_of
+from ..core.norms import NORMS
 from ..core.sync import SyncBatchNorm
 from ..kernels.operands import Act
 from .formula import Path, ancestors
@@ -25,6 +25,7 @@ from .functional import (
     read_conv2d,
     read_group_norm,
 )
+from .ops import Op, fold_pads, fold_sides
 from .reads import Reads
 from .reasons import NotAUnitError
 from .trace import (
@@ -32,42 +33,11 @@ from .trace import (
     ADDITIONS,
     trace,
 )
-from .unit_plan import child_at, dotted
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 
 
 _NO_EFFECT = (torch._assert, getattr, operator.getitem)
-
-
-class Op(NamedTuple):
-    """One step of a graph that has been read. inputs, number: positions in the list of steps.
-
-    own: the class of a norm or convolution that has a forward of its own. pad: before a
-    convolution. weight, bias: nodes that compute a convolution's. sides: nodes that are added
-    behind a convolution ("shift"), or scale and shift a group norm's result, in their order. end:
-    the function and number of a product or quotient.
-    """
-
-    number: int
-    kind: str  # input, norm, act, pad, conv, add, scale, shift, end, folded, other
-    inputs: tuple[int, ...]
-    path: Path = ()
-    act: Path | Act | None = None
-    own: type | None = None
-    in_place: bool = False
-    what: str = ""
-    pad: Pad = NO_PAD
-    weight: fx.Node | None = None
-    bias: fx.Node | None = None
-    sides: tuple[tuple[str, fx.Node], ...] = ()
-    end: tuple[Any, float] | None = None
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        """The nodes that give it what does not follow from x."""
-        own = [node for node in (self.weight, self.bias) if node is not None]
-        return own + [node for _, node in self.sides]
 
 
 class Graph:
@@ -91,8 +61,9 @@ class Graph:
                 self._read(node)
             else:
                 self._read_side(node)
-        self._fold_sides()
-        self._fold_pads()
+        self.result = fold_sides(self.ops, root, self.result)
+        fold_pads(self.ops, self.result)
+        self._refuse_unused()
         self.users: list[set[int]] = [set() for _ in self.ops]
         for op in self.ops:
             for number in op.inputs:
@@ -110,49 +81,12 @@ class Graph:
         owner = self.root.get_submodule(path)
         return attribute in owner._parameters or attribute in owner._buffers
 
-    def _fold_sides(self) -> None:
-        """Make what is added behind a convolution, and what scales and shifts a group norm's
-        result, a matter of these, where nobody reads them without."""
-        moved: dict[int, int] = {}
-        for op in self.ops:
-            op = op._replace(inputs=tuple([moved.get(number, number) for number in op.inputs]))
-            self.ops[op.number] = op
-            if op.kind not in ("scale", "shift"):
-                continue
-            source = self.ops[op.inputs[0]]
-            kinds = ("conv",) if op.kind == "shift" else ()
-            if source.kind == "norm" and groups_of(child_at(self.root, source.path)):
-                kinds = (*kinds, "norm")
-            readers = [
-                other for other in self.ops
-                if source.number in [moved.get(number, number) for number in other.inputs]
-            ]  # fmt: skip
-            if source.kind not in kinds or len(readers) > 1:
-                words = f"{op.what} behind {source.kind} {dotted(source.path)}"
-                self.ops[op.number] = op._replace(kind="other", what=words)
-                continue
-            self.ops[source.number] = source._replace(sides=(*source.sides, *op.sides))
-            self.ops[op.number] = op._replace(kind="folded", inputs=(), sides=())
-            moved[op.number] = source.number
-        self.result = moved.get(self.result, self.result)
+    def _refuse_unused(self) -> None:
+        """A step that no unit has for what is computed for nothing: its effects would be lost."""
         used = ancestors(node for op in self.ops for node in op.nodes)
         for node in self._sides:
             if node not in used and node.op not in ("placeholder", "get_attr"):
                 self._add(None, "other", (), what=f"{_name_of(node)}, whose result is not used,")
-
-    def _fold_pads(self) -> None:
-        """Make padding a matter of the convolutions that read it, where no one else does."""
-        for op in self.ops:
-            if op.kind == "conv" and self.ops[op.inputs[0]].kind == "pad":
-                pad = self.ops[op.inputs[0]]
-                self.ops[op.number] = op._replace(inputs=pad.inputs, pad=pad.pad)
-        read = {number for op in self.ops for number in op.inputs} | {self.result}
-        for op in self.ops:
-            if op.kind == "pad":
-                what = op.what or "padding"
-                kind = "other" if op.number in read else "folded"
-                what = f"{what} that something else than a convolution reads"
-                self.ops[op.number] = op._replace(kind=kind, inputs=(), what=what)
 
     @staticmethod
     def _harmless(node: fx.Node) -> bool:

@@ -17,7 +17,8 @@ from .formula import (
     scaled_bias,
     shifted,
 )
-from .graph import Graph, Op
+from .graph import Graph
+from .ops import Op
 from .reasons import NotAUnitError
 from .unit_plan import child_at, dotted
 

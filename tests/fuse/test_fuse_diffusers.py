@@ -63,7 +63,7 @@ class Autoencoder(nn.Module):
 class Denoiser(nn.Module):
     """``UNet2DConditionModel`` with a prompt and timesteps of its own."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self) -> None:
         super().__init__()
         import_torchvision()
         from diffusers import UNet2DConditionModel
@@ -73,7 +73,7 @@ class Denoiser(nn.Module):
             attention_head_dim=4,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            **SMALL, **options,
+            **SMALL,
         )  # fmt: skip
         self.prompt = nn.Parameter(torch.randn(2, 5, 6))
         self.register_buffer("steps", torch.tensor([3, 700]))
@@ -82,11 +82,7 @@ class Denoiser(nn.Module):
         return self.model(x, self.steps, self.prompt).sample
 
 
-NETS = {
-    "vae": Autoencoder,
-    "unet": Denoiser,
-    "unet-scale-shift": lambda: Denoiser(resnet_time_scale_shift="scale_shift"),
-}
+NETS = {"vae": Autoencoder, "unet": Denoiser}
 
 
 def net(name: str) -> nn.Module:
@@ -250,6 +246,31 @@ def test_net(name):
     assert calls.count == len(blocks)
     check_fused(model, (2, 3, 16, 16), eager_draws=2)
     assert [type(m) for m in unfuse(fused).modules()] == [type(m) for m in model.modules()]
+
+
+def test_compiled():
+    """As one graph with the chain in it, whose outputs and gradients are the block's."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    block = resnet_block(out_channels=12, output_scale_factor=2.0)
+    models = [Conditioned(block, features=FEATURES).to(DEVICE)]
+    models.append(copy.deepcopy(models[0]))
+    fuse(models[0], backend="aten")
+    models[0].blocks[0].compile(backend=backend, fullgraph=True)
+    x = images((3, 8, 6, 5))
+    assert_close_steps(*[step(model, x) for model in models])
+    assert "chain_forward" in str(graphs[0].graph)
+
+
+def test_memory_auto():
+    model = Conditioned(resnet_block(), features=FEATURES).to(DEVICE)
+    fuse(model, memory="auto", budget="1GiB")
+    model(images((3, 8, 6, 5))).sum().backward()
+    assert "predicted peak" in explain(model).memory
 
 
 @pytest.mark.parametrize(
