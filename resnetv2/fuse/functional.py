@@ -105,7 +105,8 @@ def changes_in_place(node: fx.Node) -> bool:
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     own = name.endswith("_") and not name.endswith("__")
-    return own or node.target in _IN_PLACE or bool({"out", "inplace"} & set(node.kwargs))
+    asked = any(node.kwargs.get(each) not in (None, False) for each in ("out", "inplace"))
+    return own or node.target in _IN_PLACE or asked
 
 
 def _arguments(node: fx.Node, defaults: dict[str, Any]) -> dict[str, Any]:

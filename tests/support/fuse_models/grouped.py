@@ -118,7 +118,7 @@ class MaybeEmbedded(Embedded):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(self.act(self.norm1(x)))
         if emb is not None:
-            h = h + self.proj(emb)[..., None, None]
+            h = h + self.proj[1](F.silu(emb))[..., None, None]
         return self.skip(x) + self.conv2(self.act(self.norm2(h)))
 
 
