@@ -22,7 +22,6 @@ from ..core.modules import ChainUnit, UnitModules
 from ..core.norms import NORMS
 from ..names import AUTO, BACKENDS
 from .auto import FUSION, AutoMemory, auto_memory, check_memory, remove_auto_memory
-from .computed import computed_by, measured_note
 from .dataflow import MOST_NORMS, read_unit
 from .fused import (
     Fused,
@@ -35,6 +34,7 @@ from .fused import (
     joins_chains,
     swap,
 )
+from .implementations import computed_by, measured_note
 from .reasons import NotAUnitError
 from .report import BlockReport, Report
 from .unit_plan import UnitPlan, describe_unit, signature
