@@ -120,7 +120,12 @@ def _shortcut(
 
 def formula_of(graph: Graph, match: Match) -> Formula | None:
     """What a unit's weights, biases and affines are computed by, where they are no attributes."""
-    links, projection = match.links, match.projection
+    links, projection = list(match.links), match.projection
+    if projection is not None and projection.sides:
+        # What is added behind it may as well be added behind the last convolution.
+        norm, act, last = links[-1]
+        links[-1] = norm, act, last._replace(sides=(*last.sides, *projection.sides))
+        projection = projection._replace(sides=())
     ops = [op for norm, _, conv in links for op in (norm, conv)]
     ops += [] if projection is None else [projection]
     builder = Builder(graph.graph, [node for op in ops for node in op.nodes])

@@ -180,6 +180,12 @@ FAMILIES: dict[str, Family] = {
         lambda: Conditioned(Embedded(8, 8, 5, "scale"), Embedded(8, 12, 5, "scale"), features=5),
         2, ("with emb",),
     ),
+    "embedding-scales-no-affine": Family(
+        lambda: Conditioned(Embedded(8, 8, 5, "scale", affine=False), features=5)
+    ),
+    "embedding-added-to-projection": Family(
+        lambda: Conditioned(Embedded(8, 12, 5, "skip"), features=5), 1, ("with emb",)
+    ),
     "embedding-optional": Family(
         lambda: Conditioned(MaybeEmbedded(8, 8, 5), features=5), 1, ("with or without emb",)
     ),

@@ -89,27 +89,34 @@ class AllByHand(nn.Module):
 
 
 class Embedded(nn.Module):
-    """A block that an embedding moves ("add") or scales and shifts ("scale")."""
+    """A block that an embedding moves ("add", "skip": beside it) or scales and shifts ("scale")."""
 
-    def __init__(self, channels: int, out: int, features: int, how: str = "add") -> None:
+    def __init__(
+        self, channels: int, out: int, features: int, how: str = "add", affine: bool = True
+    ) -> None:
         super().__init__()
         self.how = how
-        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.norm1 = group_norm(channels, affine)
+        self.norm2 = group_norm(out, affine)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.act = nn.SiLU()
-        number = out if how == "add" else 2 * out
+        number = 2 * out if how == "scale" else out
         self.proj = nn.Sequential(nn.SiLU(), nn.Linear(features, number))
         self.skip = conv1(channels, out) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         parts = self.proj(emb)[:, :, None, None]
         h = self.conv1(self.act(self.norm1(x)))
-        if self.how == "add":
-            h = self.norm2(h + parts)
-        else:
+        x = self.skip(x)
+        if self.how == "scale":
             scale, shift = parts.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(self.act(h))
+        elif self.how == "skip":
+            x, h = x + parts, self.norm2(h)
+        else:
+            h = self.norm2(h + parts)
+        return x + self.conv2(self.act(h))
 
 
 class MaybeEmbedded(Embedded):
