@@ -14,8 +14,9 @@ NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.InstanceNorm2d)
 
 def batch_statistics(norm: nn.Module) -> bool:
     """Whether a norm takes its input's statistics, as in ``torch.nn.BatchNorm2d.forward``."""
-    running = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    return norm.training or running == (None, None)
+    if norm.training or groups_of(norm):
+        return True
+    return getattr(norm, "running_mean", None) is None and norm.running_var is None
 
 
 def groups_of(norm: nn.Module) -> int:
