@@ -73,13 +73,23 @@ class Graph:
         self._sides.append(node)
         if changes_in_place(node):
             self._add(None, "other", (), what="a change in place of what is not computed from x")
-        elif node.op == "get_attr" and not self._is_tensor_of_root(str(node.target)):
-            self._add(None, "other", (), what=f"the tensor {node.target}")
+        elif node.op == "get_attr":
+            number = self._names_of(str(node.target))
+            if number != 1:
+                more = ", which has another name too," if number else ""
+                self._add(None, "other", (), what=f"the tensor {node.target}{more}")
 
-    def _is_tensor_of_root(self, name: str) -> bool:
+    def _names_of(self, name: str) -> int:
+        """How many names a parameter or buffer of the root has, of which a trace knows the first
+        alone; 0 for another tensor."""
         path, _, attribute = name.rpartition(".")
         owner = self.root.get_submodule(path)
-        return attribute in owner._parameters or attribute in owner._buffers
+        tensor = owner._parameters.get(attribute, owner._buffers.get(attribute))
+        if tensor is None:
+            return 0
+        tensors = [t for m in self.root.modules() for d in (m._parameters, m._buffers)
+                   for t in d.values()]  # fmt: skip
+        return sum(each is tensor for each in tensors)
 
     def _refuse_unused(self) -> None:
         """A step that no unit has for what is computed for nothing: its effects would be lost."""

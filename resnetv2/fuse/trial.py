@@ -34,7 +34,8 @@ _TRIAL_SIZES = ((8, 6), (16, 16), (7, 7))
 
 
 def structure(module: nn.Module, plan: UnitPlan) -> dict[str, Any]:
-    """The containers of a block, and its descendants that a plan does not read at every call."""
+    """The containers of a block, its descendants that a plan does not read at every call, and the
+    names of one module."""
     read = {*plan.norms, *plan.convs, *plan.inert, plan.projection, *plan.acts}
     called = () if plan.formula is None else plan.formula.called
     containers: list[Container] = []
@@ -52,7 +53,15 @@ def structure(module: nn.Module, plan: UnitPlan) -> dict[str, Any]:
             visit(grandchild, (*path, name))
 
     visit(module, ())
-    return {"containers": tuple(containers), "others": tuple(others)}
+    aliases: list[tuple[Path, Path]] = []
+    first: dict[int, Path] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        path = tuple(name.split("."))
+        if first.setdefault(id(child), path) != path:
+            aliases.append((first[id(child)], path))
+    return {
+        "containers": tuple(containers), "others": tuple(others), "aliases": tuple(aliases)
+    }  # fmt: skip
 
 
 class _Trial:

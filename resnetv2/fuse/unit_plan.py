@@ -50,7 +50,8 @@ class UnitPlan(NamedTuple):
     all other descendants (path, type; NoneType for a child that is None). guards: (path,
     attribute, value) of the attributes that the forward read. watch: what else it read.
     otherwise: why the block is no unit in the other mode (training, evaluation), or empty.
-    formula: what computes tensors that are no attributes. second: the second input of the calls
+    aliases: paths of one module, of which the first stands for the others. formula: what computes
+    tensors that are no attributes. second: the second input of the calls
     that it is for, None where the forward takes none. end: what is done with the sum, a function
     and a number.
     """
@@ -70,6 +71,7 @@ class UnitPlan(NamedTuple):
     watch: Watch
     otherwise: str = ""
     conv_types: tuple[type | None, ...] = ()
+    aliases: tuple[tuple[Path, Path], ...] = ()
     formula: Formula | None = None
     second: Second | None = None
     end: tuple[Callable[[Any, Any], Any], float] | None = None
@@ -128,6 +130,9 @@ def modules_of(block: nn.Module, plan: UnitPlan, guarded: bool = True) -> UnitMo
     for path, kind in plan.others:
         if type(at[path]) is not kind:
             return f"{dotted(path)} was replaced by {type(at[path]).__name__}"
+    for first, other in plan.aliases:
+        if child_at(block, other) is not child_at(block, first):
+            return f"{dotted(other)} was {dotted(first)} when the block was fused"
     for path in plan.inert:
         module = at[path] if path in at else child_at(block, path)
         reason = _why_active(module)

@@ -80,6 +80,14 @@ class LengthOfAList(B):
         return x + self.outer(h)
 
 
+class OtherNameOfAChild(B):
+    def setup(self) -> None:
+        self.also = self.conv1
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.also(F.relu(self.bn1(x)))
+
+
 class KindOfAChild(B):
     def setup(self) -> None:
         self.act = nn.ReLU()
@@ -244,5 +252,8 @@ MUTATIONS: dict[str, Mutation] = {
     "sequence-backwards": Mutation(lambda: Backwards(B(), B(), B())),
     "contiguous": Mutation(Contiguous, None, False, "contiguous"),
     "relu-patched": Mutation(B, on(F, "relu", F.silu), True, "relu"),
+    "other-name-of-a-child": Mutation(
+        OtherNameOfAChild, assign("also", conv3(CHANNELS, CHANNELS)), True, "also was conv1"
+    ),
     "kind-of-a-child": Mutation(KindOfAChild, assign("act", nn.SiLU()), True, "act"),
 }  # fmt: skip

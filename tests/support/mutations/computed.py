@@ -57,6 +57,16 @@ class WeightWritesItself(G):
         return self.conv1.weight.detach().mul_(0.5)
 
 
+class TiedWeights(G):
+    """A trace knows a tensor by one of its names."""
+
+    def more(self) -> None:
+        self.kernel = self.conv1.weight
+
+    def weight(self, h: Tensor) -> Tensor:
+        return 0.5 * self.kernel
+
+
 class NoWeightOfAConvolution(G):
     def more(self) -> None:
         self.kernel = nn.Parameter(torch.randn(CHANNELS, CHANNELS, 3, 3))
@@ -234,6 +244,7 @@ MUTATIONS: dict[str, Mutation] = {
     "computed-weight-random": Mutation(RandomWeight, None, False, "random"),
     "computed-weight-counts": Mutation(WeightCounts, None, False, "in place"),
     "computed-weight-in-place": Mutation(WeightWritesItself, None, False, "in place"),
+    "computed-weight-tied": Mutation(TiedWeights, None, False, "another name"),
     "computed-weight-of-no-convolution": Mutation(NoWeightOfAConvolution, None, False, "no Conv2d"),
     "computed-weight-other-stride": Mutation(OtherStride, None, False, "stride"),
     "computed-weight-without-bias": Mutation(WithoutItsBias, None, False, "bias"),
