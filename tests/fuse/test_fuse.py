@@ -44,6 +44,7 @@ from tests.support.fuse_models import (
     branch,
     tuple_block,
 )
+from tests.support.fuse_models.grouped import GroupNormed
 from tests.support.yardstick import (
     DEVICE,
     assert_close_steps,
@@ -156,6 +157,10 @@ def test_the_same_state_dict_and_another_dataflow():
         "one-relu-three-times",
         "silu-projection-raw",
         "norm-is-norm-and-act-projection",
+        "group-norm-standardised-weights",
+        "group-and-batch-norm",
+        "embedding-scales-no-affine",
+        "embedding-added-to-projection",
     ],
 )
 def test_triton(name):
@@ -171,6 +176,14 @@ def test_memory_modes(block, memory):
     model = randomise(PlainNet(block, (4, 3), (8, 8))).to(DEVICE)
     fused = check_fused(model, (4, 3, 8, 8), memory=memory, draws=3)
     assert fused_units(fused) == 7
+
+
+@pytest.mark.parametrize("memory", ["recompute", "invert", "invert_h1", "segment"])
+def test_memory_modes_of_computed_weights(memory):
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(*[GroupNormed(8) for _ in range(5)])).to(DEVICE)
+    fused = check_fused(model, (3, 8, 6, 5), memory=memory, draws=3)
+    assert chain_calls(fused, images((3, 8, 6, 5))) == 1
 
 
 def test_memory_is_kept_as_asked():
