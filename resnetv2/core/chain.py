@@ -20,7 +20,7 @@ from ..kernels.aten_engine import OF_RANKS, AtenEngine
 from ..kernels.operands import Dgrad, Grad, Norm, running_stats
 from ..kernels.ranks import Ranks
 from ..kernels.reference import image_sums
-from .spec import HAND_TO_RANKS, Shortcut, Spec, Unit, UnitParams
+from .spec import HAND_TO_RANKS, Conv, Shortcut, Spec, Unit, UnitParams
 from .sync import gather_over
 
 Kept = dict[tuple[int, int], Tensor]
@@ -321,6 +321,19 @@ class Chain:
             )
         return self._per_image[place]
 
+    def _bias_grad(self, g: Tensor, conv: Conv, position: int, grads: list[Tensor | None]) -> bool:
+        """Whether a convolution's backward is to give its bias's gradient.
+
+        Not of one of each image, (N, K), which none sums: it is stored here, from the output's.
+        """
+        if not conv.bias or not self.spec.needs[position]:
+            return False
+        bias = self.params[position]
+        if bias.dim() == 1:
+            return True
+        _store(grads, position, image_sums(g, bias))
+        return False
+
     def _previous(self, number: int, h_last: Tensor, out: Tensor) -> Tensor:
         """x_l = x_{l+1} - F_last(h_{k-1}): one step back along the identity path.
 
@@ -370,6 +383,7 @@ class Chain:
             weight, geometry = self.params[at.projection_weight], unit.projection.geometry
             need_input = spec.needs_before(at.conv_weight[0])
             later = need_input and preact and self._projection_adds(number, 0)
+            need_bias = self._bias_grad(g, unit.projection, at.projection_bias, grads)
             result = engine.conv_backward(
                 g,
                 x,
@@ -380,7 +394,7 @@ class Chain:
                 act=unit.act,
                 need_input=need_input and not later,
                 need_weight=spec.needs[at.projection_weight],
-                need_bias=unit.projection.bias and spec.needs[at.projection_bias],
+                need_bias=need_bias,
             )
             _store(grads, at.projection_weight, result.dweight)
             _store(grads, at.projection_bias, result.dbias)
@@ -390,11 +404,10 @@ class Chain:
                 add = Dgrad(g, weight, geometry)
         grad = Grad(g)
         for i in reversed(range(len(unit.convs))):
-            need_bias = unit.convs[i].bias and spec.needs[at.conv_bias[i]]
-            if need_bias and self.params[at.conv_bias[i]].dim() == 2:
-                # One of each image: no convolution's backward sums it.
-                grad, need_bias = Grad(engine.written(grad, spec.dtype)), False
-                _store(grads, at.conv_bias[i], image_sums(grad.q, self.params[at.conv_bias[i]]))
+            position = at.conv_bias[i]
+            if unit.convs[i].bias and self.params[position].dim() == 2:
+                grad = Grad(engine.written(grad, spec.dtype))
+            need_bias = self._bias_grad(grad.q, unit.convs[i], position, grads)
             result = engine.norm_conv_backward(
                 grad,
                 hs[i],

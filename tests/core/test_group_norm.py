@@ -237,8 +237,8 @@ def test_nothing_to_average(norm, shape):
 
 
 class Modulated(nn.Module):
-    """A unit whose second norm is scaled and shifted, and whose first convolution is moved, for
-    each image: what an embedding does."""
+    """A unit whose second norm is scaled and shifted, and whose first convolution and projection
+    are moved, for each image: what an embedding does."""
 
     def __init__(self, block: PreActBlock) -> None:
         super().__init__()
@@ -251,30 +251,38 @@ class Modulated(nn.Module):
     def forward(self, x):
         block = self.block
         if self.backend == "eager":
-            h = block.conv1(block.act(block.bn1(x))) + self.move[..., None, None]
-            u = block.bn2(h) * (1 + self.scale[..., None, None]) + self.shift[..., None, None]
-            return x + block.conv2(block.act(u))
+            z, move = block.act(block.bn1(x)), self.move[..., None, None]
+            u = block.bn2(block.conv1(z) + move)
+            u = u * (1 + self.scale[..., None, None]) + self.shift[..., None, None]
+            shortcut = block.shortcut(z) + move if block.has_projection() else x
+            return shortcut + block.conv2(block.act(u))
         norm = block.bn2
-        slots = (("convs", 0, "bias"), ("norms", 1, "weight"), ("norms", 1, "bias"))
-        computed = Computed(
-            slots,
-            lambda second: (
-                block.conv1.bias + second,
-                norm.weight * (1 + self.scale),
-                norm.bias * (1 + self.scale) + self.shift,
-            ),
-        )
+        slots = [("convs", 0, "bias"), ("norms", 1, "weight"), ("norms", 1, "bias")]
+        if block.has_projection():
+            slots.append(("projection", 0, "bias"))
+
+        def compute(second):
+            scale = 1 + self.scale
+            found = [block.conv1.bias + second, norm.weight * scale, norm.bias * scale + self.shift]
+            if block.has_projection():
+                found.append(block.shortcut[0].bias + second)
+            return found
+
+        computed = Computed(tuple(slots), compute)
         reading = Reading(read(block).unit._replace(computed=computed))
         return run_chain([reading], x, backend=self.backend, second=self.move)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("norm", ["group:2", "layer"])
-def test_computed_for_each_image(norm, backend):
+@pytest.mark.parametrize(
+    ("norm", "channels"), [("group:2", 6), ("layer", 6), ("group:2", 4)],
+    ids=["groups", "layer", "projection"],
+)  # fmt: skip
+def test_computed_for_each_image(norm, channels, backend):
     torch.manual_seed(0)
-    block = randomise(PreActBlock(6, 6, norm=norm, bias=True, act="silu", backend=backend))
+    block = randomise(PreActBlock(channels, 6, norm=norm, bias=True, act="silu", backend=backend))
     module = Modulated(block).to(DEVICE)
-    check_module(module, (2, 6, 5, 6), draws=3)
+    check_module(module, (2, channels, 5, 6), draws=3)
 
 
 def test_statistics_are_kept_by_group():

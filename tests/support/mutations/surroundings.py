@@ -164,20 +164,16 @@ class CodeOfAFunction(B):
         return x + recoded(self.outer(self.inner(x)))
 
 
-def closing_over(scale: int) -> tuple[type[B], Callable[[int], None]]:
-    def change(value: int) -> None:
-        nonlocal scale
-        scale = value
-
+def closing_over(scale: int) -> type[B]:
     class Closing(B):
         def forward(self, x: Tensor) -> Tensor:
             h = self.outer(self.inner(x))
             return x + h if scale == 1 else x + scale * h
 
-    return Closing, change
+    return Closing
 
 
-Closing, change_closure = closing_over(1)
+Closing = closing_over(1)
 
 
 def decorated(options: dict[str, int]) -> Callable[[Any], Any]:
@@ -265,7 +261,8 @@ def _change_code(block: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def _change_closure(block: Any, patch: pytest.MonkeyPatch) -> None:
-    change_closure(2)
+    (cell,) = Closing.forward.__closure__  # type: ignore[attr-defined]
+    patch.setattr(cell, "cell_contents", 2)
 
 
 def _environment(block: Any, patch: pytest.MonkeyPatch) -> None:
