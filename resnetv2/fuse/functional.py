@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ..core.checks import is_norm, is_plain
@@ -79,6 +80,27 @@ def read_group_norm(node: fx.Node, root: nn.Module) -> Call | str:
     return Call(tuple(name.split(".")), own, None, None, fixed)
 
 
+def name_silu(graph: fx.Graph) -> None:
+    """x*sigmoid(x), as much code has it, by its name: one node instead of two."""
+    for node in list(graph.nodes):
+        pair = operands(node) if node.target in (operator.mul, torch.mul) else None
+        if pair is None or not node.meta.get("of_x", True):
+            continue
+        for x, gate in (pair, pair[::-1]):
+            if isinstance(gate, fx.Node) and _is_sigmoid_of(gate, x) and len(gate.users) == 1:
+                with graph.inserting_before(node):
+                    silu = graph.call_function(F.silu, (x,))
+                silu.meta = node.meta
+                node.replace_all_uses_with(silu)
+                graph.erase_node(node)
+                graph.erase_node(gate)
+                break
+
+
+def _is_sigmoid_of(gate: fx.Node, x: Any) -> bool:
+    return gate.args == (x,) and not gate.kwargs and gate.target in _SIGMOIDS
+
+
 def operands(node: fx.Node) -> tuple[Any, Any] | None:
     """The two operands of a sum or product, or None for another call."""
     if len(node.args) != 2 or not set(node.kwargs) <= {"alpha"}:
@@ -142,6 +164,7 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, (tuple, list)) else value
 
 
+_SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid")
 PRODUCTS = (operator.mul, operator.imul, torch.mul)
 QUOTIENTS = (operator.truediv, operator.itruediv, torch.div)
 _IN_PLACE = (

@@ -20,6 +20,7 @@ from .formula import Path, ancestors
 from .functional import (
     PRODUCTS,
     changes_in_place,
+    name_silu,
     number_at_end,
     operands,
     read_conv2d,
@@ -53,6 +54,7 @@ class Graph:
         self._number: dict[fx.Node, int] = {}
         self._sides: list[fx.Node] = []  # that do not follow from x
         self.result: int = -1
+        name_silu(graph)
         for node in reversed(list(graph.nodes)):
             if not node.users and self._harmless(node):
                 graph.erase_node(node)

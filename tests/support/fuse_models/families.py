@@ -13,6 +13,7 @@ from tests.support.fuse_models.grouped import (
     Embedded,
     GroupNormAct,
     GroupNormed,
+    LatentBlock,
     MaybeEmbedded,
     ScaledConv2d,
 )
@@ -185,6 +186,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "embedding-added-to-projection": Family(
         lambda: Conditioned(Embedded(8, 12, 5, "skip"), features=5), 1, ("with emb",)
+    ),
+    "latent-diffusion": Family(
+        lambda: Conditioned(LatentBlock(8, 12, 5), features=5), 1, ("with or without temb",)
     ),
     "embedding-optional": Family(
         lambda: Conditioned(MaybeEmbedded(8, 8, 5), features=5), 1, ("with or without emb",)

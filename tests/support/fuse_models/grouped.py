@@ -119,6 +119,31 @@ class Embedded(nn.Module):
         return x + self.conv2(self.act(h))
 
 
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class LatentBlock(nn.Module):
+    """As in the autoencoders of latent diffusion: swish by hand, on the embedding too."""
+
+    def __init__(self, channels: int, out: int, features: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(2, channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.temb_proj = nn.Linear(features, out)
+        self.norm2 = nn.GroupNorm(2, out, eps=1e-6)
+        self.dropout = nn.Dropout(0.0)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.nin_shortcut = conv1(channels, out)
+
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        h = self.conv1(swish(self.norm1(x)))
+        if temb is not None:
+            h = h + self.temb_proj(swish(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
 class MaybeEmbedded(Embedded):
     """The same, whose second input may be left out."""
 
