@@ -61,8 +61,6 @@ from .tiling import (
 # Of a program of one warp for Blackwell, to which Triton 3.8's ptxas gives 128 registers a thread:
 # twice as many spill.
 _ELEMENTS_OF_A_WARP = {"tcgen05": 1024}
-# Beside statistics of an image's residual, as well.
-_ELEMENTS_WITH_IMAGES = 512
 # The merge's tile: rows of partials at a time, and channels, one L2 sector of each row.
 MERGE_TILES = 1024
 MERGE_CHANNELS = 8
@@ -342,12 +340,13 @@ def _pass(
     grouped = None
     if norm is not None and norm.groups and with_moments:
         grouped = Grouped.of(norm, channels)
-    images = number if bias_n or residual_n or grouped else None
-    rows = height * width if images else number * height * width
+    images = number if bias_n or residual_n or grouped is not None else None
+    rows = number * height * width if images is None else height * width
     device = device_of(x)
     most = _ELEMENTS_OF_A_WARP.get(device.matrix_unit, BLOCK_ELEMENTS)
-    if residual_n:
-        most = min(most, _ELEMENTS_WITH_IMAGES)
+    if images is not None and (residual_n or channels % 16):
+        # Masks take registers too, and so do two norms.
+        most //= 2
     tiling = row_tiling(rows, channels, device, MAX_TILES, most, images)
     place = NOWHERE
     if with_moments:

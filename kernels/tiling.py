@@ -21,6 +21,8 @@ from .launch import Device
 # With more, the longest activations spill.
 BLOCK_ELEMENTS = 2048
 MAX_TILES = 1024
+# Of an image's tiles, at least.
+TILE_ROWS = 32
 
 
 class RowTiling(NamedTuple):
@@ -47,8 +49,9 @@ def row_tiling(
 ) -> RowTiling:
     """The tiling for a (rows, channels) matrix; at most ``max_tiles`` tiles if given.
 
-    Blocks have at most ``elements``. images: how many such matrices there are, if no tile is to
-    hold rows of two; ``max_tiles`` are then all images', rounded up to whole tiles of each.
+    Blocks have at most ``elements``, of images half as many. images: how many such matrices there
+    are, if no tile is to hold rows of two; ``max_tiles`` are then all images', rounded up to whole
+    tiles of each.
 
     Blocks are wide enough for 16-byte loads and narrow enough that multiples of 16 channels waste
     no lane; they shrink until every multiprocessor has four programs, or two where each program
@@ -59,7 +62,8 @@ def row_tiling(
     column_blocks = cdiv(channels, block_c)
     wanted = (4 if max_tiles is None else 2) * device.multiprocessors
     if images is not None:
-        elements = min(elements, next_power_of_2(rows) * block_c)
+        # An image's own addresses and values per channel take registers.
+        elements = min(elements // 2, next_power_of_2(rows) * block_c)
         wanted = cdiv(wanted, images)
         max_tiles = None if max_tiles is None else cdiv(max_tiles, images)
     while elements > 1024 and cdiv(rows, elements // block_c) * column_blocks < wanted:
@@ -67,6 +71,10 @@ def row_tiling(
     block_m = elements // block_c
     blocks = cdiv(rows, block_m)
     steps = 1 if max_tiles is None else cdiv(blocks, max_tiles)
+    if images is not None and max_tiles is not None:
+        # What a tile leaves is a fraction of what it reads, as long as there are programs enough.
+        while steps * block_m < TILE_ROWS and cdiv(blocks, 2 * steps) * column_blocks >= wanted:
+            steps *= 2
     tiles = cdiv(blocks, steps)
     return RowTiling(block_m, block_c, steps, tiles, ((images or 1) * tiles * column_blocks,))
 
