@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -24,9 +25,12 @@ from tests.support.kernel_checks import (
     per_channel,
     poisoned_memory,  # noqa: F401
 )
+from tests.support.yardstick import assert_close_steps, images, step
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from resnetv2 import PreActBlock
+from resnetv2.blocks import Stage
 from resnetv2.kernels import groups, launch, moments, norm_act, norm_backward, reference
 from resnetv2.kernels.operands import (
     IDENTITY,
@@ -40,6 +44,7 @@ from resnetv2.kernels.operands import (
     Norm,
     Partials,
 )
+from resnetv2.kernels.tiling import MAX_TILES, TILE_ROWS, row_tiling
 
 EPS = 1e-5
 SILU = Act("silu")
@@ -70,8 +75,8 @@ def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def norm_of(case: Case, each: bool = False, dtype: torch.dtype = F32) -> Norm:
     """A group norm whose channels, and images if ``each``, all differ; some weights are 0."""
-    (images, channels, _, _), number = case
-    weight, bias = per_channel(2, images if each else 1, channels).to(dtype)
+    (batch, channels, _, _), number = case
+    weight, bias = per_channel(2, batch if each else 1, channels).to(dtype)
     weight[:, ::3] = 0
     return Norm(weight if each else weight[0], bias if each else bias[0], EPS, number)
 
@@ -151,8 +156,8 @@ def by_eager(x: Tensor, dz: Tensor, norm: Norm) -> dict[str, Tensor]:
     if weight.dim() == 1:
         out = F.group_norm(x, norm.groups, weight, bias, norm.eps)
     else:
-        images = zip(x.split(1), weight, bias)
-        out = torch.cat([torch.group_norm(x, norm.groups, w, b, norm.eps) for x, w, b in images])
+        each = zip(x.split(1), weight, bias)
+        out = torch.cat([torch.group_norm(x, norm.groups, w, b, norm.eps) for x, w, b in each])
     return dict(
         zip(("out", "dx", "dweight", "dbias"), (out, *torch.autograd.grad(out, leaves, dz)))
     )
@@ -284,3 +289,35 @@ def test_wide_dtypes_of_affine_parameters() -> None:
     assert found["dbias"].shape == (2, 80)
     for name, value in found.items():
         assert_same_bits(value, expected[name])
+
+
+# --- tiles, and a chain of them -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 256])
+@pytest.mark.parametrize("number", [1, 3, 2000])
+@pytest.mark.parametrize("channels", [18, 320])
+def test_tiles_of_images(number: int, size: int, channels: int) -> None:
+    """Each image's rows once; few tiles in all; of few rows only where programs are few."""
+    device = launch.Device(132, "cuda", 90)
+    tiling = row_tiling(size * size, channels, device, MAX_TILES, images=number)
+    tile_rows = tiling.steps * tiling.block_m
+    assert tile_rows * (tiling.tiles - 1) < size * size <= tile_rows * tiling.tiles
+    columns = math.ceil(channels / tiling.block_c)
+    assert tiling.grid == (number * tiling.tiles * columns,)
+    assert number * tiling.tiles <= MAX_TILES + number
+    whole = tile_rows >= min(TILE_ROWS, size * size)
+    assert whole or number * math.ceil(tiling.tiles / 2) * columns < 2 * 132 + number * columns
+
+
+def test_walking_back() -> None:
+    """What is computed again of the kept mean and rstd has the forward's bits."""
+    torch.manual_seed(0)
+    norms = ("group:4", "batch", "layer")
+    units = [PreActBlock(8, 8, norm=norm, act="silu", backend="triton") for norm in norms]
+    found = []
+    for memory in ("recompute", "invert"):
+        stage = Stage(*copy.deepcopy(units), backend="triton", memory=memory).to(DEVICE)
+        found.append(step(stage, images((2, 8, 5, 4))))
+    assert_same_bits(found[0]["out"], found[1]["out"])
+    assert_close_steps(*found)
