@@ -125,7 +125,8 @@ def _plan_for(
         traced = meta_copy(module)
     except Exception as error:
         raise NotAUnitError(f"cannot be copied: {error}") from error
-    resembles = True
+    # Where its forward cannot be traced, a module with a norm may add a shortcut.
+    resembles = any(isinstance(m, NORMS) for m in module.modules())
     try:
         fx_graph, reads = trace(traced, training, channels, _passed(second))
         resembles = any(_adds(node) for node in fx_graph.nodes)
