@@ -112,6 +112,7 @@ class TritonEngine(AtenEngine):
             conv_wgrad,
             fallback,
             groups,
+            input_grad,
             launch,
             moments,
             norm_act,
@@ -122,6 +123,7 @@ class TritonEngine(AtenEngine):
         self._run = fallback.Fallbacks().run
 
         self._groups = groups
+        self._gradients = input_grad
         self._moments = moments
         self._norm_act = norm_act
         self._norm_backward = norm_backward
@@ -217,7 +219,7 @@ class TritonEngine(AtenEngine):
         """g = A*(q - C - B*(h - mean)) (+ identity), written."""
         return self._run(
             "norm gradient", grad.q, (grad.q.shape, grad.q.dtype, dtype),
-            lambda _: self._norm_backward.input_grad(grad, identity, dtype),
+            lambda _: self._gradients.input_grad(grad, identity, dtype),
             lambda: reference.input_grad(grad, identity, dtype),
             tiled=False,
         )  # fmt: skip
@@ -233,7 +235,7 @@ class TritonEngine(AtenEngine):
         """Both of a convolution's backward, written: ``_input_grad`` and ``_operand``."""
         return self._run(
             "operands", h, (grad.q.shape, grad.q.dtype, h.shape, h.dtype, dtype),
-            lambda _: self._norm_backward.written_operands(grad, h, stats, act, dtype),
+            lambda _: self._gradients.written_operands(grad, h, stats, act, dtype),
             lambda: (
                 self._input_grad(grad, None, dtype),
                 self._operand(h, stats, act, dtype),

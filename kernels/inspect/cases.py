@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import choices, dispatch, norm_backward, ranks, reference
+from .. import choices, dispatch, input_grad, norm_backward, ranks, reference
 from ..aten_engine import AtenEngine, ConvGrads
 from ..operands import Act, Activated, Geometry, Grad, Norm, running_stats
 
@@ -222,7 +222,9 @@ def steps(
     """
     tensors = tensors or Tensors()
     engine = engine or dispatch.TritonEngine()
-    functions = norm_backward if engine.name == "triton" else reference
+    kernels = engine.name == "triton"
+    functions = norm_backward if kernels else reference
+    gradients = input_grad if kernels else reference
     compute = tensors.wide(dtype)
 
     def activation(channels: int, size: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
@@ -300,7 +302,7 @@ def steps(
     def norm_gradient(h: Tensor) -> object:
         coef = tensors.values(4, h.shape[1])
         other = tensors.activation(tuple(h.shape), stream)
-        return functions.input_grad(Grad(other, h, coef), None, compute)
+        return gradients.input_grad(Grad(other, h, coef), None, compute)
 
     def operands(h: Tensor) -> object:
         coef = tensors.values(4, h.shape[1])
@@ -308,8 +310,8 @@ def steps(
         stats = stats_of(h.shape[1])
         z = Activated(normed, stats, unit.act)
         grad = Grad(dz, normed if unit.training else None, coef, z)
-        if functions is norm_backward:
-            g, written = norm_backward.written_operands(grad, h, stats, unit.act, compute)
+        if kernels:
+            g, written = input_grad.written_operands(grad, h, stats, unit.act, compute)
         else:
             g = reference.input_grad(grad, None, compute)
             written = reference.norm_act(h, stats, unit.act, compute)

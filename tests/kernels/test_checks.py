@@ -22,10 +22,11 @@ from resnetv2.kernels.conv_dgrad import conv_dgrad
 from resnetv2.kernels.conv_forward import conv_forward
 from resnetv2.kernels.conv_wgrad import conv_wgrad
 from resnetv2.kernels.groups import group_affine
+from resnetv2.kernels.input_grad import input_grad
 from resnetv2.kernels.launch import Config
 from resnetv2.kernels.moments import conv_end, moments, norm_stats
 from resnetv2.kernels.norm_act import norm_act
-from resnetv2.kernels.norm_backward import act_backward, input_grad, norm_grad
+from resnetv2.kernels.norm_backward import act_backward, norm_grad
 from resnetv2.kernels.operands import Act, Activated, Geometry, Grad, Norm, Partials
 from tests.support.kernel_checks import DEVICE, activation, per_channel
 

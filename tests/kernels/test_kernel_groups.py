@@ -31,7 +31,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from resnetv2 import PreActBlock
 from resnetv2.blocks import Stage
-from resnetv2.kernels import groups, launch, moments, norm_act, norm_backward, reference
+from resnetv2.kernels import groups, input_grad, launch, moments, norm_act, norm_backward, reference
 from resnetv2.kernels.operands import (
     IDENTITY,
     MEAN,
@@ -143,7 +143,7 @@ def by_kernels(x: Tensor, dz: Tensor, norm: Norm) -> dict[str, Tensor]:
     _, grads = norm_backward.act_backward(dz, x, stats, IDENTITY, norm=norm)
     return {
         "out": norm_act.norm_act(x, stats, IDENTITY, x.dtype),
-        "dx": norm_backward.input_grad(Grad(dz, x, grads.coef)),
+        "dx": input_grad.input_grad(Grad(dz, x, grads.coef)),
         "dweight": grads.dweight,
         "dbias": grads.dbias,
     }
@@ -215,7 +215,7 @@ def test_behind_a_convolution(case: Case, stream: Stream) -> None:
         (waiting._replace(z=None), exactly_._replace(z=None)),
         (waiting._replace(h=None, coef=None), exactly_._replace(h=None, coef=None)),
     ):
-        g = norm_backward.input_grad(grad, identity, stream_dtype)
+        g = input_grad.input_grad(grad, identity, stream_dtype)
         eager = reference.input_grad(grad, identity, stream_dtype)
         assert_accurate(g, eager, reference.input_grad(of_exact, identity.double()), name="g")
 

@@ -30,7 +30,7 @@ from tests.support.kernel_checks import (
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from resnetv2.kernels import launch, moments, norm_act, norm_backward, reference
+from resnetv2.kernels import input_grad, launch, moments, norm_act, norm_backward, reference
 from resnetv2.kernels.operands import (
     ACTS,
     MEAN,
@@ -167,7 +167,7 @@ def test_gradients_far_from_zero(rows: int) -> None:
         results.append(torch.autograd.grad(out, leaves, dz.to(dtype)))
     stats = moments.moments(x, Norm(weight, bias, EPS))
     _, (coef, dweight, dbias) = norm_backward.act_backward(dz, x, stats, Act("identity"))
-    found = norm_backward.input_grad(Grad(dz, x, coef)), dweight, dbias
+    found = input_grad.input_grad(Grad(dz, x, coef)), dweight, dbias
     xhat = (x.double() - stats[MEAN].view(1, -1, 1, 1)) * stats[RSTD].view(1, -1, 1, 1)
     terms = 0.0, float((dz * xhat).norm()), float(dz.norm())
     for name, *of, added in zip(("dx", "dweight", "dbias"), found, *results, terms, strict=True):
@@ -326,7 +326,7 @@ def check_input_grad(
     coef = per_channel(4, shape[1]) if "A" in form else None
     grad = Grad(q, h if "BC" in form else None, coef, z)
     extra = activation(shape, stream) if identity else None
-    g = norm_backward.input_grad(grad, extra, stream)
+    g = input_grad.input_grad(grad, extra, stream)
     eager = reference.input_grad(grad, extra, stream)
     exact = reference.input_grad(exactly_of(grad), exactly(extra))
     assert g.data_ptr() != q.data_ptr()
@@ -373,14 +373,14 @@ def test_both_operands_of_a_convolution_at_once(waits: bool) -> None:
     gh = activation((2, 48, 5, 4), F32)
     of_z = Activated(gh, norm(48), Act("gelu")) if waits else None
     grad = Grad(activation((2, 48, 5, 4), BF16), gh, per_channel(4, 48), of_z)
-    g, z = norm_backward.written_operands(grad, h, stats, Act("silu"), BF16)
-    assert_same_bits(g, norm_backward.input_grad(grad, None, BF16))
+    g, z = input_grad.written_operands(grad, h, stats, Act("silu"), BF16)
+    assert_same_bits(g, input_grad.input_grad(grad, None, BF16))
     assert_same_bits(z, norm_act.norm_act(h, stats, Act("silu"), BF16))
 
 
 def test_input_grad_has_the_dtype_of_q_unless_told() -> None:
     grad = Grad(activation((1, 3, 2, 2), BF16))
-    assert norm_backward.input_grad(grad).dtype == BF16
+    assert input_grad.input_grad(grad).dtype == BF16
 
 
 # --- promises -----------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_nan_and_inf_pass_as_in_eager(act: Act) -> None:
     z = norm_act.norm_act(h, stats, act, F32)
     assert_same_specials(z, reference.norm_act(h, stats, act, F32))
     grad = Grad(dz, z=Activated(h, stats, act))
-    assert_same_specials(norm_backward.input_grad(grad), reference.input_grad(grad))
+    assert_same_specials(input_grad.input_grad(grad), reference.input_grad(grad))
     _, grads = norm_backward.act_backward(dz, h, stats, act)
     _, eager_grads = reference.act_backward(dz, h, stats, act)
     for mine, its in zip(grads, eager_grads, strict=True):
@@ -425,7 +425,7 @@ def test_the_same_inputs_give_the_same_bits() -> None:
             coef,
             dweight,
             dbias,
-            norm_backward.input_grad(Grad(dz, x, coef, Activated(x, stats, act)), dz, F32),
+            input_grad.input_grad(Grad(dz, x, coef, Activated(x, stats, act)), dz, F32),
         ]
 
     for first, second in zip(run(), run(), strict=True):
@@ -439,7 +439,7 @@ def test_inputs_stay_as_they_are() -> None:
     norm_act.norm_act(x, stats, Act("relu"), F32)
     norm_backward.act_backward(dz, x, stats, Act("relu"), x, dtype=F32)
     z = Activated(x, stats, Act("relu"), x)
-    norm_backward.input_grad(Grad(dz, x, stats[:4].contiguous(), z), x)
+    input_grad.input_grad(Grad(dz, x, stats[:4].contiguous(), z), x)
     for tensor, old in zip((x, dz, stats), before, strict=True):
         assert torch.equal(tensor, old)
 
@@ -453,7 +453,7 @@ def test_each_function_is_one_launch() -> None:
         norm_act.norm_act(x, stats, Act("relu"), BF16)
         _, (coef, _, dbias) = norm_backward.act_backward(x, x, stats, Act("relu"))
         norm_backward.norm_grad(gather_sums(dbias, dbias, lambda one: one[None]), stats, True)
-        norm_backward.input_grad(Grad(x, x, coef))
+        input_grad.input_grad(Grad(x, x, coef))
     assert names == [
         "_moments_kernel",
         "_moments_kernel",
@@ -505,15 +505,15 @@ def test_a_norm_forward_and_backward(
     q = Grad(dz, z=Activated(x, stats, act, identity))
     if mean == 0.0:
         assert_accurate(
-            norm_backward.input_grad(q),
+            input_grad.input_grad(q),
             reference.input_grad(q),
             reference.input_grad(exactly_of(q)),
             terms,
             "q",
         )
-    grad = Grad(norm_backward.input_grad(q), x, coef)
+    grad = Grad(input_grad.input_grad(q), x, coef)
     assert_accurate(
-        norm_backward.input_grad(grad, identity),
+        input_grad.input_grad(grad, identity),
         reference.input_grad(grad, identity),
         reference.input_grad(Grad(*map(exactly, grad)), identity.double()),
         name="dx",
