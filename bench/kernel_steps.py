@@ -18,7 +18,8 @@ from resnetv2.core.chain import Chain
 from resnetv2.core.reading import Reading
 from resnetv2.core.run import describe
 from resnetv2.core.spec import decode
-from resnetv2.kernels.dispatch import AtenEngine, engine
+from resnetv2.kernels.aten_engine import AtenEngine
+from resnetv2.kernels.dispatch import engine
 from resnetv2.kernels.operands import Geometry
 from resnetv2.measuring.cases import Case, device
 from resnetv2.names import DTYPES

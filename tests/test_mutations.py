@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resnetv2.kernels import reference
 from resnetv2.kernels.aten_engine import AtenEngine, ConvGrads
-from resnetv2.kernels.dispatch import TritonEngine
+from resnetv2.kernels.triton_engine import TritonEngine
 from tests import test_blocks
 from tests.support import yardstick
 from tests.support.yardstick import BACKENDS, DEVICE, needs_triton

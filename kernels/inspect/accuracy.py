@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import launch, reference
 from ..aten_engine import AtenEngine, ConvGrads
-from ..dispatch import TritonEngine
 from ..operands import NormGrads
+from ..triton_engine import TritonEngine
 from .cases import DTYPES, Random, Unit, steps
 from .yardstick import MOST_DRAWS, Draw, Yardstick, judged
 

@@ -1,7 +1,7 @@
 """What is compiled where no GPU is at hand, and checked where one is: the steps of residual units.
 
-A unit's steps go through ``dispatch.TritonEngine``, as a chain's do, so the kernels, their options
-and their tiles are those that a model launches.
+A unit's steps go through ``triton_engine.TritonEngine``, as a chain's do, so the kernels, their
+options and their tiles are those that a model launches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import choices, dispatch, input_grad, norm_backward, ranks, reference
+from .. import choices, dispatch, input_grad, norm_backward, ranks, reference, triton_engine
 from ..aten_engine import AtenEngine, ConvGrads
 from ..operands import Act, Activated, Geometry, Grad, Norm, running_stats
 
@@ -221,7 +221,7 @@ def steps(
         engine: None for the kernels'.
     """
     tensors = tensors or Tensors()
-    engine = engine or dispatch.TritonEngine()
+    engine = engine or triton_engine.TritonEngine()
     kernels = engine.name == "triton"
     functions = norm_backward if kernels else reference
     gradients = input_grad if kernels else reference

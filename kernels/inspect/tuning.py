@@ -30,11 +30,12 @@ from torch.utils._pytree import tree_map, tree_map_with_path
 from .. import choices, launch
 from ..aten_engine import AtenEngine
 from ..choices import APART, ATEN, BOTH, DGRAD, FORWARD, FUSED, WGRAD, WRITTEN, Choice
-from ..dispatch import TritonEngine, implementation, stand_in
+from ..dispatch import implementation, stand_in
 from ..fallback import FallbackWarning
 from ..integers import next_power_of_2
 from ..launch import Config, KernelError
 from ..operands import Dgrad, Geometry, Norm, running_stats
+from ..triton_engine import TritonEngine
 from ..wgrad_config import WgradConfig
 from .accuracy import ELEMENTWISE, named
 from .yardstick import Draw, judged
@@ -123,10 +124,17 @@ class _Watching(TritonEngine):
         return super().norm_conv_backward(grad, h, stats, act, weight, geometry, **options)
 
 
+def _of_images(given: dict[str, Any]) -> bool:
+    """Whether a call's statistics or bias are of each image."""
+    ranks = {"stats": 3, "residual_stats": 3, "bias": 2}
+    return any(given.get(name) and len(given[name].shape) == rank for name, rank in ranks.items())
+
+
 def tasks_of(step: Callable[[], object]) -> list[Task]:
     """The convolutions that the chains of ``step()`` compute, as the cost model has them.
 
-    Those that have one implementation only (groups, dilation, asymmetric padding) are left out.
+    Those that have one implementation only (groups, dilation, asymmetric padding, behind a group
+    norm) are left out.
     """
     watching = _Watching()
     with stand_in(watching), choices.forced({}):
@@ -135,7 +143,7 @@ def tasks_of(step: Callable[[], object]) -> list[Task]:
     for call, count in watching.calls.items():
         given = dict(call.arguments)
         geometry = given["geometry"]
-        if geometry != Geometry(geometry.stride, geometry.padding):
+        if geometry != Geometry(geometry.stride, geometry.padding) or _of_images(given):
             continue
         direction = FORWARD if call.method == "conv_forward" else BACKWARD
         task = Task(direction, given["h"].shape, given["weight"].shape, geometry, given["dtype"])
@@ -176,8 +184,8 @@ def _tensors(call: Call, seed: int, device: torch.device, exact: bool) -> dict[s
         return made[like.number]
 
     filled = dict(tree_map_with_path(fill, dict(call.arguments)))
-    if filled.get("gamma") is not None:
-        filled["gamma"] = filled["gamma"].copy_(weights[0])  # what the statistics were made of
+    if call.method == "norm_conv_backward" and filled["norm"].weight is not None:
+        filled["norm"].weight.copy_(weights[0])  # what the statistics were made of
     return filled
 
 

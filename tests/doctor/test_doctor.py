@@ -18,7 +18,7 @@ from resnetv2.doctor import examination, report, surroundings
 from resnetv2.doctor.report import NOT_CHECKED, RIGHT, WRONG, Check, Diagnosis
 from resnetv2.doctor.surroundings import environment, missing
 from resnetv2.doctor.verdict import verdict
-from resnetv2.kernels import dispatch, reference
+from resnetv2.kernels import dispatch, reference, triton_engine
 from resnetv2.kernels.inspect import accuracy
 from resnetv2.kernels.inspect.accuracy import Steps
 from resnetv2.kernels.inspect.cases import ODD
@@ -111,11 +111,10 @@ def test_kernels_are_right(unit: Any) -> None:
 
 @needs_triton
 def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dispatch.TritonEngine.moments
+    right = triton_engine.TritonEngine.moments
     monkeypatch.setattr(accuracy, "MOST_DRAWS", 1)
-    monkeypatch.setattr(
-        dispatch.TritonEngine, "moments", lambda self, x, norm=None: right(self, x, norm) * 1.001
-    )
+    engine = triton_engine.TritonEngine
+    monkeypatch.setattr(engine, "moments", lambda self, x, norm=None: right(self, x, norm) * 1.001)
     (check,) = (
         check
         for check in examination._steps(ODD[1], "fp32", DEVICE)
@@ -130,7 +129,7 @@ def test_a_kernel_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*args: Any) -> Any:
         raise RuntimeError("no such thing\nat all")
 
-    monkeypatch.setattr(dispatch.TritonEngine, "moments", failing)
+    monkeypatch.setattr(triton_engine.TritonEngine, "moments", failing)
     (check,) = examination._steps(ODD[1], "fp32", DEVICE)
     assert (check.state, check.detail) == (WRONG, "RuntimeError: no such thing")
 

@@ -23,7 +23,7 @@ from resnetv2.doctor.report import Diagnosis
 from resnetv2.doctor.surroundings import environment
 from resnetv2.doctor.tuning import Tuned, tune
 from resnetv2.errors import InputError
-from resnetv2.kernels import choices, dispatch, launch
+from resnetv2.kernels import choices, dispatch, launch, triton_engine
 from resnetv2.kernels.choices import ATEN, DGRAD, FORWARD, WGRAD, WRITTEN
 from resnetv2.kernels.inspect.tuning import BACKWARD, Found, Tuner, tasks_of
 from resnetv2.kernels.operands import Geometry
@@ -184,13 +184,13 @@ def test_explain_says_what_was_measured(measured: tuple[Tuned, str]) -> None:
 
 
 def test_a_wrong_candidate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dispatch.TritonEngine._operand
+    right = triton_engine.TritonEngine._operand
 
     def wrong(self: Any, *args: Any) -> torch.Tensor:
         found = right(self, *args)
         return found * 1.01 if forced().get(FORWARD, choices.Choice("")).how == WRITTEN else found
 
-    monkeypatch.setattr(dispatch.TritonEngine, "_operand", wrong)
+    monkeypatch.setattr(triton_engine.TritonEngine, "_operand", wrong)
     found = one(FORWARD, SECOND)
     assert re.match(r"wrong: result is off by \d\S* of the allowed", found.refused[WRITTEN])
     assert [*found.seconds] == ["fused", ATEN]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from resnetv2 import BottleneckPreActBlock, PreActResNet
-from resnetv2.kernels import dispatch, launch, reference
+from resnetv2.kernels import dispatch, launch, reference, triton_engine
 from resnetv2.kernels.fallback import FallbackWarning
 from resnetv2.kernels.inspect import stub_driver
 from resnetv2.kernels.launch import KernelError
@@ -81,9 +81,9 @@ def smaller(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> dispatch.TritonEngine:
+def engine(monkeypatch: pytest.MonkeyPatch) -> triton_engine.TritonEngine:
     """An engine to which nothing has happened yet, and which chains use."""
-    engine = dispatch.TritonEngine()
+    engine = triton_engine.TritonEngine()
     monkeypatch.setattr(dispatch, "_engine", lambda name: engine)
     return engine
 
@@ -98,7 +98,7 @@ def weight(k: int, c: int) -> Tensor:
 
 
 @pytest.fixture
-def call(engine: dispatch.TritonEngine) -> Callable[[str], tuple[Tensor, Tensor]]:
+def call(engine: triton_engine.TritonEngine) -> Callable[[str], tuple[Tensor, Tensor]]:
     """One convolution by the engine, and the reference's, for an operation's name."""
     torch.manual_seed(0)
     h, g, w = activation(20), activation(24), weight(24, 20)
@@ -166,7 +166,7 @@ def test_aten_where_no_tile_can_be_had(
 
 
 def test_a_kernel_for_each_gradient_where_the_one_for_both_cannot_be_had(
-    engine: dispatch.TritonEngine,
+    engine: triton_engine.TritonEngine,
 ) -> None:
     torch.manual_seed(0)
     h, g, w = activation(64), activation(16), torch.randn(16, 64, 1, 1, device=DEVICE) / 8
@@ -215,7 +215,7 @@ def step(block: nn.Module, x: Tensor) -> list[Tensor]:
     ],
 )
 def test_a_training_step_without_one_of_the_kernels(
-    norm: str, kernel: str, engine: dispatch.TritonEngine
+    norm: str, kernel: str, engine: triton_engine.TritonEngine
 ) -> None:
     x = activation(8)
     expected = step(block(norm), x)
@@ -234,7 +234,7 @@ def test_a_training_step_without_one_of_the_kernels(
         torch.testing.assert_close(value, wanted, rtol=2e-4, atol=1e-5)
 
 
-def test_walking_back_uses_the_tile_of_the_forward(engine: dispatch.TritonEngine) -> None:
+def test_walking_back_uses_the_tile_of_the_forward(engine: triton_engine.TritonEngine) -> None:
     """Only the adding kernel fails, but the subtracting one changes with it: the same bits."""
     torch.manual_seed(0)
     x, residual, w = activation(20), activation(24), weight(24, 20)
@@ -260,7 +260,7 @@ def test_walking_back_uses_the_tile_of_the_forward(engine: dispatch.TritonEngine
     assert tiles[0] != tiles[1] == tiles[2]
 
 
-def test_a_step_in_which_only_the_walk_fails(engine: dispatch.TritonEngine) -> None:
+def test_a_step_in_which_only_the_walk_fails(engine: triton_engine.TritonEngine) -> None:
     """The decision falls between forward and backward: gradients differ by roundings."""
     torch.manual_seed(0)
     model = PreActResNet(

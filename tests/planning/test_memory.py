@@ -282,9 +282,9 @@ def test_group_norms_are_planned_and_keep_as_little(mode):
 def idle_h100(monkeypatch):
     """Kernels allocate what they do on an H100, in the host's memory, and are not run."""
     pytest.importorskip("triton")
-    from resnetv2.kernels import dispatch, launch
+    from resnetv2.kernels import launch, triton_engine
 
-    dispatch.TritonEngine()  # imports them all
+    triton_engine.TritonEngine()  # imports them all
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(launch, "_launch", lambda *_: None)
     device, real = launch.Device(132, "cuda", 90), launch.device_of

@@ -56,10 +56,10 @@ def main() -> int:
     from triton.runtime.jit import JITFunction
 
     from resnetv2 import BottleneckPreActBlock
-    from resnetv2.kernels import dispatch, launch
+    from resnetv2.kernels import launch, triton_engine
 
     os.environ["RESNETV2_BACKEND"] = "triton"
-    engine = dispatch.TritonEngine()
+    engine = triton_engine.TritonEngine()
     result: dict[str, Any] = {"limit": LIMIT}
     compile_ = JITFunction._do_compile
     for number, (name, fault) in enumerate(faults().items()):

@@ -184,10 +184,10 @@ def launches(stub: stub_driver.Stub) -> dict[str, Any]:
     """What came of each launch, by what is launched."""
     import triton
 
-    from resnetv2.kernels import dispatch, moments
+    from resnetv2.kernels import moments, triton_engine
 
     os.environ["RESNETV2_BACKEND"] = "triton"
-    dispatch.TritonEngine()  # imports the kernels
+    triton_engine.TritonEngine()  # imports the kernels
     made = both_ways(stub)
     # Outside of kernels these cost 4 us a call.
     triton.cdiv = triton.next_power_of_2 = None
