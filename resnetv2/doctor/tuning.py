@@ -100,6 +100,8 @@ def tune(
         raise InputError(f"cannot write {choices.path()}: {error.strerror}") from error
     began = time.perf_counter()
     tasks = tasks_of(lambda: step_costs(model, batch_size, image_size, DTYPES[dtype], triton=True))
+    if not tasks:
+        return Tuned(reason="each of the net's convolutions has one implementation alone")
     rows: list[tuple[str, float | None, float | None, str]] = []
     kept: dict[str, choices.Choice] = {}
     for number, task in enumerate(tasks, start=1):

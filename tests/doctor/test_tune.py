@@ -131,6 +131,12 @@ def test_all_that_a_net_computes_is_measured(measured: tuple[Tuned, str]) -> Non
     assert f"digest {found.digest}" in str(found)
 
 
+def test_behind_group_norms_there_is_nothing_to_choose() -> None:
+    torch.manual_seed(0)
+    model = PreActResNet("basic", [1], 4, widths=(8,), norm="group:2").to(DEVICE)
+    assert str(tune(model, BATCH, image_size=SIZE)).startswith("nothing to choose: each of")
+
+
 def test_a_later_run_computes_by_it(measured: tuple[Tuned, str]) -> None:
     """Implementations and tiles, in forward and backward."""
     images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE)
