@@ -1,8 +1,8 @@
-"""What was measured on this device: how a convolution is computed, and with which tile.
+"""How a convolution is computed: the cost model, and what was measured on this device, tiles too.
 
 ``resnetv2 doctor --tune`` writes one file, choices.json in RESNETV2_CACHE_DIR (~/.cache/resnetv2);
 ``dispatch`` asks ``find`` for each operation and shape. What the file does not have, the cost model
-decides (``dispatch.implementation``, configs.py, wgrad_config.py). Nothing is timed in a run, and a
+decides (``implementation``, configs.py, wgrad_config.py). Nothing is timed in a run, and a
 process reads the file once: choices, and with them bits, depend on no race.
 
 The file is an object: ``format``, and under ``devices`` for each device its ``versions``, its
@@ -42,6 +42,28 @@ ATEN = "aten"  # ATen's (cuDNN's) convolution, between the same elementwise kern
 APART = "apart"
 HOWS = (FUSED, WRITTEN, ATEN, APART)
 _TILE = 6  # numbers of a tile: ``launch.Config``, ``wgrad_config.WgradConfig``
+
+
+# Channels on the narrower side from which arithmetic binds a convolution of that kernel size
+# (kernels/README.md, "Which implementation runs").
+WIDE = {(1, 1): 512, (3, 3): 128}
+
+
+def implementation(weight_shape: Sequence[int], geometry: Geometry) -> str:
+    """The cost model: how a convolution with a weight (K, C, R, S) is computed, in both directions,
+    where nothing was measured.
+
+    A prologue at each tap of a 3x3 costs 2-3x its memory time in instructions, against 0.7x
+    without one: its operands are written once. A 1x1 is at the memory floor with all fused. Where
+    arithmetic binds, no convolution in Triton is known to be faster than cuDNN's.
+    """
+    k, c, *size = weight_shape
+    if geometry.dilation != (1, 1) or geometry.groups != 1 or geometry.extra != (0, 0):
+        return ATEN
+    kernel_size = (size[0], size[1])
+    if min(k, c) >= WIDE.get(kernel_size, WIDE[3, 3]):
+        return ATEN
+    return FUSED if kernel_size == (1, 1) else WRITTEN
 
 
 class Choice(NamedTuple):

@@ -3,8 +3,8 @@
 
 An engine offers the four steps out of which a chain's forward and backward are made: moments and
 their merging, a convolution's forward, and the backward of one norm -> act -> conv. ``AtenEngine``
-puts them together from ``reference``; ``TritonEngine`` from the fused kernels, and decides with
-``implementation`` whether a convolution applies its prologue on load, has its operands written
+puts them together from ``reference``; ``TritonEngine`` from the fused kernels, and decides by
+``choices`` whether a convolution applies its prologue on load, has its operands written
 once by an elementwise kernel, or is left to ATen.
 """
 
@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -22,32 +22,9 @@ import torch
 
 from . import recording
 from .aten_engine import AtenEngine
-from .choices import ATEN, FUSED, WRITTEN
-from .operands import Geometry
 
 BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# Channels on the narrower side from which arithmetic binds a convolution of that kernel size
-# (kernels/README.md, "Which implementation runs").
-WIDE = {(1, 1): 512, (3, 3): 128}
-
-
-def implementation(weight_shape: Sequence[int], geometry: Geometry) -> str:
-    """The cost model: how a convolution with a weight (K, C, R, S) is computed, in both directions,
-    where nothing was measured (``choices``).
-
-    A prologue at each tap of a 3x3 costs 2-3x its memory time in instructions, against 0.7x
-    without one: its operands are written once. A 1x1 is at the memory floor with all fused. Where
-    arithmetic binds, no convolution in Triton is known to be faster than cuDNN's.
-    """
-    k, c, *size = weight_shape
-    if geometry.dilation != (1, 1) or geometry.groups != 1 or geometry.extra != (0, 0):
-        return ATEN
-    kernel_size = (size[0], size[1])
-    if min(k, c) >= WIDE.get(kernel_size, WIDE[3, 3]):
-        return ATEN
-    return FUSED if kernel_size == (1, 1) else WRITTEN
 
 
 @functools.cache

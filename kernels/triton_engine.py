@@ -11,8 +11,18 @@ from torch import Tensor
 
 from . import choices, ranks, reference
 from .aten_engine import OF_RANKS, AtenEngine, ConvGrads, Convolved
-from .choices import APART, ATEN, BOTH, DGRAD, FORWARD, FUSED, WGRAD, WRITTEN, Choice
-from .dispatch import implementation
+from .choices import (
+    APART,
+    ATEN,
+    BOTH,
+    DGRAD,
+    FORWARD,
+    FUSED,
+    WGRAD,
+    WRITTEN,
+    Choice,
+    implementation,
+)
 from .operands import (
     IDENTITY,
     Act,

@@ -94,7 +94,7 @@ def test_shortcut_of_another_size(backend):
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"shortcut": "conv"}, "shortcut must be .*'conv'"),
         ({"identity": "none"}, "identity must be .*'none'"),
-        ({"norm": "layer"}, "norm must be .*'layer'"),
+        ({"norm": "rms"}, "norm must be .*'rms'"),
         ({"act": "swish"}, "act must be one of .*relu.*'swish'"),
         ({"backend": "cuda"}, "backend must be one of .*triton.*'cuda'"),
     ],

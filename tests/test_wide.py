@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.blocks import Stage
-from resnetv2.kernels import dispatch
+from resnetv2.kernels import choices
 from resnetv2.kernels.operands import Geometry
 from resnetv2.planning.cost import chain_costs
 from tests.support.yardstick import (
@@ -48,7 +48,7 @@ CASES = {
 
 @pytest.fixture
 def all_are_wide(monkeypatch):
-    monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 1, (3, 3): 1})
+    monkeypatch.setattr(choices, "WIDE", {(1, 1): 1, (3, 3): 1})
 
 
 # Wide convolutions between narrow ones, which are Triton's.
@@ -62,7 +62,7 @@ MIXED = {
 
 @pytest.fixture
 def some_are_wide(monkeypatch):
-    monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 512, (3, 3): 8})
+    monkeypatch.setattr(choices, "WIDE", {(1, 1): 512, (3, 3): 8})
 
 
 def build(name: str) -> nn.Module:
@@ -127,7 +127,7 @@ def test_same_bits_in_both_layouts_and_again(all_are_wide):
     ],
 )
 def test_table(weight, geometry, how):
-    assert dispatch.implementation(weight, geometry) == how
+    assert choices.implementation(weight, geometry) == how
 
 
 @needs_triton

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import choices, dispatch, input_grad, norm_backward, ranks, reference, triton_engine
+from .. import choices, input_grad, norm_backward, ranks, reference, triton_engine
 from ..aten_engine import AtenEngine, ConvGrads
 from ..operands import Act, Activated, Geometry, Grad, Norm, running_stats
 
@@ -344,7 +344,7 @@ def steps(
 
     def is_wide(i: int) -> bool:
         c, k, kernel, _ = unit.convs[i]
-        how = dispatch.implementation((k, c, kernel, kernel), Geometry())
+        how = choices.implementation((k, c, kernel, kernel), Geometry())
         return how == choices.ATEN
 
     size, last = unit.size, len(unit.convs) - 1

@@ -29,8 +29,19 @@ from torch.utils._pytree import tree_map, tree_map_with_path
 
 from .. import choices, launch
 from ..aten_engine import AtenEngine
-from ..choices import APART, ATEN, BOTH, DGRAD, FORWARD, FUSED, WGRAD, WRITTEN, Choice
-from ..dispatch import implementation, stand_in
+from ..choices import (
+    APART,
+    ATEN,
+    BOTH,
+    DGRAD,
+    FORWARD,
+    FUSED,
+    WGRAD,
+    WRITTEN,
+    Choice,
+    implementation,
+)
+from ..dispatch import stand_in
 from ..fallback import FallbackWarning
 from ..integers import next_power_of_2
 from ..launch import Config, KernelError

@@ -8,7 +8,8 @@ from torch import nn
 from ..core.modules import UnitModules
 from ..core.norms import groups_of
 from ..kernels import choices
-from ..kernels.dispatch import implementation, resolve_backend
+from ..kernels.choices import implementation
+from ..kernels.dispatch import resolve_backend
 
 # Behind an implementation that was measured, whose directions are in this order.
 _MARK = "*"

@@ -23,7 +23,7 @@ from resnetv2.doctor.report import Diagnosis
 from resnetv2.doctor.surroundings import environment
 from resnetv2.doctor.tuning import Tuned, tune
 from resnetv2.errors import InputError
-from resnetv2.kernels import choices, dispatch, launch, triton_engine
+from resnetv2.kernels import choices, launch, triton_engine
 from resnetv2.kernels.choices import ATEN, DGRAD, FORWARD, WGRAD, WRITTEN
 from resnetv2.kernels.inspect.tuning import BACKWARD, Found, Tuner, tasks_of
 from resnetv2.kernels.operands import Geometry
@@ -208,7 +208,7 @@ def test_all_candidates_between_atens_convolutions(
     weight: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a step makes other calls: gradients that wait for z, a projection's that is added."""
-    monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 512, (3, 3): 8})
+    monkeypatch.setattr(choices, "WIDE", {(1, 1): 512, (3, 3): 8})
     found = one(BACKWARD, weight)
     assert found.refused == {}
     assert [*found.seconds] == [

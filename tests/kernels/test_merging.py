@@ -18,12 +18,12 @@ import triton.language as tl
 
 from resnetv2 import BottleneckPreActBlock, PreActBlock
 from resnetv2.kernels import (
+    choices,
     configs,
     conv_backward,
     conv_dgrad,
     conv_forward,
     conv_wgrad,
-    dispatch,
     launch,
     merging,
     moments,
@@ -177,7 +177,7 @@ def test_ten_steps_have_the_same_bits(
 ) -> None:
     """A training step of a block, its programs in another order each time."""
     if name.startswith("wide"):
-        monkeypatch.setattr(dispatch, "WIDE", {(1, 1): 512, (3, 3): 1})
+        monkeypatch.setattr(choices, "WIDE", {(1, 1): 512, (3, 3): 1})
     torch.manual_seed(0)
     block = randomise(BLOCKS[name]()).to(DEVICE)
     x = images((3 if name == "groups" else 1, 8, 4, 12))
