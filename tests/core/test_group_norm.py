@@ -16,6 +16,7 @@ from resnetv2.core.reading import Reading, read
 from resnetv2.core.run import describe, run_chain
 from resnetv2.kernels import reference
 from resnetv2.kernels.inspect.yardstick import Draw
+from resnetv2.studies.norms import NORMS
 from tests.support.yardstick import (
     BACKENDS,
     DEVICE,
@@ -206,6 +207,11 @@ def test_a_whole_net_has_the_norm_everywhere():
     model = PreActResNet("basic", [1, 1], 5, widths=[8, 16], stem_width=8, norm="group:4")
     assert sum(isinstance(m, nn.GroupNorm) for m in model.modules()) == 5
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_norms_of_the_study_run_fused(name):
+    assert runs_fused(PreActBlock(8, 8, norm=NORMS[name]))
 
 
 @pytest.mark.parametrize(
