@@ -133,10 +133,10 @@ def selected(target: str, dtype: str) -> list[Unit]:
 
 def sampled(target: str, dtype: str) -> list[Unit]:
     """Of ``selected``, what the tests compile: they read the rest in the committed table."""
-    if dtype != "bf16" and target != "sm_90":
+    if dtype != "bf16" and (target, dtype) != ("sm_90", "tf32"):
         return []
     name = "imagenet/2 entry" if target in _LIKE_SM_80 else "resnet1001/2 entry"
-    return [unit for unit in selected(target, dtype) if unit.name == name and dtype != "fp32"]
+    return [unit for unit in selected(target, dtype) if unit.name == name]
 
 
 # For doctor: channels and sizes that no tile divides, a norm with running statistics, strides,
