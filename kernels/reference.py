@@ -366,7 +366,7 @@ def group_norm_grad(q: Tensor, h: Tensor, stats: Tensor, norm: Norm) -> NormGrad
     """Coefficients (4, N, C) of g = A*q - C - B*(h - mean) of a group norm, and its own gradients.
 
     With S1 = sum q and S2 = sum q*xhat over an image's pixels, and m values in a group:
-    A = a,  C = rstd*sum gamma*S1/m,  B = rstd^2*sum gamma*S2/m, sums over the group's channels.
+    A = a,  C = sum a*S1/m,  B = rstd*sum a*S2/m, sums over the group's channels.
     """
     mean, _, rstd, scale, _ = stats.unbind(0)
     channels = h.shape[1]
@@ -376,10 +376,9 @@ def group_norm_grad(q: Tensor, h: Tensor, stats: Tensor, norm: Norm) -> NormGrad
     values = h[0, 0].numel() * channels // norm.groups
 
     def over_group(sums: Tensor) -> Tensor:
-        weighted = sums if norm.weight is None else sums * norm.weight
-        return _of_groups(_over_groups(weighted, norm.groups), channels) / values * rstd
+        return _of_groups(_over_groups(sums * scale, norm.groups), channels) / values
 
-    coef = torch.stack((scale, over_group(s2) * rstd, over_group(s1), mean)).to(stats.dtype)
+    coef = torch.stack((scale, over_group(s2) * rstd, over_group(s1), mean))
     dweight = s2 if _is_per_image(norm.weight) else s2.sum(0)
     return NormGrads(coef, dweight, s1 if _is_per_image(norm.bias) else s1.sum(0))
 

@@ -129,9 +129,6 @@ class TritonEngine(AtenEngine):
     def projection_adds(self, other: Convolved, projection: Convolved) -> bool:
         return implementation(*other) == ATEN != implementation(*projection)
 
-    def written(self, grad: Grad, dtype: torch.dtype) -> Tensor:
-        return self._plain(grad, dtype)
-
     def moments(self, x: Tensor, norm: Norm | None = None) -> Any:
         """Given the norm, its statistics already (``kernels.merging``)."""
         return self._run(
@@ -197,7 +194,7 @@ class TritonEngine(AtenEngine):
             tiled=False,
         )  # fmt: skip
 
-    def _plain(self, grad: Grad, dtype: torch.dtype) -> Tensor:
+    def written(self, grad: Grad, dtype: torch.dtype) -> Tensor:
         """g in ``dtype``, written where it waits."""
         waits = grad.coef is not None or grad.z is not None or grad.q.dtype != dtype
         return self._input_grad(grad, None, dtype) if waits else grad.q
@@ -315,7 +312,7 @@ class TritonEngine(AtenEngine):
             h = self._operand(h, stats, act, dtype)
             stats = None
         if how == ATEN:
-            g = self._plain(grad, dtype)
+            g = self.written(grad, dtype)
             mask = (False, True, with_bias)
             _, dweight, dbias = reference.convolution_backward(g, h, weight, geometry, mask)
             assert dweight is not None
@@ -341,7 +338,7 @@ class TritonEngine(AtenEngine):
         (how, tile), wgrad = self._choices_backward(h, stats, weight, geometry, dtype)
         dz = dweight = dbias = None
         if how == ATEN == wgrad[0]:
-            g = self._plain(Grad(g), dtype)
+            g = self.written(Grad(g), dtype)
             z = self._operand(h, stats, act, dtype) if need_weight else h
             dz, dweight, dbias = reference.convolution_backward(
                 g, z, weight, geometry, (need_input, need_weight, need_bias)
@@ -355,7 +352,7 @@ class TritonEngine(AtenEngine):
         if need_input and how == ATEN:
             mask = (True, False, False)
             dz, _, _ = reference.convolution_backward(
-                self._plain(Grad(g), dtype), h, weight, geometry, mask
+                self.written(Grad(g), dtype), h, weight, geometry, mask
             )
         elif need_input:
             dz, _ = self._dgrad(Grad(g), weight, h, geometry, dtype=dtype, config=tile)
@@ -419,7 +416,7 @@ class TritonEngine(AtenEngine):
         wgrad: how that is computed, of written operands at any rate.
         """
         h, stats, act, _ = z
-        g = self._plain(grad, dtype)
+        g = self.written(grad, dtype)
         del grad
         need_input, need_weight, need_bias = need
         backward = functools.partial(reference.convolution_backward, g)

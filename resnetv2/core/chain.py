@@ -206,6 +206,7 @@ class Chain:
                         end["residual_stats"] = first_stats
                 h, partials = self._conv(number, i, h, stats, **end)
             out = x = h
+            self._per_image.clear()
         return out, kept, partials
 
     def _moments_after(self, number: int, i: int) -> tuple[bool, Norm | None]:

@@ -118,7 +118,7 @@ class UnitModules(NamedTuple):
         return Conv(self.geometry(i), self._has(*kind, "bias", conv))
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 def activation(act: str | nn.Module) -> nn.Module:

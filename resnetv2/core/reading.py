@@ -55,8 +55,6 @@ class Reading:
             UnfitError: what is computed is for other images, or of a dtype that eager would
                 promote or refuse.
         """
-        if not self.computed:
-            return self.tensors
         tensors = list(self.tensors)
         weight = self.unit.convs[0].weight
         mixes = torch.is_autocast_enabled(weight.device.type)

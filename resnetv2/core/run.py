@@ -183,7 +183,7 @@ def run_chain(
     # Here rather than in the operator, so that it is kept for the backward as it is read there.
     memory_format = chain_format(x, _weights(readings), backend)
     x = x.contiguous(memory_format=memory_format)
-    tensors = [reading.filled(second, x.shape[0]) for reading in readings]
+    tensors = [r.filled(second, x.shape[0]) if r.computed else r.tensors for r in readings]
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         follower = None if torch.compiler.is_compiling() else follower_of(x)
         if follower is not None:
